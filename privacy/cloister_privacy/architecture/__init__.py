@@ -1,0 +1,35 @@
+"""Networks as data: spec -> checked shapes -> torch module -> safetensors bytes and back. No code and no pickle.
+
+`check` and `validate_inputs` load no torch; the rest is imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cloister_privacy.architecture.inputs import validate_inputs
+from cloister_privacy.architecture.shapes import PARAMETER_LIMIT, check, encoded_width
+
+if TYPE_CHECKING:
+    from cloister_privacy.architecture.network import Network, build
+    from cloister_privacy.architecture.weights import from_bytes, to_bytes
+
+__all__ = [
+    "PARAMETER_LIMIT",
+    "Network",
+    "build",
+    "check",
+    "encoded_width",
+    "from_bytes",
+    "to_bytes",
+    "validate_inputs",
+]
+
+_LAZY = {"Network": "network", "build": "network", "from_bytes": "weights", "to_bytes": "weights"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

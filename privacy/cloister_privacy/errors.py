@@ -1,0 +1,111 @@
+"""What the privacy package refuses, and why. Messages speak of public numbers only, never of rows.
+
+    PrivacyError
+    ├── PlanError
+    │   ├── BatchLargerThanNominal
+    │   ├── PlanImpossible
+    │   └── UnitNotSupported
+    ├── AccountingError
+    │   └── AccountantsDisagree
+    ├── ArchitectureRefused
+    │   ├── CrossExampleLayer
+    │   └── UncoveredParameter
+    ├── WeightsRefused
+    ├── InputRefused
+    └── TrainingError
+        ├── CheckpointRefused
+        ├── RowsDoNotFit
+        └── TrainingDiverged
+
+`cloister_privacy.sealing` hangs its own errors under the same root.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AccountantsDisagree",
+    "AccountingError",
+    "ArchitectureRefused",
+    "BatchLargerThanNominal",
+    "CheckpointRefused",
+    "CrossExampleLayer",
+    "InputRefused",
+    "PlanError",
+    "PlanImpossible",
+    "PrivacyError",
+    "RowsDoNotFit",
+    "TrainingDiverged",
+    "TrainingError",
+    "UncoveredParameter",
+    "UnitNotSupported",
+    "WeightsRefused",
+]
+
+
+class PrivacyError(Exception):
+    """The root of every refusal that this package makes."""
+
+
+class PlanError(PrivacyError):
+    """A plan cannot be made from these public numbers."""
+
+
+class BatchLargerThanNominal(PlanError):
+    """The expected batch exceeds nominal_size."""
+
+
+class PlanImpossible(PlanError):
+    """No setting within the limits gives what was asked."""
+
+
+class UnitNotSupported(PlanError):
+    """The source's unit or adjacency is one that the engine cannot protect yet."""
+
+
+class AccountingError(PrivacyError):
+    """Numbers that the accountants or the filter cannot take."""
+
+
+class AccountantsDisagree(AccountingError):
+    """The tighter accountant came out above RDP, so one of them is wrong."""
+
+
+class ArchitectureRefused(PrivacyError):
+    """A network whose parts do not fit together, or that is too large."""
+
+
+class CrossExampleLayer(ArchitectureRefused):
+    """A layer that mixes the examples of a batch, so that clipping one of them bounds nothing."""
+
+
+class UncoveredParameter(ArchitectureRefused):
+    """A trainable parameter whose gradient the engine cannot clip by example."""
+
+
+class WeightsRefused(PrivacyError):
+    """Bytes that are not the weights of a network of ours."""
+
+
+class InputRefused(PrivacyError):
+    """An input to a prediction that its column does not allow."""
+
+    def __init__(self, column: str, problem: str) -> None:
+        super().__init__(f"input {column!r} {problem}")
+        self.column = column
+        self.problem = problem
+
+
+class TrainingError(PrivacyError):
+    """A run that cannot start or go on, for reasons that are public."""
+
+
+class CheckpointRefused(TrainingError):
+    """Bytes that are not a checkpoint of this very run."""
+
+
+class RowsDoNotFit(TrainingError):
+    """The rows are not shaped as the columns of the spec say."""
+
+
+class TrainingDiverged(TrainingError):
+    """The noisy weights are no longer finite."""

@@ -1,0 +1,64 @@
+"""A run between two steps, as bytes: noisy weights, optimizer state, step. Holds no randomness and no sums."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from cloister.wire.plans import SGD, TrainingSpec
+from cloister_privacy import tensors
+from cloister_privacy.architecture.network import Network
+from cloister_privacy.errors import CheckpointRefused
+from cloister_privacy.training.optimizer import NoisyOptimizer
+
+__all__ = ["resume_from", "snapshot"]
+
+_FORMAT = "cloister.checkpoint/1"
+
+
+def snapshot(network: Network, optimizer: NoisyOptimizer, *, spec: TrainingSpec, step: int) -> bytes:
+    """The run after `step` whole steps, each of them noisy."""
+    state = {f"weights.{name}": weight for name, weight in network.state_dict().items()}
+    for index, kept in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{index}.{key}": value for key, value in kept.items() if value is not None}
+    metadata = {"training": _digest(spec), "step": str(step), "initial_digest": network.initial_digest}
+    return tensors.write(state, format=_FORMAT, metadata=metadata)
+
+
+def resume_from(body: bytes, network: Network, optimizer: NoisyOptimizer, *, spec: TrainingSpec) -> int:
+    """Put a checkpoint of this very spec into network and optimizer, and answer its step. Otherwise CheckpointRefused."""
+    state, metadata = tensors.read(body, format=_FORMAT, refused=CheckpointRefused)
+    if metadata.get("training") != _digest(spec):
+        raise CheckpointRefused("this checkpoint belongs to another training spec; start the run again")
+    step = metadata.get("step", "")
+    if not (step.isascii() and step.isdigit() and 1 <= int(step) <= spec.steps):
+        raise CheckpointRefused("this checkpoint's step is not one of the run's; start the run again")
+    tensors.require(state, _like(network, spec), refused=CheckpointRefused)
+    network.load_state_dict({name: state[f"weights.{name}"] for name in network.state_dict()})
+    kept: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            kept.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+    network.initial_digest = metadata.get("initial_digest", "")
+    return int(step)
+
+
+def _digest(spec: TrainingSpec) -> str:
+    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+
+
+def _like(network: Network, spec: TrainingSpec) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint of this spec holds, by name."""
+    like = {f"weights.{name}": weight for name, weight in network.state_dict().items()}
+    for index, parameter in enumerate(network.parameters()):
+        if not isinstance(spec.optimizer, SGD):
+            like[f"optimizer.{index}.step"] = torch.zeros(())
+            like[f"optimizer.{index}.exp_avg"] = parameter
+            like[f"optimizer.{index}.exp_avg_sq"] = parameter
+        elif spec.optimizer.momentum:
+            like[f"optimizer.{index}.momentum_buffer"] = parameter
+    return like

@@ -1,0 +1,119 @@
+"""Cloister's SDK: private training and predictions on a Cloister server.
+
+Everything is loaded when it is first used, so that importing this package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cloister._client import AsyncCloister as AsyncCloister
+    from cloister._client import Cloister as Cloister
+    from cloister._errors import APIError as APIError
+    from cloister._errors import AuthenticationFailed as AuthenticationFailed
+    from cloister._errors import BadRequest as BadRequest
+    from cloister._errors import BudgetExceeded as BudgetExceeded
+    from cloister._errors import CloisterError as CloisterError
+    from cloister._errors import ConfigurationError as ConfigurationError
+    from cloister._errors import Conflict as Conflict
+    from cloister._errors import ConnectionFailed as ConnectionFailed
+    from cloister._errors import InvalidArgument as InvalidArgument
+    from cloister._errors import InvalidRequest as InvalidRequest
+    from cloister._errors import JobCancelled as JobCancelled
+    from cloister._errors import JobFailed as JobFailed
+    from cloister._errors import NotFound as NotFound
+    from cloister._errors import PermissionDenied as PermissionDenied
+    from cloister._errors import RateLimited as RateLimited
+    from cloister._errors import RevisionMoved as RevisionMoved
+    from cloister._errors import RowsNotFit as RowsNotFit
+    from cloister._errors import RowsRefused as RowsRefused
+    from cloister._errors import ServerFault as ServerFault
+    from cloister._errors import StillRunning as StillRunning
+    from cloister._errors import TimedOut as TimedOut
+    from cloister._errors import TooLarge as TooLarge
+    from cloister._errors import UnexpectedAnswer as UnexpectedAnswer
+    from cloister._handles import AsyncJob as AsyncJob
+    from cloister._handles import AsyncModel as AsyncModel
+    from cloister._handles import Job as Job
+    from cloister._handles import Model as Model
+    from cloister._plans import Plan as Plan
+    from cloister.wire.architecture import Encode as Encode
+    from cloister.wire.architecture import Flatten as Flatten
+    from cloister.wire.architecture import Linear as Linear
+    from cloister.wire.architecture import ReLU as ReLU
+    from cloister.wire.architecture import Rescale as Rescale
+    from cloister.wire.architecture import Tanh as Tanh
+    from cloister.wire.certificate import Certificate as Certificate
+    from cloister.wire.certificate import InvalidCertificate as InvalidCertificate
+    from cloister.wire.certificate import verify as verify
+    from cloister.wire.columns import BytesColumn as Bytes
+    from cloister.wire.columns import CategoryColumn as Category
+    from cloister.wire.columns import NumberColumn as Number
+    from cloister.wire.columns import TensorColumn as Tensor
+    from cloister.wire.columns import UnitColumn as Unit
+    from cloister.wire.plans import SGD as SGD
+    from cloister.wire.plans import Adam as Adam
+    from cloister.wire.plans import Privacy as DP  # noqa: N814 (DP is its public name)
+    from cloister.wire.sources import Budget as Budget
+    from cloister.wire.sources import Dataset as Dataset
+    from cloister.wire.sources import Source as Source
+
+_ERRORS = [
+    "APIError",
+    "AuthenticationFailed",
+    "BadRequest",
+    "BudgetExceeded",
+    "CloisterError",
+    "ConfigurationError",
+    "Conflict",
+    "ConnectionFailed",
+    "InvalidArgument",
+    "InvalidRequest",
+    "JobCancelled",
+    "JobFailed",
+    "NotFound",
+    "PermissionDenied",
+    "RateLimited",
+    "RevisionMoved",
+    "RowsNotFit",
+    "RowsRefused",
+    "ServerFault",
+    "StillRunning",
+    "TimedOut",
+    "TooLarge",
+    "UnexpectedAnswer",
+]
+
+_HOME: dict[str, tuple[str, str]] = {
+    **{name: ("cloister._errors", name) for name in _ERRORS},
+    **{name: ("cloister._client", name) for name in ("AsyncCloister", "Cloister")},
+    **{name: ("cloister._handles", name) for name in ("AsyncJob", "AsyncModel", "Job", "Model")},
+    **{
+        name: ("cloister.wire.architecture", name)
+        for name in ("Encode", "Flatten", "Linear", "ReLU", "Rescale", "Tanh")
+    },
+    **{name: ("cloister.wire.certificate", name) for name in ("Certificate", "InvalidCertificate", "verify")},
+    **{name: ("cloister.wire.columns", f"{name}Column") for name in ("Bytes", "Category", "Number", "Tensor", "Unit")},
+    **{name: ("cloister.wire.plans", name) for name in ("SGD", "Adam")},
+    **{name: ("cloister.wire.sources", name) for name in ("Budget", "Dataset", "Source")},
+    "DP": ("cloister.wire.plans", "Privacy"),
+    "Plan": ("cloister._plans", "Plan"),
+}
+"""Public name -> the module that has it and its name there."""
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 (a list, computed from the one table)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'cloister' has no attribute {name!r}")
+    module, attribute = _HOME[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,201 @@
+"""Cloister and AsyncCloister: one surface, with and without an event loop, over operations that are written once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from cloister._auth import ClientCredentials
+from cloister._errors import ConfigurationError, valid
+from cloister._handles import AsyncJob, Job
+from cloister._http import AsyncSender, Sender, check_url
+from cloister._operations import Operations
+from cloister._plans import Plan
+from cloister._resources import (
+    AsyncDatasets,
+    AsyncJobs,
+    AsyncModels,
+    AsyncSources,
+    Datasets,
+    Jobs,
+    Models,
+    Sources,
+)
+from cloister.wire import jobs as wire
+from cloister.wire.architecture import Layer
+from cloister.wire.plans import Optimizer, PlanRequest, Privacy
+from cloister.wire.sources import Dataset
+
+__all__ = ["AsyncCloister", "Cloister"]
+
+_TIMEOUT_S = 60.0
+
+
+class _Connection:
+    """Where a client talks to, and as whom: arguments first, then CLOISTER_* of the environment."""
+
+    def __init__(
+        self, url: str | None, client_id: str | None, client_secret: str | None, *, allow_insecure: bool
+    ) -> None:
+        self.url = check_url(_given(url, "url", "CLOISTER_URL"), allow_insecure=allow_insecure)
+        self.auth = ClientCredentials(
+            self.url,
+            _given(client_id, "client_id", "CLOISTER_CLIENT_ID"),
+            _given(client_secret, "client_secret", "CLOISTER_CLIENT_SECRET"),
+        )
+
+
+def _given(value: str | None, name: str, variable: str) -> str:
+    found = value or os.environ.get(variable)
+    if not found:
+        raise ConfigurationError(f"no {name}: pass {name}=... or set {variable}")
+    return found
+
+
+class Cloister:
+    """A client of one server. Use it as a context manager, or call `close()`; it may be shared between threads.
+
+    `timeout_s` bounds each wait for the server within a request; None waits for ever.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        client_id: str | None = None,
+        client_secret: str | None = None,
+        timeout_s: float | None = _TIMEOUT_S,
+        max_retries: int = 2,
+        allow_insecure: bool = False,
+        _transport: Any = None,
+    ) -> None:
+        connection = _Connection(url, client_id, client_secret, allow_insecure=allow_insecure)
+        self._operations = Operations(max_retries=max_retries)
+        self._sender = Sender(connection.url, connection.auth, timeout_s=timeout_s, transport=_transport)
+        self.sources = Sources(self._sender, self._operations)
+        self.datasets = Datasets(self._sender, self._operations)
+        self.jobs = Jobs(self._sender, self._operations)
+        self.models = Models(self._sender, self._operations)
+
+    def plan(
+        self,
+        dataset: Dataset | str,
+        *,
+        target: str,
+        features: Sequence[str] | None = None,
+        layers: Sequence[Layer] | None = None,
+        privacy: Privacy | None = None,
+        batch_size: int | None = None,
+        epochs: float | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> Plan:
+        """What a run would cost; free. What is left out is filled by a public recipe."""
+        request = _plan_request(dataset, target, features, layers, privacy, batch_size, epochs, optimizer)
+        return self._sender.run(self._operations.plan(request))
+
+    def train(self, plan: Plan, *, model: str, require_revision: bool = False) -> Job:
+        """Reserve the plan's whole cost and queue the run. Raises BudgetExceeded, or RevisionMoved where it is required."""
+        return Job(
+            self._sender,
+            self._operations,
+            self._sender.run(self._operations.start(_start(plan, model, require_revision))),
+        )
+
+    def certificate_keys(self) -> dict[str, bytes]:
+        """The public keys that certificates are signed with; pin them out of band."""
+        return self._sender.run(self._operations.certificate_keys())
+
+    def close(self) -> None:
+        self._sender.close()
+
+    def __enter__(self) -> Cloister:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncCloister:
+    """As `Cloister`, for an event loop."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        client_id: str | None = None,
+        client_secret: str | None = None,
+        timeout_s: float | None = _TIMEOUT_S,
+        max_retries: int = 2,
+        allow_insecure: bool = False,
+        _transport: Any = None,
+    ) -> None:
+        connection = _Connection(url, client_id, client_secret, allow_insecure=allow_insecure)
+        self._operations = Operations(max_retries=max_retries)
+        self._sender = AsyncSender(connection.url, connection.auth, timeout_s=timeout_s, transport=_transport)
+        self.sources = AsyncSources(self._sender, self._operations)
+        self.datasets = AsyncDatasets(self._sender, self._operations)
+        self.jobs = AsyncJobs(self._sender, self._operations)
+        self.models = AsyncModels(self._sender, self._operations)
+
+    async def plan(
+        self,
+        dataset: Dataset | str,
+        *,
+        target: str,
+        features: Sequence[str] | None = None,
+        layers: Sequence[Layer] | None = None,
+        privacy: Privacy | None = None,
+        batch_size: int | None = None,
+        epochs: float | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> Plan:
+        """As `Cloister.plan`."""
+        request = _plan_request(dataset, target, features, layers, privacy, batch_size, epochs, optimizer)
+        return await self._sender.run(self._operations.plan(request))
+
+    async def train(self, plan: Plan, *, model: str, require_revision: bool = False) -> AsyncJob:
+        """As `Cloister.train`."""
+        seen = await self._sender.run(self._operations.start(_start(plan, model, require_revision)))
+        return AsyncJob(self._sender, self._operations, seen)
+
+    async def certificate_keys(self) -> dict[str, bytes]:
+        """As `Cloister.certificate_keys`."""
+        return await self._sender.run(self._operations.certificate_keys())
+
+    async def close(self) -> None:
+        await self._sender.close()
+
+    async def __aenter__(self) -> AsyncCloister:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+def _plan_request(
+    dataset: Dataset | str,
+    target: str,
+    features: Sequence[str] | None,
+    layers: Sequence[Layer] | None,
+    privacy: Privacy | None,
+    batch_size: int | None,
+    epochs: float | None,
+    optimizer: Optimizer | None,
+) -> PlanRequest:
+    return valid(
+        PlanRequest,
+        dataset=dataset if isinstance(dataset, str) else dataset.id,
+        target=target,
+        features=None if features is None else tuple(features),
+        layers=None if layers is None else tuple(layers),
+        privacy=privacy,
+        batch_size=batch_size,
+        epochs=epochs,
+        optimizer=optimizer,
+    )
+
+
+def _start(plan: Plan, model: str, require_revision: bool) -> wire.StartJob:
+    revision = plan.quote.revision if require_revision else None
+    return valid(wire.StartJob, training=plan.training, model=model, require_revision=revision)

@@ -1,0 +1,277 @@
+"""Everything the SDK raises.
+
+CloisterError
+├── ConfigurationError      the client cannot be made: no URL, no credentials, plain HTTP to another host
+├── InvalidArgument         an argument that no server would accept; nothing was sent (also a ValueError)
+├── RowsNotFit              rows that the declared schema does not allow; they were not sent
+├── ConnectionFailed        no answer came
+│   └── TimedOut
+├── UnexpectedAnswer        an answer came that is not Cloister's
+├── JobFailed               the job ended without a model
+│   └── JobCancelled
+├── StillRunning            wait(timeout_s=...) ended before the job did
+└── APIError                the server refused: status, code, request_id, details
+    ├── BadRequest          400
+    ├── AuthenticationFailed 401
+    ├── PermissionDenied    403
+    ├── NotFound            404: not there, or not shared with you
+    ├── Conflict            409
+    │   ├── BudgetExceeded
+    │   └── RevisionMoved
+    ├── TooLarge            413
+    ├── InvalidRequest      422
+    │   └── RowsRefused
+    ├── RateLimited         429
+    └── ServerFault         5xx
+
+`InvalidCertificate` (cloister.wire.certificate) stands alone: it is raised offline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+__all__ = [
+    "APIError",
+    "AuthenticationFailed",
+    "BadRequest",
+    "BudgetExceeded",
+    "CloisterError",
+    "ConfigurationError",
+    "Conflict",
+    "ConnectionFailed",
+    "InvalidArgument",
+    "InvalidRequest",
+    "JobCancelled",
+    "JobFailed",
+    "NotFound",
+    "PermissionDenied",
+    "RateLimited",
+    "RevisionMoved",
+    "RowsNotFit",
+    "RowsRefused",
+    "ServerFault",
+    "StillRunning",
+    "TimedOut",
+    "TooLarge",
+    "UnexpectedAnswer",
+    "from_answer",
+    "valid",
+]
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class CloisterError(Exception):
+    """The root of everything the SDK raises about a server."""
+
+
+class ConfigurationError(CloisterError):
+    """The client cannot be made safely from what it was given."""
+
+
+class InvalidArgument(CloisterError, ValueError):
+    """An argument that no server would accept; nothing was sent."""
+
+
+class RowsNotFit(CloisterError):
+    """Rows that the declared schema or the model does not allow, found here; they were not sent."""
+
+
+class ConnectionFailed(CloisterError):
+    """No answer came from the server, after the retries that are safe."""
+
+
+class TimedOut(ConnectionFailed):
+    """No answer came in time."""
+
+
+class UnexpectedAnswer(CloisterError):
+    """An answer came that is not Cloister's: another server, a proxy in between, or a newer protocol."""
+
+
+class JobFailed(CloisterError):
+    """The job ended without a model; the message is the server's."""
+
+    def __init__(self, message: str, *, job: str, code: str | None, request_id: str | None) -> None:
+        known = ", ".join(part for part in (code, f"request {request_id}" if request_id else None) if part)
+        super().__init__(f"job {job}: {message}" + (f" [{known}]" if known else ""))
+        self.job, self.code, self.request_id = job, code, request_id
+
+
+class JobCancelled(JobFailed):
+    """The job was cancelled; it published nothing, and steps that ran stay charged."""
+
+
+class StillRunning(CloisterError):
+    """The wait timed out; the job goes on."""
+
+
+class APIError(CloisterError):
+    """The server's refusal, in its own words, with the request id to quote."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str,
+        request_id: str,
+        details: dict[str, Any],
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(f"{message} [{status} {code}" + (f", request {request_id}]" if request_id else "]"))
+        self.message, self.status, self.code, self.request_id, self.details = message, status, code, request_id, details
+        self.retry_after_s = retry_after_s
+
+
+class BadRequest(APIError):
+    """400."""
+
+
+class AuthenticationFailed(APIError):
+    """401: the credentials or the token were not accepted."""
+
+
+class PermissionDenied(APIError):
+    """403: yours to see, not yours to do."""
+
+
+class NotFound(APIError):
+    """404: not there, or not shared with you."""
+
+
+class Conflict(APIError):
+    """409."""
+
+
+class BudgetExceeded(Conflict):
+    """The run does not fit what is left of the source's budget; the ledger is unchanged."""
+
+    @property
+    def asked(self) -> float | None:
+        """The epsilon that was asked for, where the server tells it."""
+        asked = self.details.get("asked")
+        return None if asked is None else float(asked)
+
+    @property
+    def left(self) -> float:
+        """What is left of the source's epsilon."""
+        return float(self.details.get("left", 0.0))
+
+    @property
+    def largest_epsilon(self) -> float | None:
+        """The epsilon of the largest run of this shape that fits, if any does."""
+        largest = self.details.get("largest_epsilon")
+        return None if largest is None else float(largest)
+
+    @property
+    def owners(self) -> list[str]:
+        """Who can raise the budget."""
+        return list(self.details.get("owners", []))
+
+
+class RevisionMoved(Conflict):
+    """The source's ledger moved since the plan was made; plan again."""
+
+
+class TooLarge(APIError):
+    """413."""
+
+
+class InvalidRequest(APIError):
+    """422: `details["fields"]` says which."""
+
+
+class RowsRefused(InvalidRequest):
+    """The server found rows that the schema does not allow; only their uploader is told which."""
+
+    first_row = 0
+    """The row of the data with which the refused part begins."""
+
+    @property
+    def column(self) -> str | None:
+        column = self.details.get("column")
+        return None if column is None else str(column)
+
+    @property
+    def row(self) -> int | None:
+        """Counted from the first row of the data."""
+        row = self.details.get("row")
+        return None if row is None else self.first_row + int(row)
+
+    def __str__(self) -> str:
+        told = super().__str__()
+        if self.row is None or not self.first_row:
+            return told
+        return f"{told} (that is row {self.row} of the data: this part begins with row {self.first_row})"
+
+
+class RateLimited(APIError):
+    """429."""
+
+
+class ServerFault(APIError):
+    """5xx: the server's own fault; quote the request id to its operator."""
+
+
+_BY_CODE: dict[str, type[APIError]] = {
+    "budget_exceeded": BudgetExceeded,
+    "revision_moved": RevisionMoved,
+    "rows_refused": RowsRefused,
+}
+_BY_STATUS: dict[int, type[APIError]] = {
+    400: BadRequest,
+    401: AuthenticationFailed,
+    403: PermissionDenied,
+    404: NotFound,
+    409: Conflict,
+    413: TooLarge,
+    422: InvalidRequest,
+    429: RateLimited,
+}
+
+
+def valid(model: type[M], /, **fields: Any) -> M:
+    """A request's body. Raises InvalidArgument, naming each field that is wrong and never its value."""
+    try:
+        return model(**fields)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, each['loc'])) or 'together'}: {each['msg']}"
+            for each in error.errors(include_input=False, include_url=False, include_context=False)
+        ]
+    raise InvalidArgument(f"nothing was sent; {'; '.join(problems)}")
+
+
+def from_answer(status: int, body: Any, headers: Mapping[str, str]) -> APIError:
+    """The exception for a refusal; a body of no known shape still gives one. `headers` have lower-case names."""
+    known = body if isinstance(body, dict) else {}
+    is_ours = "code" in known  # the token endpoint answers as RFC 6749, section 5.2 says: there `error` is the code
+    code = str(known.get("code" if is_ours else "error") or "unknown")
+    sentence = known.get("error" if is_ours else "error_description")
+    details = known.get("details")
+    kind = _BY_CODE.get(code) or _BY_STATUS.get(status) or (ServerFault if status >= 500 else APIError)
+    return kind(
+        str(sentence or f"the server answered {status}"),
+        status=status,
+        code=code,
+        request_id=str(known.get("request_id") or headers.get("x-request-id", "")),
+        details=details if isinstance(details, dict) else {},
+        retry_after_s=_retry_after_s(headers.get("retry-after", "")),
+    )
+
+
+def _retry_after_s(told: str) -> float | None:
+    """RFC 9110, section 10.2.3: seconds, or a date."""
+    if told.isdecimal():
+        return float(told)
+    try:
+        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
+    except ValueError:
+        return None

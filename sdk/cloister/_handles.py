@@ -1,0 +1,210 @@
+"""Jobs and models as things to hold: re-attachable by id, sync and async over the same operations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloister._http import AsyncSender, Sender
+from cloister._operations import Operations
+from cloister._progress import Progress
+from cloister.wire import jobs as wire
+from cloister.wire.certificate import Certificate, InvalidCertificate, verify
+
+__all__ = ["AsyncJob", "AsyncModel", "Job", "Model"]
+
+
+class _JobState:
+    """What was last seen of a job."""
+
+    def __init__(self, operations: Operations, seen: wire.Job) -> None:
+        self._operations, self._seen = operations, seen
+
+    @property
+    def id(self) -> str:
+        return self._seen.id
+
+    @property
+    def status(self) -> str:
+        """'queued', 'running', 'cancelling', 'done', 'failed' or 'cancelled', when last looked at."""
+        return self._seen.status
+
+    @property
+    def steps(self) -> int:
+        return self._seen.steps
+
+    @property
+    def steps_done(self) -> int:
+        """At the last chunk boundary, when last looked at."""
+        return self._seen.steps_done
+
+    def _see(self, seen: wire.Job) -> None:
+        self._seen = seen
+
+    def _say_how_to_return(self) -> None:
+        sys.stderr.write(f"\nStopped watching; the job goes on. client.jobs.get({self.id!r}) finds it again.\n")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {self.status} {self.steps_done}/{self.steps} steps>"
+
+
+class Job(_JobState):
+    """A training run on the server. It goes on whether anyone watches or not."""
+
+    def __init__(self, sender: Sender, operations: Operations, seen: wire.Job) -> None:
+        super().__init__(operations, seen)
+        self._sender = sender
+
+    def refresh(self) -> Job:
+        """Look again."""
+        self._see(self._sender.run(self._operations.get("jobs", self.id, wire.Job)))
+        return self
+
+    def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> Model:
+        """Watch until the job is over; the model version it published.
+
+        Ctrl-C stops watching and not the job. Raises JobFailed, JobCancelled, or StillRunning after `timeout_s`.
+        """
+        bar = Progress(wanted=progress)
+
+        def show(seen: wire.Job) -> None:
+            self._see(seen)
+            bar(seen)
+
+        try:
+            done = self._sender.run(self._operations.watch(self.id, show=show, timeout_s=timeout_s))
+        except KeyboardInterrupt:
+            self._say_how_to_return()
+            raise
+        finally:
+            bar.close()
+        return Model(
+            self._sender, self._operations, self._sender.run(self._operations.version(done.model, done.version))
+        )
+
+    def cancel(self) -> Job:
+        """Ask the job to stop at its next chunk boundary. Steps that ran stay charged; nothing is published."""
+        self._see(self._sender.run(self._operations.cancel(self.id)))
+        return self
+
+
+class AsyncJob(_JobState):
+    """A training run on the server, watched from an event loop."""
+
+    def __init__(self, sender: AsyncSender, operations: Operations, seen: wire.Job) -> None:
+        super().__init__(operations, seen)
+        self._sender = sender
+
+    async def refresh(self) -> AsyncJob:
+        """Look again."""
+        self._see(await self._sender.run(self._operations.get("jobs", self.id, wire.Job)))
+        return self
+
+    async def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> AsyncModel:
+        """As `Job.wait`."""
+        bar = Progress(wanted=progress)
+
+        def show(seen: wire.Job) -> None:
+            self._see(seen)
+            bar(seen)
+
+        try:
+            done = await self._sender.run(self._operations.watch(self.id, show=show, timeout_s=timeout_s))
+        finally:
+            bar.close()
+        seen = await self._sender.run(self._operations.version(done.model, done.version))
+        return AsyncModel(self._sender, self._operations, seen)
+
+    async def cancel(self) -> AsyncJob:
+        """As `Job.cancel`."""
+        self._see(await self._sender.run(self._operations.cancel(self.id)))
+        return self
+
+
+class _ModelState:
+    """One version of a model."""
+
+    def __init__(self, operations: Operations, seen: wire.ModelVersion) -> None:
+        self._operations, self._seen = operations, seen
+
+    @property
+    def id(self) -> str:
+        """The model's; the version is `version`."""
+        return self._seen.model
+
+    @property
+    def name(self) -> str:
+        return self._seen.name
+
+    @property
+    def version(self) -> int:
+        return self._seen.version
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """The signed envelope; `cloister.verify(model.certificate, keys)` opens it offline."""
+        return self._seen.certificate
+
+    def verify(self, keys: Mapping[str, bytes]) -> Certificate:
+        """The certificate's statement, signed by one of `keys` and about this very version. Raises InvalidCertificate.
+
+        Offline: `keys` are those that were pinned from `client.certificate_keys()`, or got from the operator.
+        """
+        statement = verify(self.certificate, keys)
+        if (statement.model, statement.version) != (self.id, self.version):
+            raise InvalidCertificate(
+                f"the certificate is of {statement.model} version {statement.version}, and not of this model version"
+            )
+        return statement
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} version {self.version}>"
+
+
+class Model(_ModelState):
+    """A version of a model that answers predictions."""
+
+    def __init__(self, sender: Sender, operations: Operations, seen: wire.ModelVersion) -> None:
+        super().__init__(operations, seen)
+        self._sender = sender
+
+    def predict(self, x: Any) -> NDArray[Any]:
+        """int64 indices of the predicted categories, or float32 values; one per row.
+
+        `x` is one array where the model reads one input, else a dict with an array per input.
+        """
+        return _answer(self._sender.run(self._operations.predict(self.id, self.version, x)))
+
+    def predict_proba(self, x: Any) -> NDArray[np.float32]:
+        """Probabilities, [rows, categories]."""
+        return _probabilities(self._sender.run(self._operations.predict(self.id, self.version, x)))
+
+
+class AsyncModel(_ModelState):
+    """A version of a model that answers predictions, asked from an event loop."""
+
+    def __init__(self, sender: AsyncSender, operations: Operations, seen: wire.ModelVersion) -> None:
+        super().__init__(operations, seen)
+        self._sender = sender
+
+    async def predict(self, x: Any) -> NDArray[Any]:
+        """As `Model.predict`."""
+        return _answer(await self._sender.run(self._operations.predict(self.id, self.version, x)))
+
+    async def predict_proba(self, x: Any) -> NDArray[np.float32]:
+        """As `Model.predict_proba`."""
+        return _probabilities(await self._sender.run(self._operations.predict(self.id, self.version, x)))
+
+
+def _answer(outputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    return outputs["index"] if "index" in outputs else outputs["value"]
+
+
+def _probabilities(outputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+    if "probabilities" not in outputs:
+        raise TypeError("this model predicts a number and has no probabilities; call predict")
+    return outputs["probabilities"]

@@ -1,0 +1,225 @@
+"""The collections of a client: sources, datasets, jobs, models; sync and async over the same operations."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel
+
+from cloister._errors import valid
+from cloister._handles import AsyncJob, AsyncModel, Job, Model
+from cloister._http import AsyncSender, Sender
+from cloister._operations import Operations
+from cloister._uploads import RowData
+from cloister.wire import jobs as wire
+from cloister.wire.columns import Column
+from cloister.wire.sources import CreateDataset, CreateSource, Dataset, Source
+
+__all__ = [
+    "AsyncDatasets",
+    "AsyncJobs",
+    "AsyncModels",
+    "AsyncSources",
+    "Datasets",
+    "Jobs",
+    "Models",
+    "Sources",
+]
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Sync:
+    def __init__(self, sender: Sender, operations: Operations) -> None:
+        self._sender, self._operations = sender, operations
+
+    def _items(self, kind: str, model: type[M]) -> Iterator[M]:
+        cursor = None
+        while True:
+            items, cursor = self._sender.run(self._operations.page(kind, model, cursor=cursor))
+            yield from items
+            if cursor is None:
+                return
+
+
+class _Async:
+    def __init__(self, sender: AsyncSender, operations: Operations) -> None:
+        self._sender, self._operations = sender, operations
+
+    async def _items(self, kind: str, model: type[M]) -> AsyncIterator[M]:
+        cursor = None
+        while True:
+            items, cursor = await self._sender.run(self._operations.page(kind, model, cursor=cursor))
+            for item in items:
+                yield item
+            if cursor is None:
+                return
+
+
+class Sources(_Sync):
+    """The people behind the data: owners of unit, adjacency and budget."""
+
+    def create(
+        self, name: str, *, epsilon: float, delta: float, unit: Literal["row", "user"] = "row", public: bool = False
+    ) -> Source:
+        """Declare a source, an audited act. All but epsilon is fixed for good."""
+        body = valid(CreateSource, name=name, epsilon=epsilon, delta=delta, unit=unit, public=public)
+        return self._sender.run(self._operations.create_source(body))
+
+    def get(self, id_or_name: str) -> Source:
+        """One source, with its budget."""
+        return self._sender.run(self._operations.get("sources", id_or_name, Source))
+
+    def list(self) -> Iterator[Source]:
+        """All that are visible; pages are fetched as they are needed."""
+        return self._items("sources", Source)
+
+
+class AsyncSources(_Async):
+    """As `Sources`."""
+
+    async def create(
+        self, name: str, *, epsilon: float, delta: float, unit: Literal["row", "user"] = "row", public: bool = False
+    ) -> Source:
+        """As `Sources.create`."""
+        body = valid(CreateSource, name=name, epsilon=epsilon, delta=delta, unit=unit, public=public)
+        return await self._sender.run(self._operations.create_source(body))
+
+    async def get(self, id_or_name: str) -> Source:
+        """As `Sources.get`."""
+        return await self._sender.run(self._operations.get("sources", id_or_name, Source))
+
+    def list(self) -> AsyncIterator[Source]:
+        """As `Sources.list`."""
+        return self._items("sources", Source)
+
+
+class Datasets(_Sync):
+    """Rows under a source, sealed."""
+
+    def upload(
+        self,
+        name: str,
+        data: RowData,
+        *,
+        source: Source | str,
+        columns: Mapping[str, Column],
+        nominal_size: int,
+        capacity: int,
+        capacity_rows: int | None = None,
+    ) -> Dataset:
+        """Stream rows to the server, about 4 MiB at a time, and close the dataset.
+
+        `data`: column name -> array or path of a `.npy` file; or the path of a `.csv` or `.csv.gz` in UTF-8 whose header
+        names the columns. Integers in a category's column are indices, text is one of the declared values. `nominal_size`
+        and `capacity` are public numbers, what you would tell a stranger: never the number of rows itself. Called again
+        with the same rows after an interruption, it goes on where the server stands.
+        Raises RowsNotFit before anything wrong is sent, RowsRefused if the server finds more.
+        """
+        body = _declaration(name, source, columns, nominal_size, capacity, capacity_rows)
+        return self._sender.run(self._operations.upload(body, data))
+
+    def get(self, id_or_name: str) -> Dataset:
+        return self._sender.run(self._operations.get("datasets", id_or_name, Dataset))
+
+    def list(self) -> Iterator[Dataset]:
+        """All that are visible."""
+        return self._items("datasets", Dataset)
+
+
+class AsyncDatasets(_Async):
+    """As `Datasets`."""
+
+    async def upload(
+        self,
+        name: str,
+        data: RowData,
+        *,
+        source: Source | str,
+        columns: Mapping[str, Column],
+        nominal_size: int,
+        capacity: int,
+        capacity_rows: int | None = None,
+    ) -> Dataset:
+        """As `Datasets.upload`."""
+        body = _declaration(name, source, columns, nominal_size, capacity, capacity_rows)
+        return await self._sender.run(self._operations.upload(body, data))
+
+    async def get(self, id_or_name: str) -> Dataset:
+        """As `Datasets.get`."""
+        return await self._sender.run(self._operations.get("datasets", id_or_name, Dataset))
+
+    def list(self) -> AsyncIterator[Dataset]:
+        """As `Datasets.list`."""
+        return self._items("datasets", Dataset)
+
+
+class Jobs(_Sync):
+    """Training runs, found again by id."""
+
+    def get(self, job: str) -> Job:
+        return Job(self._sender, self._operations, self._sender.run(self._operations.get("jobs", job, wire.Job)))
+
+    def list(self) -> Iterator[Job]:
+        """All that are visible."""
+        return (Job(self._sender, self._operations, seen) for seen in self._items("jobs", wire.Job))
+
+
+class AsyncJobs(_Async):
+    """As `Jobs`."""
+
+    async def get(self, job: str) -> AsyncJob:
+        """As `Jobs.get`."""
+        return AsyncJob(
+            self._sender, self._operations, await self._sender.run(self._operations.get("jobs", job, wire.Job))
+        )
+
+    async def list(self) -> AsyncIterator[AsyncJob]:
+        """As `Jobs.list`."""
+        async for seen in self._items("jobs", wire.Job):
+            yield AsyncJob(self._sender, self._operations, seen)
+
+
+class Models(_Sync):
+    """Published models."""
+
+    def get(self, id_or_name: str, *, version: int | None = None) -> Model:
+        """A version of a model; the champion where none is named."""
+        return Model(self._sender, self._operations, self._sender.run(self._operations.version(id_or_name, version)))
+
+    def list(self) -> Iterator[wire.Model]:
+        """All that are visible."""
+        return self._items("models", wire.Model)
+
+
+class AsyncModels(_Async):
+    """As `Models`."""
+
+    async def get(self, id_or_name: str, *, version: int | None = None) -> AsyncModel:
+        """As `Models.get`."""
+        seen = await self._sender.run(self._operations.version(id_or_name, version))
+        return AsyncModel(self._sender, self._operations, seen)
+
+    def list(self) -> AsyncIterator[wire.Model]:
+        """As `Models.list`."""
+        return self._items("models", wire.Model)
+
+
+def _declaration(
+    name: str,
+    source: Source | str,
+    columns: Mapping[str, Column],
+    nominal_size: int,
+    capacity: int,
+    capacity_rows: int | None,
+) -> CreateDataset:
+    return valid(
+        CreateDataset,
+        source=source if isinstance(source, str) else source.id,
+        name=name,
+        columns=dict(columns),
+        nominal_size=nominal_size,
+        capacity=capacity,
+        capacity_rows=capacity_rows,
+    )

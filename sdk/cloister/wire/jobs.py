@@ -1,0 +1,71 @@
+"""Training jobs and the model versions that they publish."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field
+
+from cloister.wire._model import Identifier, Name, Request, Response
+from cloister.wire.plans import TrainingSpec
+
+__all__ = ["FINAL", "Job", "Model", "ModelVersion", "Page", "StartJob"]
+
+FINAL = frozenset({"done", "failed", "cancelled"})
+"""The states that a job never leaves."""
+
+
+class StartJob(Request):
+    """Reserve the run's whole budget and queue it. Refused, the ledger is unchanged."""
+
+    training: TrainingSpec
+    model: Name
+    """The model that the new version goes to; made where the tenant has none of that name."""
+    require_revision: int | None = Field(default=None, ge=0)
+    """Refuse if the source's ledger moved since this revision."""
+
+
+class Job(Response):
+    id: Identifier
+    model: str
+    dataset: Identifier
+    status: Literal["queued", "running", "cancelling", "done", "failed", "cancelled"] | str
+    steps: int
+    steps_done: int
+    """Told at chunk boundaries only, and never with a time."""
+    epsilon: float
+    delta: float
+    version: int | None = None
+    """The published version, once done."""
+    error: str | None = None
+    """Why it failed, in words that say nothing of rows."""
+    error_code: str | None = None
+    request_id: str | None = None
+    """The request that started it: what to quote to the operator."""
+    created: datetime
+
+
+class ModelVersion(Response):
+    model: Identifier
+    name: str
+    version: int
+    job: Identifier
+    certificate: dict[str, Any]
+    """A DSSE envelope; `cloister.wire.certificate.verify` opens it."""
+    created: datetime
+
+
+class Model(Response):
+    id: Identifier
+    name: str
+    champion: int
+    """The version that is served where none is named."""
+    created: datetime
+
+
+class Page(Response):
+    """One page of a listing; `next` is the cursor of the following one."""
+
+    items: list[dict[str, Any]]
+    next: str | None = None

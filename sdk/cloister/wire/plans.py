@@ -1,0 +1,124 @@
+"""Plans (free) and the training specs that jobs are started from. Public numbers only."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probability, Request, Response
+from cloister.wire.architecture import Architecture, Layer
+
+__all__ = ["SGD", "Adam", "Event", "Optimizer", "Plan", "PlanRequest", "Privacy", "Quote", "TrainingSpec"]
+
+_Sigma = Annotated[float, Field(ge=0.3, le=1000, allow_inf_nan=False)]
+
+
+class Privacy(Request):
+    """What a run may cost: a target epsilon, or the noise multiplier itself; exactly one."""
+
+    epsilon: Annotated[PositiveFloat, Field(le=1000)] | None = None
+    noise_multiplier: _Sigma | None = None
+    delta: Annotated[Probability, Field(le=0.1)] | None = None
+    """The delta at which epsilon is told; by default the source's."""
+    clip: PositiveFloat = 1.0
+    """The L2 norm to which each unit's gradient is clipped."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Privacy:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give exactly one of epsilon and noise_multiplier")
+        return self
+
+
+class SGD(Request):
+    """torch.optim.SGD."""
+
+    type: Literal["sgd"] = "sgd"
+    learning_rate: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Adam(Request):
+    """torch.optim.Adam with its default betas."""
+
+    type: Literal["adam"] = "adam"
+    learning_rate: PositiveFloat
+
+
+Optimizer = Annotated[SGD | Adam, Field(discriminator="type")]
+
+
+class PlanRequest(Request):
+    """Ask what a run would cost. What is left out is filled by the public recipe."""
+
+    dataset: Identifier
+    target: Name
+    features: tuple[Name, ...] | None = None
+    """Columns that the network reads; by default all that it can but the target."""
+    layers: tuple[Layer, ...] | None = None
+    privacy: Privacy | None = None
+    batch_size: Count | None = None
+    """The expected number of units in a step: q = batch_size / nominal_size."""
+    epochs: PositiveFloat | None = None
+    """Steps = ceil(epochs * nominal_size / batch_size)."""
+    optimizer: Optimizer | None = None
+
+
+class TrainingSpec(Request):
+    """A run without a blank left in it: what is planned is what is charged is what is trained."""
+
+    format: Literal["cloister.training/1"] = "cloister.training/1"
+    dataset: Identifier
+    architecture: Architecture
+    nominal_size: Count
+    batch_size: Count
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    noise_multiplier: _Sigma
+    clip: PositiveFloat
+    delta: Probability
+    optimizer: Optimizer
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> TrainingSpec:
+        if self.batch_size > self.nominal_size:
+            raise ValueError(
+                f"batch larger than nominal_size: {self.batch_size} > {self.nominal_size}; lower batch_size"
+            )
+        return self
+
+
+class Event(Response):
+    """What the ledger charges, exactly: one mechanism, composed `steps` times."""
+
+    mechanism: Literal["poisson_subsampled_gaussian"] | str
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    unit: str
+    adjacency: str
+
+
+class Quote(Response):
+    """What the source's budget would be, at one revision of its ledger."""
+
+    revision: int
+    cap: float
+    delta: float
+    before: float
+    after: float
+    left: float
+    """Left after this run, if it ran; below zero never: where it does not fit, what is left now."""
+    fits: bool
+
+
+class Plan(Response):
+    training: TrainingSpec
+    event: Event
+    epsilon: float
+    """The run's own epsilon at `delta`, by RDP: what it would cost as the only run ever."""
+    epsilon_pld: float
+    """The same by privacy-loss distributions: tighter, displayed, and never what decides."""
+    delta: float
+    source: Identifier
+    quote: Quote

@@ -1,0 +1,99 @@
+"""Sources (the people behind the data, who own unit and budget) and the datasets that are uploaded under them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probability, Request, Response
+from cloister.wire.columns import Schema, UnitColumn
+
+__all__ = ["Budget", "CreateDataset", "CreateSource", "Dataset", "PartReceipt", "Source"]
+
+Unit = Literal["row", "user"]
+
+
+class CreateSource(Request):
+    """Declare a source: an owner's audited act. Unit, adjacency, delta and `public` never change afterwards."""
+
+    name: Name
+    unit: Unit = "row"
+    adjacency: Literal["add_remove"] = "add_remove"
+    epsilon: Annotated[PositiveFloat, Field(le=1000)]
+    delta: Annotated[Probability, Field(le=0.1)]
+    public: bool = False
+    """Declared public: audits may train on it. Never true of data about people."""
+
+
+class Budget(Response):
+    """What the filter has used: 'spent' is filter usage, not a DP statement of its own."""
+
+    epsilon: float
+    """The cap."""
+    delta: float
+    spent: float
+    left: float
+    revision: int
+    """The number of ledger rows of this source; a plan is quoted at one revision."""
+
+
+class Source(Response):
+    id: Identifier
+    name: str
+    unit: Unit | str
+    adjacency: str
+    public: bool
+    budget: Budget
+    created: datetime
+
+
+class CreateDataset(Request):
+    """Declare a dataset before its rows: all numbers here are public, and none may default to a row count."""
+
+    source: Identifier
+    name: Name
+    columns: Schema
+    nominal_size: Count
+    """About how many units there are, as you would tell a stranger: q, steps and divisor follow from it."""
+    capacity: Count
+    """The most units there can be, >= nominal_size: sealed size and work follow from it."""
+    capacity_rows: Count | None = None
+    """The most rows there can be, where the unit is a user; otherwise a row is a unit."""
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> CreateDataset:
+        if self.capacity < self.nominal_size:
+            raise ValueError(f"capacity ({self.capacity}) must be at least nominal_size ({self.nominal_size})")
+        units = [name for name, column in self.columns.items() if isinstance(column, UnitColumn)]
+        if len(units) > 1:
+            raise ValueError(f"at most one column may be the unit; here are {', '.join(units)}")
+        if self.capacity_rows is not None and self.capacity_rows < self.capacity:
+            raise ValueError(f"capacity_rows ({self.capacity_rows}) must be at least capacity ({self.capacity})")
+        return self
+
+
+class Dataset(Response):
+    """A dataset as anyone who may see it sees it. The number of rows is nobody's business, and not here."""
+
+    id: Identifier
+    name: str
+    source: Identifier
+    columns: Schema
+    nominal_size: int
+    capacity: int
+    capacity_rows: int
+    status: Literal["uploading", "ready"] | str
+    part_rows: int
+    """Rows that one part may carry: public, from the schema alone."""
+    parts: int
+    """Parts that the capacity needs: public, whatever is uploaded."""
+    created: datetime
+
+
+class PartReceipt(Response):
+    """What the uploader hears of an accepted part; `rows` is the uploader's own number."""
+
+    part: int
+    rows: int

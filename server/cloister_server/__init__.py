@@ -1,0 +1,1 @@
+"""The Cloister server: OAuth-gated training and serving of differentially private models."""

@@ -1,0 +1,138 @@
+"""One authenticated request and its one transaction; a repeated write gets the answer that it got. Knows no feature.
+
+The answer to a write is stored in the write's own transaction, by its Idempotency-Key: it is there if, and only if,
+the write is. A refused write leaves nothing but its denial in the audit log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Header, Query, Request, Response
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from cloister_server.audit import denials_kept
+from cloister_server.errors import IdempotencyMismatch, Unauthenticated
+from cloister_server.policy import Principal
+from cloister_server.service import Service
+from cloister_server.store.session import reading, writing
+from cloister_server.store.tables import IdempotencyKey
+
+__all__ = ["Call", "Cursor", "Limit", "ReadCall", "WriteCall"]
+
+T = TypeVar("T")
+
+Cursor = Annotated[str | None, Query(max_length=128)]
+Limit = Annotated[int, Query(ge=1, le=200)]
+
+
+class _Raced(Exception):
+    """Another request of the same key was answered while this one waited for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who asks what of which service."""
+
+    service: Service
+    principal: Principal
+    idempotency_key: str | None
+    route: str
+
+    def read(self, work: Callable[[Session], T]) -> T:
+        """What `work` answers in a transaction that writes nothing."""
+        with denials_kept(self.service.engine), reading(self.service.engine) as session:
+            return work(session)
+
+    def write(self, work: Callable[[Session], T]) -> T:
+        """What `work` answers in one write transaction; nothing of it is kept for a retry."""
+        with denials_kept(self.service.engine), writing(self.service.engine) as session:
+            return work(session)
+
+    def once(self, body: BaseModel | bytes, work: Callable[[Session], BaseModel], *, status: int = 201) -> Response:
+        """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again.
+
+        Of two at the same time one runs and the other waits for its answer. Raises IdempotencyMismatch where the key
+        was used with another body.
+        """
+        if self.idempotency_key is None:
+            return _response(_answer(self.write(work)), status)
+        digest = hashlib.sha256(body if isinstance(body, bytes) else body.model_dump_json().encode()).hexdigest()
+        try:
+            return self._once(self.idempotency_key, digest, work, status)
+        except _Raced:
+            return self._once(self.idempotency_key, digest, work, status)
+
+    def _once(self, key: str, digest: str, work: Callable[[Session], BaseModel], status: int) -> Response:
+        place = (self.principal.tenant_id, self.principal.id, self.route, key)
+        with denials_kept(self.service.engine), writing(self.service.engine) as session:
+            stored = session.get(IdempotencyKey, place)
+            if stored is not None:
+                return _replay(stored, digest)
+            row = _claim(session, place, digest)
+            row.answer, row.status = _answer(work(session)), status
+            answer = row.answer
+        return _response(answer, status)
+
+
+def _claim(session: Session, place: tuple[str, str, str, str], digest: str) -> IdempotencyKey:
+    """Take the key before the work: whoever else comes with it waits here until this transaction ends."""
+    tenant_id, principal_id, route, key = place
+    row = IdempotencyKey(
+        tenant_id=tenant_id, principal_id=principal_id, route=route, key=key, body_sha256=digest, status=0, answer={}
+    )
+    session.add(row)
+    try:
+        session.flush()
+    except IntegrityError:
+        raise _Raced from None
+    return row
+
+
+def _replay(stored: IdempotencyKey, digest: str) -> Response:
+    if not hmac.compare_digest(stored.body_sha256, digest):
+        raise IdempotencyMismatch(
+            "this Idempotency-Key was used for another request; send a fresh key with every new write"
+        )
+    return _response(stored.answer, stored.status, replayed=True)
+
+
+def _answer(model: BaseModel) -> dict[str, Any]:
+    """A model as it is stored and sent, so that a replay is the same document."""
+    answer: dict[str, Any] = json.loads(model.model_dump_json())
+    return answer
+
+
+def _response(answer: dict[str, Any], status: int, *, replayed: bool = False) -> Response:
+    headers = {"Idempotency-Replayed": "true"} if replayed else None
+    return Response(json.dumps(answer), status, headers, media_type="application/json")
+
+
+_documented = HTTPBearer(auto_error=False, description="An access token from /oauth/token.")
+"""For the API's description alone: the edge has verified the token before anything here runs."""
+
+
+async def _read_call(request: Request, _: Annotated[Any, Depends(_documented)]) -> Call:
+    principal = getattr(request.state, "principal", None)
+    if not isinstance(principal, Principal):
+        raise Unauthenticated("there is no valid access token; get one at /oauth/token")
+    return Call(request.app.state.service, principal, None, f"{request.method} {request.url.path}")
+
+
+async def _write_call(
+    call: Annotated[Call, Depends(_read_call)],
+    idempotency_key: Annotated[str | None, Header(pattern=r"^[A-Za-z0-9_-]{1,128}$")] = None,
+) -> Call:
+    return Call(call.service, call.principal, idempotency_key, call.route)
+
+
+ReadCall = Annotated[Call, Depends(_read_call)]
+WriteCall = Annotated[Call, Depends(_write_call)]

@@ -1,0 +1,97 @@
+"""/v1/datasets: declare a dataset, stream its parts in as raw bodies, close it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from contextlib import suppress
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from cloister.wire.jobs import Page
+from cloister.wire.rows import decode_rows
+from cloister.wire.sources import CreateDataset, Dataset, PartReceipt
+from cloister_server import datasets
+from cloister_server.api.call import Call, Cursor, Limit, ReadCall, WriteCall
+from cloister_server.errors import BadRequest, Conflict
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+
+_RAW_BODY = {"requestBody": {"required": True, "content": {"application/vnd.cloister.rows": {}}}}
+
+
+@router.post("", status_code=201, response_model=Dataset)
+def create_dataset(body: CreateDataset, call: WriteCall) -> Response:
+    return call.once(body, lambda session: datasets.create(session, call.principal, body))
+
+
+@router.get("")
+def list_datasets(call: ReadCall, name: str | None = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
+    return call.read(lambda session: datasets.listed(session, call.principal, name=name, cursor=cursor, limit=limit))
+
+
+@router.get("/{dataset}")
+def get_dataset(dataset: str, call: ReadCall) -> Dataset:
+    return call.read(lambda session: datasets.get(session, call.principal, dataset))
+
+
+@router.put("/{dataset}/parts/{number}", status_code=201, response_model=PartReceipt, openapi_extra=_RAW_BODY)
+async def upload_part(dataset: str, number: int, request: Request, call: WriteCall) -> Response:
+    # Authorised before the body is read; the body is read as raw bytes, which no framework spools to a disk.
+    await run_in_threadpool(
+        call.read, lambda session: datasets.may_upload(session, call.principal, dataset, number=number)
+    )
+    body = await request.body()
+    return await run_in_threadpool(_store_part, call, dataset, number, body, request.headers.get("content-digest"))
+
+
+@router.post("/{dataset}/complete", response_model=Dataset)
+def complete_dataset(dataset: str, call: WriteCall) -> Response:
+    _fill(call, dataset)
+    return call.once(
+        dataset.encode(),
+        lambda session: datasets.complete(session, call.principal, call.service, dataset),
+        status=200,
+    )
+
+
+def _store_part(call: Call, dataset: str, number: int, body: bytes, declared: str | None) -> Response:
+    _check_digest(body, declared)
+    row = call.read(lambda session: datasets.may_upload(session, call.principal, dataset, number=number))
+    rows = decode_rows(datasets.schema_of(row), body)
+    return call.once(
+        hashlib.sha256(body).digest(),
+        lambda session: datasets.add_part(
+            session, call.principal, call.service, dataset_id=dataset, number=number, rows=rows
+        ),
+    )
+
+
+def _fill(call: Call, dataset: str) -> None:
+    """Seal the empty parts one transaction at a time, so that nobody waits behind all of them."""
+    with suppress(Conflict):  # complete already: `once` replays the answer, or refuses in words
+        while call.write(lambda session: datasets.fill(session, call.principal, call.service, dataset)):
+            pass
+
+
+def _check_digest(body: bytes, declared: str | None) -> None:
+    """RFC 9530 Content-Digest, sha-256 only."""
+    if declared is None:
+        raise BadRequest(
+            "a part needs a Content-Digest header (sha-256=:…:, RFC 9530); the SDK sends it", code="digest_mismatch"
+        )
+    algorithm, _, value = declared.partition("=")
+    try:
+        expected = base64.b64decode(value.strip(":"), validate=True)
+    except binascii.Error:
+        expected = b""
+    if algorithm != "sha-256" or not hmac.compare_digest(expected, hashlib.sha256(body).digest()):
+        raise BadRequest(
+            "the body is not what its Content-Digest says: it was changed or cut short on the way; send the part again",
+            code="digest_mismatch",
+        )

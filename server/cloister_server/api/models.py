@@ -1,0 +1,33 @@
+"""/v1/models: models, their versions and their certificates. Predictions are at /v2."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from cloister.wire.jobs import Model, ModelVersion, Page
+from cloister_server import models
+from cloister_server.api.call import Cursor, Limit, ReadCall
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("")
+def list_models(call: ReadCall, name: str | None = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
+    return call.read(lambda session: models.listed(session, call.principal, name=name, cursor=cursor, limit=limit))
+
+
+@router.get("/{model}")
+def get_model(model: str, call: ReadCall) -> Model:
+    return call.read(lambda session: models.get(session, call.principal, model))
+
+
+@router.get("/{model}/versions")
+def list_versions(model: str, call: ReadCall) -> Page:
+    return call.read(lambda session: models.versions(session, call.principal, model))
+
+
+@router.get("/{model}/versions/{version}")
+def get_version(model: str, version: int, call: ReadCall) -> ModelVersion:
+    return call.read(lambda session: models.get_version(session, call.principal, model, version))

@@ -1,0 +1,77 @@
+"""The audit log: who did what to what, by which grant, and who was denied it and why. Never a secret, never a row of data."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from cloister_server.policy import Denied, Principal
+from cloister_server.store.session import writing
+from cloister_server.store.tables import AuditRow, new_id
+
+__all__ = ["denials_kept", "keep_denial", "record"]
+
+log = logging.getLogger(__name__)
+
+_NAMING = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What a caller gives as an id or a name is kept only if it looks like one: a path may hold anything."""
+
+
+def record(
+    session: Session, principal: Principal, *, verb: str, resource_id: str, outcome: str, grant_id: str | None
+) -> None:
+    """Write one row of the log in the caller's transaction: it is there if, and only if, what it tells of happened."""
+    session.add(
+        AuditRow(
+            tenant_id=principal.tenant_id,
+            id=new_id("aud"),
+            principal_id=principal.id,
+            verb=verb,
+            resource_id=resource_id,
+            outcome=outcome,
+            grant_id=grant_id,
+            request_id=principal.request_id,
+        )
+    )
+
+
+@contextmanager
+def denials_kept(engine: Engine) -> Iterator[None]:
+    """Around a transaction: a denial that ends it is kept, and raised again."""
+    try:
+        yield
+    except Denied as denied:
+        keep_denial(engine, denied)
+        raise
+
+
+def keep_denial(engine: Engine, denied: Denied) -> None:
+    """Write a denial in a transaction of its own, once: the one that it ended is rolled back.
+
+    A log that cannot be written changes nothing for the caller: the denial stands either way.
+    """
+    if denied.is_kept:
+        return
+    denial, denied.is_kept = denied.denial, True
+    resource_id = denial.resource_id if _NAMING.fullmatch(denial.resource_id) else "(neither an id nor a name)"
+    try:
+        with writing(engine) as session:
+            record(
+                session,
+                denial.principal,
+                verb=denial.verb,
+                resource_id=resource_id,
+                outcome=f"denied: {denial.reason}",
+                grant_id=None,
+            )
+    except SQLAlchemyError as error:
+        log.error(
+            "audit.denial_not_written",
+            extra={"error": type(error).__name__, "request_id": denial.principal.request_id},
+        )

@@ -1,0 +1,277 @@
+"""`cloister-admin`: the operator's commands, on the deployment itself. Needs no running server; changes what one serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import typer
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from cloister.wire.sources import CreateSource
+from cloister_privacy.errors import PrivacyError
+from cloister_server import budgets, deployment, grants, policy, sources, tenants, vault
+from cloister_server.errors import Invalid, ServerError
+from cloister_server.grants import Role
+from cloister_server.policy import Principal
+from cloister_server.service import Service
+from cloister_server.settings import load_settings
+from cloister_server.store.session import reading, writing
+from cloister_server.store.tables import Grant, Source
+
+__all__ = ["main"]
+
+T = TypeVar("T")
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+tenant_cli, client_cli, grant_cli, source_cli, budget_cli = (
+    typer.Typer(no_args_is_help=True, help=text)
+    for text in (
+        "Tenants.",
+        "OAuth clients (apps) of a tenant.",
+        "Who may do what.",
+        "The people behind data.",
+        "What has been spent.",
+    )
+)
+for name, group in {
+    "tenant": tenant_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
+}.items():  # fmt: skip
+    cli.add_typer(group, name=name)
+
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+InTenant = Annotated[str, typer.Option("--tenant", help="The tenant, by name or id.")]
+
+
+@cli.callback()
+def _root() -> None:
+    """Operate a Cloister deployment; settings come from CLOISTER_* in the environment."""
+
+
+@cli.command()
+def init(
+    key_file: Annotated[
+        Path | None, typer.Option(help="The root key's file, made (0600) where it is absent; else CLOISTER_KEY_FILE.")
+    ] = None,
+    passphrase_fd: Annotated[
+        int | None, typer.Option(help="Read the keystore's passphrase from this descriptor.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Make the data directory, the keystore, the schema and the service's keys; running it again upgrades the schema."""
+    with _refusals(as_json):
+        passphrase = None if passphrase_fd is None else os.fdopen(passphrase_fd).readline().rstrip("\n")
+        settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
+        service = deployment.initialise(settings, passphrase=passphrase)
+        with reading(service.engine) as session:
+            keys = [vault.signing_key(session, service.keys, "certificate").public]
+        _show({"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}, as_json)
+
+
+@tenant_cli.command("create")
+def tenant_create(name: str, as_json: JSON = False) -> None:
+    """Make a tenant, with an encryption key of its own."""
+
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        made = tenants.create_tenant(session, service.keys, name=_named(name), request_id=_request_id())
+        return {"id": made.id, "name": made.name}
+
+    _run(work, as_json)
+
+
+@tenant_cli.command("list")
+def tenant_list(as_json: JSON = False) -> None:
+    """List the tenants."""
+    _run(
+        lambda session, _: [{"id": t.id, "name": t.name, "created": t.created} for t in tenants.tenants(session)],
+        as_json,
+    )
+
+
+@client_cli.command("create")
+def client_create(
+    tenant: InTenant,
+    name: Annotated[str, typer.Option(help="What people call it.")],
+    role: Annotated[Role, typer.Option(help="What it may do to start with.")] = "trainer",
+    as_json: JSON = False,
+) -> None:
+    """Make an OAuth client; its secret is printed this once and kept nowhere."""
+
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        app, secret = tenants.create_client(
+            session, service.keys, _operator(session, tenant), name=_named(name), role=role
+        )
+        return {"client_id": app.id, "client_secret": secret, "name": app.name, "role": role}
+
+    _run(work, as_json)
+
+
+@client_cli.command("list")
+def client_list(tenant: InTenant, as_json: JSON = False) -> None:
+    """List a tenant's OAuth clients."""
+
+    def work(session: Session, _: Service) -> list[dict[str, Any]]:
+        apps = tenants.apps(session, _operator(session, tenant))
+        return [{"client_id": app.id, "name": app.name, "created": app.created} for app in apps]
+
+    _run(work, as_json)
+
+
+@grant_cli.command("add")
+def grant_add(
+    tenant: InTenant,
+    to: Annotated[str, typer.Option(help="The client id of the app, of this or another tenant.")],
+    verb: Annotated[str, typer.Option(help="One verb, e.g. model.predict.")],
+    resource: Annotated[str, typer.Option(help="The id of the resource, or * for all of this tenant's.")] = "*",
+    effect: Annotated[Literal["allow", "deny"], typer.Option(help="A deny goes before every allow.")] = "allow",
+    until: Annotated[datetime | None, typer.Option(help="When it expires, UTC.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Let an app do one thing, or forbid it."""
+
+    def work(session: Session, _: Service) -> dict[str, Any]:
+        operator = _operator(session, tenant)
+        expires = None if until is None else until.replace(tzinfo=UTC)
+        return _grant_row(
+            grants.add(session, operator, to=to, verb=verb, resource_id=resource, effect=effect, expires=expires)
+        )
+
+    _run(work, as_json)
+
+
+@grant_cli.command("list")
+def grant_list(
+    tenant: InTenant, to: Annotated[str | None, typer.Option(help="Only this app's.")] = None, as_json: JSON = False
+) -> None:
+    """List the grants on a tenant's resources."""
+    _run(lambda session, _: [_grant_row(g) for g in grants.listed(session, _operator(session, tenant), to=to)], as_json)
+
+
+@grant_cli.command("remove")
+def grant_remove(grant: str, tenant: InTenant, as_json: JSON = False) -> None:
+    """Take a grant away."""
+
+    def work(session: Session, _: Service) -> dict[str, Any]:
+        grants.remove(session, _operator(session, tenant), grant)
+        return {"removed": grant}
+
+    _run(work, as_json)
+
+
+@source_cli.command("create")
+def source_create(
+    tenant: InTenant,
+    name: Annotated[str, typer.Option(help="What people call it.")],
+    epsilon: Annotated[float, typer.Option(help="The cap over all runs.")],
+    delta: Annotated[float, typer.Option(help="Fixed for good.")],
+    owner: Annotated[str, typer.Option(help="The client id of the owner's app.")],
+    unit: Annotated[Literal["row", "user"], typer.Option(help="Who is protected. Fixed for good.")] = "row",
+    public: Annotated[bool, typer.Option("--public", help="Not about people at all. Fixed for good.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Declare a source for an app that owns it."""
+
+    def work(session: Session, _: Service) -> dict[str, Any]:
+        body = CreateSource(name=name, unit=unit, epsilon=epsilon, delta=delta, public=public)
+        made = sources.create(session, _operator(session, tenant), body, owner_id=owner)
+        return made.model_dump(mode="json")
+
+    _run(work, as_json)
+
+
+@source_cli.command("list")
+def source_list(tenant: InTenant, as_json: JSON = False) -> None:
+    """List a tenant's sources with their budgets."""
+
+    def work(session: Session, _: Service) -> list[dict[str, Any]]:
+        operator = _operator(session, tenant)
+        return sources.listed(session, operator, name=None, cursor=None, limit=200).items
+
+    _run(work, as_json)
+
+
+@budget_cli.command("show")
+def budget_show(source: str, tenant: InTenant, as_json: JSON = False) -> None:
+    """Show what a source's filter has used and what is left."""
+
+    def work(session: Session, _: Service) -> dict[str, Any]:
+        row = policy.find(session, _operator(session, tenant), "source.read", Source, source).resource
+        return {"source": row.id, "name": row.name, **budgets.balance(session, row).model_dump(mode="json")}
+
+    _run(work, as_json)
+
+
+def _run(work: Callable[[Session, Service], Any], as_json: bool) -> None:
+    """One command, one transaction."""
+    with _refusals(as_json):
+        service = deployment.open_service(load_settings())
+        with writing(service.engine) as session:
+            answer = work(session, service)
+        _show(answer, as_json)
+
+
+@contextmanager
+def _refusals(as_json: bool) -> Iterator[None]:
+    """A refusal is one sentence on standard error and exit status 1."""
+    try:
+        yield
+    except (ServerError, PrivacyError) as refusal:
+        code = refusal.code if isinstance(refusal, ServerError) else "refused"
+        message = refusal.message if isinstance(refusal, ServerError) else str(refusal)
+    except ValidationError as refusal:
+        code = "invalid_request"
+        message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in refusal.errors())
+    else:
+        return
+    print(json.dumps({"error": message, "code": code}) if as_json else f"cloister-admin: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def _show(answer: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer, default=lambda value: value.isoformat()))
+        return
+    for row in answer if isinstance(answer, list) else [answer]:
+        print("  ".join(f"{name}={value}" for name, value in row.items()))
+
+
+def _operator(session: Session, tenant: str) -> Principal:
+    return tenants.operator_of(tenants.find_tenant(session, tenant), request_id=_request_id())
+
+
+def _grant_row(grant: Grant) -> dict[str, Any]:
+    return {
+        "id": grant.id,
+        "to": grant.principal_id,
+        "effect": grant.effect,
+        "verb": grant.verb,
+        "resource": grant.resource_id,
+        "expires": grant.expires,
+    }
+
+
+def _request_id() -> str:
+    return f"cli_{secrets.token_hex(12)}"
+
+
+def _named(name: str) -> str:
+    if not (
+        1 <= len(name) <= 63
+        and name[0].isalpha()
+        and name.isascii()
+        and name.replace("-", "").replace("_", "").isalnum()
+    ):
+        raise Invalid(f"{name!r} is not a name: a letter first, then letters, digits, - and _, at most 63 characters")
+    return name
+
+
+def main() -> None:
+    cli()

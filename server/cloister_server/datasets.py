@@ -1,0 +1,207 @@
+"""Datasets: declared, filled part by part, closed. Knows sealing; refuses to know, or tell, how many rows there are.
+
+Every part has the same sealed size, and a closed dataset has every part that its capacity asks for, empty ones
+included: what lies on the disk follows from public numbers alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cloister.wire import sources as wire
+from cloister.wire.columns import Schema, UnitColumn
+from cloister.wire.jobs import Page
+from cloister.wire.rows import RowsRefused, part_rows, row_bytes, seal_form
+from cloister_server import audit, grants, policy, vault
+from cloister_server.errors import Conflict, Invalid
+from cloister_server.policy import Principal
+from cloister_server.service import Service
+from cloister_server.store.paging import page_of
+from cloister_server.store.tables import Dataset, Part, Source, new_id
+
+__all__ = ["add_part", "complete", "create", "fill", "get", "listed", "may_upload", "part_objects", "schema_of"]
+
+MAX_BYTES = 2**36
+"""The most a dataset may take on the disk: 64 GiB."""
+
+_SCHEMA: TypeAdapter[dict[str, Any]] = TypeAdapter(Schema)
+
+
+def create(session: Session, principal: Principal, body: wire.CreateDataset) -> wire.Dataset:
+    """Declare a dataset under a source, before its first row."""
+    authorized = policy.find(session, principal, "dataset.create", Source, body.source)
+    source = authorized.resource
+    _check_declaration(source, body)
+    taken = select(Dataset.id).where(Dataset.tenant_id == source.tenant_id, Dataset.name == body.name)
+    if session.scalar(taken) is not None:
+        raise Conflict(f"a dataset named {body.name!r} is already there; choose another name")
+    slots = part_rows(body.columns)
+    rows = body.capacity_rows or body.capacity
+    dataset = Dataset(
+        tenant_id=source.tenant_id,
+        id=new_id("ds"),
+        source_id=source.id,
+        name=body.name,
+        columns=_SCHEMA.dump_python(body.columns, mode="json"),
+        nominal_size=body.nominal_size,
+        capacity=body.capacity,
+        capacity_rows=rows,
+        part_rows=min(slots, rows),
+        parts=-(-rows // slots),
+        status="uploading",
+        uploader_id=principal.id,
+    )
+    session.add(dataset)
+    session.flush()  # the grants name the row
+    grants.grant_to_creator(session, principal, dataset)
+    audit.record(
+        session,
+        principal,
+        verb="dataset.create",
+        resource_id=dataset.id,
+        outcome="allowed",
+        grant_id=authorized.grant_id,
+    )
+    return view(dataset)
+
+
+def get(session: Session, principal: Principal, id_or_name: str) -> wire.Dataset:
+    return view(policy.find(session, principal, "dataset.read", Dataset, id_or_name).resource)
+
+
+def listed(session: Session, principal: Principal, *, name: str | None, cursor: str | None, limit: int) -> Page:
+    """The datasets that the principal may see."""
+    return page_of(session, principal, Dataset, name=name, cursor=cursor, limit=limit, view=view)
+
+
+def may_upload(session: Session, principal: Principal, dataset_id: str, *, number: int | None = None) -> Dataset:
+    """The dataset, if it still takes rows (and this part) from this principal."""
+    dataset = policy.find(session, principal, "dataset.upload", Dataset, dataset_id).resource
+    if number is not None and not 0 <= number < dataset.parts:
+        raise Invalid(
+            f"there is no part {number}: the capacity asks for parts 0 to {dataset.parts - 1}; "
+            "upload within the declared capacity, or declare a larger dataset"
+        )
+    if dataset.status != "uploading":
+        raise Conflict("the dataset is complete and takes no more rows; declare a new one under the same source")
+    return dataset
+
+
+def add_part(
+    session: Session, principal: Principal, service: Service, *, dataset_id: str, number: int, rows: dict[str, Any]
+) -> wire.PartReceipt:
+    """Seal one part of validated rows under its own key. A part that is there already is a Conflict."""
+    dataset = may_upload(session, principal, dataset_id, number=number)
+    count = len(next(iter(rows.values())))
+    slots = _slots(dataset, number)
+    if count > slots:
+        raise RowsRefused(None, slots, f"part {number} takes at most {slots} rows within the declared capacity")
+    if session.get(Part, (dataset.tenant_id, dataset.id, number)) is not None:
+        raise Conflict(
+            f"part {number} is stored already and is never overwritten; go on with the next part",
+            details={"part_exists": True},
+        )
+    _seal_part(session, service, dataset, number, rows)
+    audit.record(session, principal, verb="dataset.upload", resource_id=dataset.id, outcome="allowed", grant_id=None)
+    return wire.PartReceipt(part=number, rows=count)
+
+
+def fill(session: Session, principal: Principal, service: Service, dataset_id: str) -> bool:
+    """Seal one empty part where the capacity asks for a part that was not uploaded; True while one was missing."""
+    dataset = may_upload(session, principal, dataset_id)
+    number = next(_missing(session, dataset), None)
+    if number is None:
+        return False
+    _seal_part(session, service, dataset, number, {})
+    return True
+
+
+def complete(session: Session, principal: Principal, service: Service, dataset_id: str) -> wire.Dataset:
+    """Close the dataset: its manifest is sealed, and it takes no more rows. Every part must be there."""
+    dataset = may_upload(session, principal, dataset_id)
+    if next(_missing(session, dataset), None) is not None:
+        raise Conflict("a part went missing while the dataset was being completed; retry")
+    parts = session.scalars(
+        select(Part).where(Part.tenant_id == dataset.tenant_id, Part.dataset_id == dataset.id).order_by(Part.number)
+    )
+    manifest = {"format": "cloister.manifest/1", "dataset": dataset.id, "parts": [part.object_id for part in parts]}
+    dataset.manifest_id = vault.seal_object(
+        session,
+        service.keys,
+        service.blobs,
+        json.dumps(manifest).encode(),
+        tenant_id=dataset.tenant_id,
+        kind="manifest",
+    )
+    dataset.status = "ready"
+    audit.record(session, principal, verb="dataset.complete", resource_id=dataset.id, outcome="allowed", grant_id=None)
+    return view(dataset)
+
+
+def part_objects(session: Session, service: Service, dataset: Dataset) -> list[str]:
+    """The sealed parts of a complete dataset, in order, as its sealed manifest names them."""
+    assert dataset.manifest_id is not None  # noqa: S101 (jobs start on complete datasets only)
+    manifest = vault.open_object(
+        session, service.keys, service.blobs, tenant_id=dataset.tenant_id, object_id=dataset.manifest_id
+    )
+    return list(json.loads(manifest)["parts"])
+
+
+def schema_of(dataset: Dataset) -> dict[str, Any]:
+    """The dataset's columns, as the wire's models."""
+    return _SCHEMA.validate_python(dataset.columns)
+
+
+def view(dataset: Dataset) -> wire.Dataset:
+    return wire.Dataset(
+        id=dataset.id,
+        name=dataset.name,
+        source=dataset.source_id,
+        columns=schema_of(dataset),
+        nominal_size=dataset.nominal_size,
+        capacity=dataset.capacity,
+        capacity_rows=dataset.capacity_rows,
+        status=dataset.status,
+        part_rows=dataset.part_rows,
+        parts=dataset.parts,
+        created=dataset.created,
+    )
+
+
+def _check_declaration(source: Source, body: wire.CreateDataset) -> None:
+    has_unit = any(isinstance(column, UnitColumn) for column in body.columns.values())
+    if source.unit == "user" and not has_unit:
+        raise Invalid("the source's unit is a user: declare one column of type 'unit' that says whose each row is")
+    if source.unit == "user" and body.capacity_rows is None:
+        raise Invalid("the source's unit is a user: declare capacity_rows, the most rows there can be, as well")
+    if source.unit == "row" and (has_unit or body.capacity_rows is not None):
+        raise Invalid("the source's unit is a row: a unit column and capacity_rows belong to sources of unit 'user'")
+    size = row_bytes(body.columns) * (body.capacity_rows or body.capacity)
+    if size > MAX_BYTES:
+        raise Invalid(
+            f"a capacity of {size} bytes is over the {MAX_BYTES} that a dataset may take; declare a smaller one"
+        )
+
+
+def _slots(dataset: Dataset, number: int) -> int:
+    """How many rows part `number` has room for: the last one ends at the capacity."""
+    return min(dataset.part_rows, dataset.capacity_rows - number * dataset.part_rows)
+
+
+def _missing(session: Session, dataset: Dataset) -> Iterator[int]:
+    there = set(
+        session.scalars(select(Part.number).where(Part.tenant_id == dataset.tenant_id, Part.dataset_id == dataset.id))
+    )
+    return (number for number in range(dataset.parts) if number not in there)
+
+
+def _seal_part(session: Session, service: Service, dataset: Dataset, number: int, rows: dict[str, Any]) -> None:
+    body = seal_form(schema_of(dataset), rows, _slots(dataset, number))
+    object_id = vault.seal_object(session, service.keys, service.blobs, body, tenant_id=dataset.tenant_id, kind="part")
+    session.add(Part(tenant_id=dataset.tenant_id, dataset_id=dataset.id, number=number, object_id=object_id))

@@ -1,0 +1,191 @@
+"""A deployment on its disk and database: made once by `init`, opened by every process, refused by name where it is not sound.
+
+Knows keys, files and migrations; nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from cloister_privacy.sealing import KeyProvider, KeyProviderError, LocalKeyProvider
+from cloister_server import vault
+from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.service import Service
+from cloister_server.settings import Settings
+from cloister_server.store import migrate
+from cloister_server.store.blobs import Blobs
+from cloister_server.store.queries import public_keys
+from cloister_server.store.session import check_durability, new_engine, reading, writing
+
+__all__ = ["check_ready", "initialise", "open_service", "unlock"]
+
+_PURPOSES: tuple[vault.Purpose, ...] = ("token", "certificate", "pepper")
+
+
+def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
+    """Make what is missing of a deployment, and leave alone what is there: running it again is how it is upgraded.
+
+    The data directory (0700), the keystore under `settings.key_file` (made too) or else a passphrase, the schema, and
+    the service's own keys. Raises StartRefused, above all where database and keystore do not belong together.
+    """
+    _check_apart(settings)
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_database_directory(settings)
+    keys = _open_or_create_keystore(settings, passphrase)
+    try:
+        migrate.upgrade(settings)
+        engine = new_engine(settings.database_url.get_secret_value())
+        check_durability(engine)
+        with writing(engine) as session:
+            made = [purpose for purpose in _PURPOSES if not public_keys(session, purpose)]
+            if not keys.has_key(vault.SYSTEM_KEY_ID):
+                if len(made) < len(_PURPOSES):
+                    raise _strangers(settings)
+                keys.create_key(vault.SYSTEM_KEY_ID)
+            for purpose in made:
+                vault.new_signing_key(session, keys, purpose)
+        with reading(engine) as session:
+            _check_keys(session, keys, settings)
+        engine.dispose()
+    except SQLAlchemyError as error:
+        raise _unreachable(settings, error) from None
+    except KeyProviderError as error:
+        raise StartRefused(str(error)) from None
+    return open_service(settings, root_key=keys.root_key)
+
+
+def unlock(settings: Settings) -> bytes:
+    """The root key, by the key file or by a passphrase asked for at the terminal. Raises StartRefused."""
+    if not settings.key_dir.is_dir():
+        raise StartRefused(f"there is no keystore in {settings.key_dir}: not initialised; run `cloister-admin init`")
+    passphrase = None if settings.key_file else _ask_passphrase("Passphrase of the keystore: ")
+    try:
+        return LocalKeyProvider.open(settings.key_dir, key_file=settings.key_file, passphrase=passphrase).root_key
+    except KeyProviderError as error:
+        raise StartRefused(str(error)) from None
+
+
+def open_service(settings: Settings, *, root_key: bytes | None = None) -> Service:
+    """Everything a process needs, every part of it checked. Raises StartRefused and says which is not sound, and why."""
+    _check_apart(settings)
+    if not settings.data_dir.is_dir() or not _has_database(settings):
+        raise StartRefused(f"{settings.data_dir} holds no deployment: not initialised; run `cloister-admin init`")
+    try:
+        keys = LocalKeyProvider(settings.key_dir, root_key=unlock(settings) if root_key is None else root_key)
+    except KeyProviderError as error:
+        raise StartRefused(str(error)) from None
+    try:
+        engine = new_engine(settings.database_url.get_secret_value())
+        check_durability(engine)
+        migrate.check_current(engine)
+        with reading(engine) as session:
+            _check_keys(session, keys, settings)
+    except (SQLAlchemyError, ImportError) as error:
+        raise _unreachable(settings, error) from None
+    return Service(settings, engine, keys, Blobs(settings.data_dir / "objects"))
+
+
+def check_ready(service: Service) -> None:
+    """Raise Unavailable unless the database answers, is at this release's migration, and the service's keys open."""
+    try:
+        migrate.check_current(service.engine)
+        with reading(service.engine) as session:
+            _check_keys(session, service.keys, service.settings)
+    except (SQLAlchemyError, StartRefused):
+        raise Unavailable(
+            "not ready: the database, its migration or the keys; the log of the start says more"
+        ) from None
+
+
+def _check_apart(settings: Settings) -> None:
+    """A copy of the data must not be a copy of the keys."""
+    data_dir = settings.data_dir.resolve()
+    for name, place in (("keystore", settings.key_dir), ("key file", settings.key_file)):
+        if place is not None and place.resolve().is_relative_to(data_dir):
+            raise StartRefused(
+                f"the {name} {place} lies inside the data directory, so that a copy of one is a copy of both; "
+                f"set CLOISTER_{'KEY_DIR' if name == 'keystore' else 'KEY_FILE'} to a place outside {data_dir}"
+            )
+
+
+def _open_or_create_keystore(settings: Settings, passphrase: str | None) -> LocalKeyProvider:
+    is_new = not settings.key_dir.is_dir() or not any(settings.key_dir.iterdir())
+    if settings.key_file is not None:
+        passphrase = None
+    elif passphrase is None:
+        passphrase = _new_passphrase() if is_new else _ask_passphrase("Passphrase of the keystore: ")
+    make = LocalKeyProvider.create if is_new else LocalKeyProvider.open
+    try:
+        return make(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
+    except KeyProviderError as error:
+        raise StartRefused(str(error)) from None
+
+
+def _check_keys(session: Any, keys: KeyProvider, settings: Settings) -> None:
+    """The service's own keys open: this keystore is the one that this database was made with."""
+    try:
+        for purpose in _PURPOSES:
+            vault.signing_key(session, keys, purpose)
+    except KeyProviderError:
+        raise _strangers(settings) from None
+
+
+def _strangers(settings: Settings) -> StartRefused:
+    return StartRefused(
+        f"the keystore {settings.key_dir} is not the one that the database {_shown(settings)} was made with; "
+        "restore the one that was, or point at the other"
+    )
+
+
+def _unreachable(settings: Settings, error: Exception) -> StartRefused:
+    return StartRefused(
+        f"the database {_shown(settings)} cannot be used ({type(error).__name__}); see that it runs, that its URL is "
+        "right and that its driver is installed"
+    )
+
+
+def _shown(settings: Settings) -> str:
+    try:
+        return make_url(settings.database_url.get_secret_value()).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "of CLOISTER_DATABASE_URL"
+
+
+def _database_file(settings: Settings) -> Path | None:
+    """SQLite's file; None for another database."""
+    if not settings.is_sqlite:
+        return None
+    path = make_url(settings.database_url.get_secret_value()).database
+    if not path or path == ":memory:":
+        raise StartRefused("the database must be a file or PostgreSQL: a ledger in memory forgets what was spent")
+    return Path(path)
+
+
+def _has_database(settings: Settings) -> bool:
+    path = _database_file(settings)
+    return path is None or path.is_file()  # SQLite would make an empty one
+
+
+def _make_database_directory(settings: Settings) -> None:
+    path = _database_file(settings)
+    if path is not None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _new_passphrase() -> str:
+    first = _ask_passphrase("Choose a passphrase for the keystore: ")
+    if _ask_passphrase("Once more: ") != first:
+        raise StartRefused("the two passphrases differ; run `cloister-admin init` again")
+    return first
+
+
+def _ask_passphrase(prompt: str) -> str:
+    if not sys.stdin.isatty():
+        raise StartRefused("there is no key file and no terminal to ask for a passphrase; set CLOISTER_KEY_FILE")
+    return getpass.getpass(prompt)

@@ -1,0 +1,123 @@
+"""Every refusal the server can speak, and the one shape it speaks them in; knows nothing of HTTP frameworks.
+
+ServerError
+├── Unauthenticated        401  unauthenticated
+├── Forbidden              403  forbidden: yours to see, not yours to do
+├── NotFound               404  not_found: not there and not yours are the same
+├── BadRequest             400  bad_request, body_truncated, digest_mismatch
+├── Invalid                422  invalid_request, rows_refused, batch_too_large, plan_impossible, unit_not_supported
+│   └── IdempotencyMismatch 422 idempotency_mismatch
+├── Conflict               409  conflict, dataset_not_ready
+│   ├── BudgetExceeded     409  budget_exceeded
+│   ├── RevisionMoved      409  revision_moved
+│   └── SecretAlreadyShown 409  secret_already_shown
+├── TooLarge               413  too_large
+├── RateLimited            429  rate_limited
+├── Unavailable            503  unavailable
+└── StartRefused           -    the process refuses to start (never sent over HTTP)
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "BadRequest",
+    "BudgetExceeded",
+    "Conflict",
+    "Forbidden",
+    "IdempotencyMismatch",
+    "Invalid",
+    "NotFound",
+    "RateLimited",
+    "RevisionMoved",
+    "SecretAlreadyShown",
+    "ServerError",
+    "StartRefused",
+    "TooLarge",
+    "Unauthenticated",
+    "Unavailable",
+]
+
+
+class ServerError(Exception):
+    """A refusal with its HTTP status, its stable code and a sentence that says what, why and what next."""
+
+    status: ClassVar[int] = 500
+    default_code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, code: str | None = None, details: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.details = details or {}
+
+
+class Unauthenticated(ServerError):
+    status = 401
+    default_code = "unauthenticated"
+
+
+class Forbidden(ServerError):
+    status = 403
+    default_code = "forbidden"
+
+
+class NotFound(ServerError):
+    status = 404
+    default_code = "not_found"
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"no such {kind}, or it is not shared with you; check the id, or ask its owner for a grant")
+
+
+class BadRequest(ServerError):
+    status = 400
+    default_code = "bad_request"
+
+
+class Invalid(ServerError):
+    status = 422
+    default_code = "invalid_request"
+
+
+class IdempotencyMismatch(Invalid):
+    default_code = "idempotency_mismatch"
+
+
+class Conflict(ServerError):
+    status = 409
+    default_code = "conflict"
+
+
+class BudgetExceeded(Conflict):
+    default_code = "budget_exceeded"
+
+
+class RevisionMoved(Conflict):
+    default_code = "revision_moved"
+
+
+class SecretAlreadyShown(Conflict):
+    default_code = "secret_already_shown"
+
+
+class TooLarge(ServerError):
+    status = 413
+    default_code = "too_large"
+
+
+class RateLimited(ServerError):
+    status = 429
+    default_code = "rate_limited"
+
+
+class Unavailable(ServerError):
+    status = 503
+    default_code = "unavailable"
+
+
+class StartRefused(ServerError):
+    """The process cannot start safely; the message says why and what to do."""
+
+    default_code = "start_refused"

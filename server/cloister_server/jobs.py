@@ -1,0 +1,141 @@
+"""Training jobs: started with their whole reservation in one transaction, watched, cancelled. Knows SQL; trains nothing."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cloister.wire import jobs as wire
+from cloister_server import audit, budgets, grants, plans, policy, vault
+from cloister_server.errors import Conflict, RevisionMoved
+from cloister_server.policy import Principal
+from cloister_server.service import Service
+from cloister_server.store.paging import page_of
+from cloister_server.store.tables import Dataset, Job, Model, Source, new_id
+
+__all__ = ["FAILURES", "cancel", "get", "listed", "start"]
+
+FAILURES = {
+    "budget": "steps lost in a crash did not fit the budget again; nothing was published; ask an owner to raise it",
+    "diverged": "the noisy weights are no longer finite; nothing was published; lower the learning rate",
+    "gave_up": "the training process died repeatedly without progress; nothing was published; tell the operator the request id",
+    "internal": "the training process failed; nothing was published; tell the operator the request id",
+}
+"""Why a job can fail, in words that say nothing of rows."""
+
+
+def start(session: Session, principal: Principal, service: Service, body: wire.StartJob) -> wire.Job:
+    """Reserve the whole run and queue it, in one transaction.
+
+    Raises BudgetExceeded or RevisionMoved with the ledger unchanged. A worker picks the job up from its row.
+    """
+    spec = body.training
+    authorized = policy.find(session, principal, "dataset.train", Dataset, spec.dataset)
+    dataset = authorized.resource
+    source = session.get_one(Source, (dataset.tenant_id, dataset.source_id))
+    plan = plans.check_spec(dataset, source, spec)
+    if dataset.status != "ready":
+        raise Conflict("the dataset is not ready; complete its upload, then train", code="dataset_not_ready")
+    budgets.lock(session, source)
+    revision = budgets.balance(session, source).revision
+    if body.require_revision is not None and body.require_revision != revision:
+        raise RevisionMoved(
+            f"the source's ledger moved from revision {body.require_revision} to {revision} since the plan was made; plan again",
+            details={"revision": revision},
+        )
+    job = Job(
+        tenant_id=dataset.tenant_id,
+        id=new_id("job"),
+        source_id=source.id,
+        dataset_id=dataset.id,
+        model_name=body.model,
+        principal_id=principal.id,
+        request_id=principal.request_id,
+        spec_id="",
+        status="queued",
+        steps=plan.steps,
+        epsilon=plan.epsilon(),
+        delta=plan.delta,
+    )
+    budgets.reserve(session, source, job_id=job.id, principal_id=principal.id, event=plan.event())
+    _claim_model(session, principal, tenant_id=dataset.tenant_id, name=body.model)
+    job.spec_id = vault.seal_object(
+        session,
+        service.keys,
+        service.blobs,
+        spec.model_dump_json().encode(),
+        tenant_id=dataset.tenant_id,
+        kind="spec",
+    )
+    session.add(job)
+    session.flush()  # the grants name the row
+    grants.grant_to_creator(session, principal, job)
+    audit.record(
+        session,
+        principal,
+        verb="dataset.train",
+        resource_id=dataset.id,
+        outcome="allowed",
+        grant_id=authorized.grant_id,
+    )
+    return view(job)
+
+
+def get(session: Session, principal: Principal, job_id: str) -> wire.Job:
+    return view(policy.find(session, principal, "job.read", Job, job_id).resource)
+
+
+def listed(session: Session, principal: Principal, *, cursor: str | None, limit: int) -> wire.Page:
+    """The jobs that the principal may see."""
+    return page_of(session, principal, Job, name=None, cursor=cursor, limit=limit, view=view)
+
+
+def cancel(session: Session, principal: Principal, job_id: str) -> wire.Job:
+    """Ask a job to stop at its next chunk boundary. It publishes nothing; steps that ran stay charged.
+
+    A job that is over already stays as it is.
+    """
+    authorized = policy.find(session, principal, "job.cancel", Job, job_id)
+    key = (authorized.resource.tenant_id, authorized.resource.id)
+    job = session.get_one(Job, key, populate_existing=True, with_for_update=True)
+    if job.status not in wire.FINAL and not job.cancel_requested:
+        job.cancel_requested = True
+        if job.status == "running":
+            job.status = "cancelling"
+        elif job.attempt == 0:
+            # No attempt ever started, so nothing was opened and nothing runs: the reservation is free at once.
+            budgets.settle(session, job)
+            job.status = "cancelled"
+        audit.record(
+            session, principal, verb="job.cancel", resource_id=job.id, outcome="allowed", grant_id=authorized.grant_id
+        )
+    return view(job)
+
+
+def view(job: Job) -> wire.Job:
+    return wire.Job(
+        id=job.id,
+        model=job.model_name,
+        dataset=job.dataset_id,
+        status=job.status,
+        steps=job.steps,
+        steps_done=job.steps_done,
+        epsilon=job.epsilon,
+        delta=job.delta,
+        version=job.version,
+        error=FAILURES.get(job.error_code) if job.error_code else None,
+        error_code=job.error_code,
+        created=job.created,
+    )
+
+
+def _claim_model(session: Session, principal: Principal, *, tenant_id: str, name: str) -> None:
+    """The model that the job will publish to: made where there is none, else the principal must be let publish to it."""
+    model = session.scalars(select(Model).where(Model.tenant_id == tenant_id, Model.name == name)).one_or_none()
+    if model is not None:
+        policy.authorize(session, principal, "model.publish", model)
+        return
+    model = Model(tenant_id=tenant_id, id=new_id("mdl"), name=name, champion=0)
+    session.add(model)
+    session.flush()  # the grants name the row
+    grants.grant_to_creator(session, principal, model)

@@ -1,0 +1,49 @@
+"""Logs as JSON lines on standard error: an event and its fields. Keeps out what must not be read: messages of exceptions, tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+from cloister_server.settings import Settings
+
+__all__ = ["JSONFormatter", "configure"]
+
+_OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JSONFormatter(logging.Formatter):
+    """One JSON object a line; what a call passes as `extra` becomes fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        line |= {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD}
+        if record.exc_info and record.exc_info[0] is not None:
+            # An exception's own words may quote data or parameters: its type and places say where to look.
+            frames = traceback.extract_tb(record.exc_info[2])[-8:]
+            line["error"] = record.exc_info[0].__name__
+            line["where"] = [f"{frame.filename}:{frame.name}:{frame.lineno}" for frame in frames]
+        return json.dumps(line, default=str)
+
+
+def configure(settings: Settings) -> None:
+    """Send every logger of this process to standard error; said again, it changes the level and adds nothing."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JSONFormatter())
+    handler.addFilter(_prints_no_token)
+    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
+
+
+def _prints_no_token(record: logging.LogRecord) -> bool:
+    """Authlib's grants print at DEBUG the tokens that they issue, and HTTP libraries the headers that they send."""
+    talks = record.name.partition(".")[0] in ("authlib", "httpx2", "httpcore2", "h11")
+    return not talks or record.levelno >= logging.WARNING

@@ -1,0 +1,163 @@
+"""Models and their versions: published once per job, listed, opened into memory for serving. Knows SQL and the vault."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed
+from typing import TYPE_CHECKING
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_der_private_key
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from cloister.wire import jobs as wire
+from cloister.wire.certificate import Certificate, sign
+from cloister.wire.plans import TrainingSpec
+from cloister_privacy.plan import DPPlan
+from cloister_server import policy, vault
+from cloister_server.errors import NotFound
+from cloister_server.policy import Authorized, Principal
+from cloister_server.service import Service
+from cloister_server.store.paging import page_of
+from cloister_server.store.tables import Attempt, Job, Model, ModelVersion, Source, now
+
+if TYPE_CHECKING:
+    from cloister_privacy.architecture import Network
+
+__all__ = ["find_version", "get", "get_version", "listed", "open_network", "publish", "versions"]
+
+
+def get(session: Session, principal: Principal, id_or_name: str) -> wire.Model:
+    return view(policy.find(session, principal, "model.read", Model, id_or_name).resource)
+
+
+def listed(session: Session, principal: Principal, *, name: str | None, cursor: str | None, limit: int) -> wire.Page:
+    """The models that the principal may see."""
+    return page_of(session, principal, Model, name=name, cursor=cursor, limit=limit, view=view)
+
+
+def versions(session: Session, principal: Principal, id_or_name: str) -> wire.Page:
+    """Every version of a model, oldest first."""
+    model = policy.find(session, principal, "model.read", Model, id_or_name).resource
+    rows = session.scalars(_versions(model).order_by(ModelVersion.version))
+    return wire.Page(items=[view_version(model, row).model_dump(mode="json") for row in rows])
+
+
+def get_version(session: Session, principal: Principal, id_or_name: str, number: int) -> wire.ModelVersion:
+    model = policy.find(session, principal, "model.read", Model, id_or_name).resource
+    return view_version(model, _version(session, model, number))
+
+
+def find_version(
+    session: Session, principal: Principal, id_or_name: str, number: int | None
+) -> tuple[Authorized[Model], ModelVersion]:
+    """The version to answer with (the champion where none is named), if the principal may predict with it."""
+    authorized = policy.find(session, principal, "model.predict", Model, id_or_name)
+    return authorized, _version(session, authorized.resource, number or authorized.resource.champion)
+
+
+def open_network(session: Session, service: Service, row: ModelVersion) -> Network:
+    """The version's network, opened from its sealed weights into memory."""
+    from cloister_privacy.architecture import from_bytes
+
+    weights = vault.open_object(session, service.keys, service.blobs, tenant_id=row.tenant_id, object_id=row.weights_id)
+    return from_bytes(weights)
+
+
+def publish(session: Session, service: Service, job: Job, *, attempt: Attempt, spec: TrainingSpec) -> int:
+    """Make the attempt's weights the next version of the job's model, with its signed certificate. Once per job."""
+    published = session.scalars(
+        select(ModelVersion).where(ModelVersion.tenant_id == job.tenant_id, ModelVersion.job_id == job.id)
+    ).one_or_none()
+    if published is not None:
+        return published.version
+    model = session.scalars(
+        select(Model).where(Model.tenant_id == job.tenant_id, Model.name == job.model_name).with_for_update()
+    ).one()
+    newest = session.scalar(
+        select(func.coalesce(func.max(ModelVersion.version), 0)).where(
+            ModelVersion.tenant_id == model.tenant_id, ModelVersion.model_id == model.id
+        )
+    )
+    number = int(newest or 0) + 1
+    assert attempt.result is not None  # noqa: S101 (a 'trained' attempt has left one)
+    session.add(
+        ModelVersion(
+            tenant_id=model.tenant_id,
+            model_id=model.id,
+            version=number,
+            job_id=job.id,
+            weights_id=attempt.result["weights_id"],
+            certificate=_certificate(
+                session, service, job, model=model, version=number, result=attempt.result, spec=spec
+            ),
+        )
+    )
+    model.champion = number
+    return number
+
+
+def view(model: Model) -> wire.Model:
+    return wire.Model(id=model.id, name=model.name, champion=model.champion, created=model.created)
+
+
+def view_version(model: Model, row: ModelVersion) -> wire.ModelVersion:
+    return wire.ModelVersion(
+        model=model.id,
+        name=model.name,
+        version=row.version,
+        job=row.job_id,
+        certificate=row.certificate,
+        created=row.created,
+    )
+
+
+def _versions(model: Model) -> Select[ModelVersion]:
+    return select(ModelVersion).where(ModelVersion.tenant_id == model.tenant_id, ModelVersion.model_id == model.id)
+
+
+def _version(session: Session, model: Model, number: int) -> ModelVersion:
+    row = session.get(ModelVersion, (model.tenant_id, model.id, number))
+    if row is None:
+        raise NotFound("model version")
+    return row
+
+
+def _certificate(
+    session: Session,
+    service: Service,
+    job: Job,
+    *,
+    model: Model,
+    version: int,
+    result: dict[str, str],
+    spec: TrainingSpec,
+) -> dict[str, object]:
+    source = session.get_one(Source, (job.tenant_id, job.source_id))
+    plan = DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency)
+    certificate = Certificate(
+        tenant=job.tenant_id,
+        model=model.id,
+        name=model.name,
+        version=version,
+        job=job.id,
+        source=source.id,
+        dataset=job.dataset_id,
+        weights_digest=result["weights_digest"],
+        architecture_digest=result["architecture_digest"],
+        initial_digest=result["initial_digest"],
+        epsilon=plan.epsilon(),
+        delta=plan.delta,
+        event=plan.event(),
+        clip=plan.clip,
+        nominal_size=plan.nominal_size,
+        unit=plan.unit,
+        adjacency=plan.adjacency,
+        accountant="rdp",
+        engine={name: installed(name) for name in ("cloister", "torch", "opacus")},
+        issued=now(),
+    )
+    key = vault.signing_key(session, service.keys, "certificate")
+    private = load_der_private_key(key.secret, None)
+    assert isinstance(private, Ed25519PrivateKey)  # noqa: S101 (what vault made for this purpose)
+    return sign(certificate, private_key=private, key_id=key.id)

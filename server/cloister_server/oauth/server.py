@@ -1,0 +1,137 @@
+"""The token endpoint: Authlib's core with one grant, one token format and our own client check. Knows SQL and keys; no framework.
+
+Only client_credentials, and no scopes: what an app may do is in its grants and never in its token.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from authlib.oauth2.rfc6749 import AuthorizationServer, InvalidScopeError, OAuth2Error, OAuth2Request
+from authlib.oauth2.rfc6749.grants import ClientCredentialsGrant
+from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
+from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
+from joserfc.jwk import ECKey, KeySet
+from sqlalchemy.orm import Session
+
+from cloister_server import vault
+from cloister_server.oauth import client_secrets
+from cloister_server.oauth.form import TokenRequest, invalid_client, read_token_request
+from cloister_server.service import Service
+from cloister_server.store.queries import app_of_id
+from cloister_server.store.session import reading
+from cloister_server.store.tables import App, new_id
+
+__all__ = ["ALGORITHM", "TYPE", "issue_token"]
+
+ALGORITHM = "ES256"
+TYPE = "at+jwt"  # RFC 9068
+
+_CLIENT_ID = re.compile(r"ap_[0-9a-f]{32}")
+
+logging.getLogger("authlib").setLevel(logging.WARNING)  # at DEBUG its grants print the tokens that they issue
+
+
+def issue_token(
+    service: Service, headers: Sequence[tuple[bytes, bytes]], *, query: bytes, body: bytes
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Answer a token request: status, JSON body and headers, as RFC 6749, section 5, has them."""
+    try:
+        request = read_token_request(headers, query, body)
+    except OAuth2Error as error:
+        status, answer, more = error()
+        return status, answer, dict(more)
+    with reading(service.engine) as session:
+        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(service, session).create_token_response(request)
+    return answered
+
+
+class _Client:
+    """An app as Authlib asks for a client."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    def get_client_id(self) -> str:
+        return self.app.id
+
+    def check_grant_type(self, grant_type: str) -> bool:
+        return grant_type == "client_credentials"
+
+    def get_allowed_scope(self, scope: str | None) -> str:
+        return ""
+
+
+class _Request(OAuth2Request):  # type: ignore[misc]  # Authlib has no types
+    def __init__(self, read: TokenRequest) -> None:
+        # The URI is nobody's: TLS ends before this process, and Authlib only wants to see the scheme.
+        super().__init__("POST", "https://localhost/oauth/token")
+        self.payload = BasicOAuth2Payload(dict(read.parameters))
+        self.read = read
+
+
+class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no types
+    """RFC 9068 tokens for this very server: audience and issuer are one."""
+
+    def __init__(self, service: Service, session: Session) -> None:
+        super().__init__(service.settings.issuer, ALGORITHM, expires_generator=self._lifetime_s)
+        self._service, self._session = service, session
+
+    def get_jwks(self) -> KeySet:
+        key = vault.signing_key(self._session, self._service.keys, "token")
+        # A set, though of one key: with a bare key the header has no kid.
+        return KeySet([ECKey.import_key(key.secret, {"kid": key.id, "use": "sig", "alg": ALGORITHM})])
+
+    def get_audiences(self, client: _Client, user: object, scope: str) -> str:
+        return str(self.issuer)
+
+    def get_jti(self, client: _Client, grant_type: str, user: object, scope: str) -> str:
+        return new_id("tok")
+
+    def get_extra_claims(self, client: _Client, grant_type: str, user: object, scope: str) -> dict[str, str]:
+        return {"tenant": client.app.tenant_id}  # for people who read tokens; no verifier of ours looks at it
+
+    def _lifetime_s(self, client: _Client, grant_type: str) -> int:
+        return self._service.settings.token_lifetime_s
+
+
+class _Server(AuthorizationServer):  # type: ignore[misc]  # Authlib has no types
+    """Authlib's core for one request."""
+
+    def __init__(self, service: Service, session: Session) -> None:
+        super().__init__()
+        self._service, self._session = service, session
+        self.register_grant(ClientCredentialsGrant)
+        self.register_token_generator("default", _Tokens(service, session))
+
+    def create_oauth2_request(self, request: TokenRequest) -> OAuth2Request:
+        return _Request(request)
+
+    def authenticate_client(self, request: _Request, methods: object, endpoint: str = "token") -> _Client:
+        """The client whose secret this is. An unknown client and a wrong secret cost and read the same."""
+        client_id, secret = request.read.client_id, request.read.client_secret.get_secret_value()
+        if not _CLIENT_ID.fullmatch(client_id) or not client_secrets.is_well_formed(secret):
+            raise invalid_client()
+        app = app_of_id(self._session, client_id)
+        pepper = vault.signing_key(self._session, self._service.keys, "pepper").secret
+        if not client_secrets.matches(pepper, client_id, secret, stored=app.secret_mac if app else None) or app is None:
+            raise invalid_client()
+        return _Client(app)
+
+    def validate_requested_scope(self, scope: str | None) -> None:
+        if scope:
+            raise InvalidScopeError("there are no scopes here; what an app may do is in its grants; ask for none")
+
+    def save_token(self, token: dict[str, Any], request: OAuth2Request) -> None:
+        """Kept nowhere: a token is its own proof, and the app's row is what revokes it."""
+
+    def send_signal(self, name: str, *args: object, **kwargs: object) -> None:
+        """Nobody listens."""
+
+    def handle_response(
+        self, status: int, body: dict[str, Any], headers: Iterable[tuple[str, str]]
+    ) -> tuple[int, dict[str, Any], dict[str, str]]:
+        return status, body, dict(headers)

@@ -1,0 +1,173 @@
+"""Who may do what: one SQL query over grants, a deny before every allow, and no as the last word. Knows nothing of HTTP.
+
+A feature asks for `Authorized[Model]` and not for an id: only this module can make one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from cloister_server.errors import Forbidden, NotFound, ServerError, Unavailable
+from cloister_server.store.queries import OPERATOR_VERBS, VERBS, grants_on, visible_to
+from cloister_server.store.tables import Table, Tenant
+
+__all__ = [
+    "Allow",
+    "Authorized",
+    "Denial",
+    "Denied",
+    "Deny",
+    "Principal",
+    "authorize",
+    "decide",
+    "find",
+    "operator",
+]
+
+_ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
+_PROOF = object()
+
+R = TypeVar("R", bound=Table)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks: an app of a tenant, or the operator at the deployment itself, who has no token and never comes by HTTP."""
+
+    tenant_id: str
+    id: str
+    kind: Literal["app", "operator"]
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """Yes, by this grant."""
+
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deny:
+    """No; the reason is for the audit log."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Authorized(Generic[R]):
+    """The proof that a principal may do what it asked to this row; `grant_id` says why."""
+
+    principal: Principal
+    resource: R
+    grant_id: str
+    proof: object = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.proof is not _PROOF:
+            raise TypeError("only policy.authorize and policy.find make an Authorized")
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """What the audit log is told of a refusal."""
+
+    principal: Principal
+    verb: str
+    resource_id: str
+    reason: str
+
+
+class Denied(ServerError):
+    """A refusal by policy, as 403 or 404; the denial that it carries is for the audit log and not for the caller."""
+
+    denial: Denial
+    is_kept: bool = False
+    """Whether the audit log has it already."""
+
+
+class _NotThis(Denied, Forbidden):
+    def __init__(self, denial: Denial) -> None:
+        super().__init__(
+            f"you may see this, but {denial.verb!r} on it is not granted to you; ask its owner for a grant"
+        )
+        self.denial = denial
+
+
+class _NotVisible(Denied, NotFound):
+    def __init__(self, kind: str, denial: Denial) -> None:
+        super().__init__(kind)
+        self.denial = denial
+
+
+_UNREACHABLE = Deny("the policy store could not be asked")
+
+
+def operator(tenant_id: str, *, request_id: str) -> Principal:
+    """The operator, acting in one tenant. For the administrator's CLI alone."""
+    return Principal(tenant_id=tenant_id, id="operator", kind="operator", request_id=request_id)
+
+
+def decide(session: Session, principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Allow | Deny:
+    """May the principal do the verb to this resource of this tenant? Never raises for a store that cannot be asked."""
+    if principal.kind == "operator":
+        return _decide_for_operator(principal, verb, tenant_id)
+    if verb not in VERBS:
+        return Deny("no such verb")
+    try:
+        grant = session.execute(grants_on(principal, verb, tenant_id=tenant_id, resource_id=resource_id)).one_or_none()
+    except SQLAlchemyError:
+        return _UNREACHABLE
+    if grant is not None and grant.effect == "allow":
+        return Allow(by=grant.id)
+    if grant is not None:
+        return Deny(f"grant {grant.id} denies it")
+    return Deny("no grant matched")
+
+
+def authorize(session: Session, principal: Principal, verb: str, row: R) -> Authorized[R]:
+    """The proof for a row that the principal may know of. Raises Forbidden, or Unavailable where nobody could decide."""
+    tenant_id, resource_id = _place(row)
+    decision = decide(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+    if isinstance(decision, Allow):
+        return Authorized(principal, row, decision.by, _PROOF)
+    if decision is _UNREACHABLE:
+        raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment")
+    raise _NotThis(Denial(principal, verb, resource_id, decision.reason))
+
+
+def find(session: Session, principal: Principal, verb: str, table: type[R], id_or_name: str) -> Authorized[R]:
+    """The row of this id in any tenant, or of this name in the principal's own, with the proof that it may be used so.
+
+    Raises NotFound alike where there is none and where the principal may do nothing to it, after the same one statement;
+    Forbidden where it may do other things to it. Raises Unavailable where the store cannot be asked.
+    """
+    row_of = table.__table__.c
+    visible = visible_to(principal, table)
+    if "name" in row_of and not _ID.fullmatch(id_or_name):
+        visible = visible.where(row_of.name == id_or_name, row_of.tenant_id == principal.tenant_id)
+    else:
+        visible = visible.where(row_of.id == id_or_name)
+    try:
+        row = session.scalars(visible).one_or_none()
+    except SQLAlchemyError:
+        raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment") from None
+    if row is None:
+        raise _NotVisible(table.__name__.lower(), Denial(principal, verb, id_or_name, "not visible"))
+    return authorize(session, principal, verb, row)
+
+
+def _decide_for_operator(principal: Principal, verb: str, tenant_id: str) -> Allow | Deny:
+    if verb in OPERATOR_VERBS and tenant_id == principal.tenant_id:
+        return Allow(by="operator")
+    return Deny("not an operator's to do")
+
+
+def _place(row: Any) -> tuple[str, str]:
+    """A resource's tenant and id; a tenant is a resource of its own. Every resource has an id, though `Table` has none."""
+    return str(row.id if isinstance(row, Tenant) else row.tenant_id), str(row.id)

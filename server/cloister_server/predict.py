@@ -1,0 +1,182 @@
+"""The hot path: predictions by the Open Inference Protocol v2, as raw ASGI. Authenticate, authorise, compute, answer.
+
+Networks are opened from their sealed weights once and kept in memory by (tenant, model, version). Every request is
+authorised anew, and no request's rows are kept, logged or mixed with another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import zlib
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from cloister.wire.columns import CategoryColumn, InputColumn, TensorColumn
+from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs, encode_outputs
+from cloister_server import models
+from cloister_server.errors import BadRequest, Invalid, NotFound, TooLarge
+from cloister_server.oauth.verifier import authenticate
+from cloister_server.policy import Principal
+from cloister_server.service import Service
+from cloister_server.store.session import reading
+from cloister_server.store.tables import Model, ModelVersion
+
+if TYPE_CHECKING:
+    from cloister_privacy.architecture import Network
+
+__all__ = ["PredictRoute"]
+
+_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_MODEL_PATH = re.compile(
+    r"^/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[1-9][0-9]{0,8}))?(?P<verb>/infer|/ready)?$"
+)
+
+_NETWORKS_KEPT = 32
+
+
+class PredictRoute:
+    """The ASGI application under /v2. Errors are raised as ServerError; the edge gives them their one shape."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._networks: OrderedDict[tuple[str, str, int], Network] = OrderedDict()
+        self._lock = Lock()
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
+        method, path = scope["method"], scope["path"].rstrip("/")
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if method == "GET" and path in ("/v2", "/v2/health/live", "/v2/health/ready"):
+            about = {"name": "cloister", "version": "2", "extensions": []} if path == "/v2" else {}
+            await _answer(send, about)
+            return
+        match = _MODEL_PATH.match(path)
+        if match is None or (method == "POST") != (match["verb"] == "/infer") or method not in ("GET", "POST"):
+            raise NotFound("route")
+        body = await _body(receive, headers, self._service.settings.max_body_bytes) if method == "POST" else b""
+        answer = await asyncio.to_thread(self._respond, scope, match, body)
+        await _answer(send, answer)
+
+    def _respond(self, scope: MutableMapping[str, Any], match: re.Match[str], body: bytes) -> dict[str, Any]:
+        principal = authenticate(self._service, scope["headers"], request_id=scope["state"]["request_id"])
+        scope["state"]["principal_id"] = principal.id
+        model, version, network = self._open(principal, match["model"], match["version"])
+        if match["verb"] == "/ready":
+            return {"name": model.name, "ready": True}
+        if match["verb"] is None:
+            return _metadata(model, version, network)
+        return _infer(model, version, network, body)
+
+    def _open(self, principal: Principal, name: str, number: str | None) -> tuple[Model, ModelVersion, Network]:
+        with reading(self._service.engine) as session:
+            authorized, version = models.find_version(session, principal, name, int(number) if number else None)
+            key = (version.tenant_id, version.model_id, version.version)
+            with self._lock:
+                network = self._networks.get(key)
+                if network is not None:
+                    self._networks.move_to_end(key)
+            if network is None:
+                network = models.open_network(session, self._service, version)
+                with self._lock:
+                    self._networks[key] = network
+                    while len(self._networks) > _NETWORKS_KEPT:
+                        self._networks.popitem(last=False)
+            return authorized.resource, version, network
+
+
+def _infer(model: Model, version: ModelVersion, network: Network, body: bytes) -> dict[str, Any]:
+    from cloister_privacy.errors import InputRefused
+
+    try:
+        request = InferRequest.model_validate_json(body)
+        columns = decode_inputs(request)
+    except ValidationError as error:
+        fields = [
+            {"field": ".".join(map(str, e["loc"])), "problem": e["msg"]} for e in error.errors(include_input=False)
+        ]
+        raise Invalid(
+            "the inference request is not of the Open Inference Protocol v2; see details", details={"fields": fields}
+        ) from None
+    except MalformedTensor as error:
+        raise Invalid(str(error)) from None
+    try:
+        outputs = network.predict(columns)
+    except InputRefused as error:
+        raise Invalid(str(error)) from None
+    asked = {output.name for output in request.outputs or ()}
+    if not asked <= outputs.keys():
+        raise Invalid(
+            f"the model has outputs {', '.join(outputs)}, and not {', '.join(sorted(asked - outputs.keys()))}"
+        )
+    if asked:
+        outputs = {name: outputs[name] for name in outputs if name in asked}
+    answer = {"model_name": model.name, "model_version": str(version.version), "outputs": encode_outputs(outputs)}
+    return {**answer, "id": request.id} if request.id is not None else answer
+
+
+def _metadata(model: Model, version: ModelVersion, network: Network) -> dict[str, Any]:
+    spec = network.architecture
+    inputs = [_input_metadata(name, column) for name, column in spec.inputs.items()]
+    if isinstance(spec.output, CategoryColumn):
+        outputs = [
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(spec.output.values)]},
+            {"name": "index", "datatype": "INT64", "shape": [-1]},
+        ]
+    else:
+        outputs = [{"name": "value", "datatype": "FP32", "shape": [-1]}]
+    return {
+        "name": model.name,
+        "versions": [str(version.version)],
+        "platform": "cloister",
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+
+
+def _input_metadata(name: str, column: InputColumn) -> dict[str, Any]:
+    if isinstance(column, TensorColumn):
+        return {"name": name, "datatype": "FP32", "shape": [-1, *column.shape]}
+    return {"name": name, "datatype": "INT64" if isinstance(column, CategoryColumn) else "FP32", "shape": [-1]}
+
+
+async def _body(receive: _Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadRequest("the request ended before its body did; send it again", code="body_truncated")
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    if headers.get(b"content-encoding", b"identity") == b"identity":
+        return bytes(body)
+    if headers[b"content-encoding"] not in (b"gzip", b"deflate"):
+        raise BadRequest("this content encoding is not spoken here; send gzip, deflate or no encoding")
+    return _inflate(bytes(body), limit)
+
+
+def _inflate(body: bytes, limit: int) -> bytes:
+    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip or zlib, told from the header
+    try:
+        plain = inflater.decompress(body, limit)
+    except zlib.error:
+        raise BadRequest("the body is not what its Content-Encoding says; compress it again") from None
+    if inflater.unconsumed_tail:
+        raise TooLarge(f"the body unpacks to more than {limit} bytes; send fewer rows at a time")
+    if not inflater.eof:
+        raise BadRequest("the compressed body is cut short; send it again", code="body_truncated")
+    return plain
+
+
+async def _answer(send: _Send, body: dict[str, Any]) -> None:
+    payload = json.dumps(body, separators=(",", ":")).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": payload})

@@ -1,0 +1,114 @@
+"""Processes that die with their parent: how they start, get their secrets, hold locks and end. Knows no SQL and no HTTP.
+
+A child's standard input is a pipe that carries one line of JSON (its settings and secrets: never argv, never the
+environment) and then stays open for as long as the parent lives: its end is the parent's death.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cloister_server.errors import StartRefused
+from cloister_server.settings import child_environment
+
+__all__ = ["end_group", "locked", "receive", "start"]
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def start(
+    module: str, message: Mapping[str, Any], *, pass_fds: Sequence[int] = (), env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Run `python -m module` as the leader of a process group of its own, and hand it the message."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        pass_fds=pass_fds,
+        start_new_session=True,
+        env=child_environment(**env or {}),
+    )
+    assert process.stdin is not None  # noqa: S101 (it was asked for above)
+    try:
+        process.stdin.write(json.dumps(message).encode() + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it is dead already; who waits for it will see
+    return process
+
+
+def receive(*, follows_thread: bool = False) -> dict[str, Any]:
+    """In a child: read the message, refuse core dumps, and from now on die (the whole group) when the parent dies.
+
+    `follows_thread` asks the kernel for the same, for children whose parent thread lives as long as the parent.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if follows_thread:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    pipe = os.fdopen(os.dup(0), "rb", buffering=0)
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        piece = pipe.read(65_536)
+        if not piece:
+            os._exit(1)  # the parent died before it had told us anything
+        line += piece
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_die_with, args=(pipe,), name="parent-watch", daemon=True).start()
+    message: dict[str, Any] = json.loads(line)
+    return message
+
+
+def _die_with(pipe: Any) -> None:
+    while pipe.read(1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def end_group(process: subprocess.Popen[bytes], *, grace_s: float) -> None:
+    """SIGTERM the child, SIGKILL its whole group after `grace_s`, and see it dead."""
+    if process.poll() is None and grace_s > 0:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace_s)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+@contextmanager
+def locked(path: Path, *, wait_s: float, what: str) -> Iterator[int]:
+    """Hold an exclusive flock on `path`; children that are passed the yielded descriptor hold it too.
+
+    Raises StartRefused where another process still holds it after `wait_s`.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise StartRefused(
+                        f"{what} is in use by another process ({path} is locked); stop it first, or use another data directory"
+                    ) from None
+                time.sleep(0.05)
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""The one frozen settings object, read once from the environment; nothing else reads `os.environ`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from cloister_server.errors import StartRefused
+
+__all__ = ["Settings", "child_environment", "load_settings"]
+
+
+def _home(kind: Literal["data", "config"]) -> Path:
+    """The XDG base directory of the user (freedesktop.org base directory specification)."""
+    default = {"data": ".local/share", "config": ".config"}[kind]
+    return Path(os.environ.get(f"XDG_{kind.upper()}_HOME") or Path.home() / default) / "cloister"
+
+
+class Settings(BaseModel):
+    """Every knob of a deployment; `CLOISTER_<NAME>` in the environment sets `<name>`.
+
+    Keys live outside the data directory by default, so that a copy of the data is not a copy of the keys.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data_dir: Path = Field(default_factory=lambda: _home("data"))
+    key_dir: Path = Field(default_factory=lambda: _home("config") / "keystore")
+    key_file: Path | None = None
+    """A root key file for unattended starts, mode 0600; without one the passphrase is asked for."""
+    database_url: SecretStr = SecretStr("")
+    """The runtime role's URL; SQLite in the data directory where it is empty."""
+    owner_database_url: SecretStr | None = None
+    """The owner's URL, for `cloister-admin init` only (PostgreSQL)."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8443
+    issuer: str = ""
+    """The public base URL, and the `iss` of every token; by default http://host:port."""
+    http_server: Literal["granian", "uvicorn"] = "granian"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    jobs_at_once: Annotated[int, Field(ge=1, le=64)] = 1
+    chunk_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Steps written ahead in the ledger at a time: the most that a crash can waste."""
+    token_lifetime_s: Annotated[int, Field(ge=30, le=600)] = 600
+    max_body_bytes: Annotated[int, Field(ge=2**20, le=2**30)] = 64 * 2**20
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _fill_derived(self) -> Settings:
+        values = self.__dict__
+        values["data_dir"], values["key_dir"] = self.data_dir.absolute(), self.key_dir.absolute()
+        if not self.database_url.get_secret_value():
+            values["database_url"] = SecretStr(f"sqlite:///{self.data_dir}/cloister.db")
+        if not self.issuer:
+            values["issuer"] = f"http://{self.host}:{self.port}"
+        return self
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.database_url.get_secret_value().startswith("sqlite")
+
+    @property
+    def workflow_database_url(self) -> str:
+        """Where the durable queue keeps its state: a file of its own beside SQLite, the same database on PostgreSQL."""
+        if self.is_sqlite:
+            return f"sqlite:///{self.data_dir}/workflows.db"
+        return self.database_url.get_secret_value()
+
+    def dump_with_secrets(self) -> str:
+        """As JSON with its secrets, for a child's pipe and nowhere else."""
+        values = self.model_dump(mode="json")
+        values["database_url"] = self.database_url.get_secret_value()
+        if self.owner_database_url is not None:
+            values["owner_database_url"] = None  # no child migrates
+        return json.dumps(values)
+
+
+def load_settings(**given: Any) -> Settings:
+    """Read `CLOISTER_*`, what is given going before it; an impossible value refuses the start by name."""
+    read = {name: os.environ.get(f"CLOISTER_{name.upper()}") for name in Settings.model_fields}
+    try:
+        return Settings.model_validate({**{name: value for name, value in read.items() if value}, **given})
+    except ValidationError as error:
+        problems = "; ".join(f"CLOISTER_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
+        raise StartRefused(f"the settings do not hold: {problems}; correct the environment") from None
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """What a child process inherits: the environment without ours in it, since settings and secrets come by pipe."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}, **more}

@@ -1,0 +1,104 @@
+"""The schema's version: brought to the newest by `cloister-admin init`, checked at every start. Knows the two roles.
+
+On PostgreSQL the owner migrates and the runtime role only reads and writes rows; of the ledger and the audit log it
+may neither change nor delete any.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, make_url, text
+
+from cloister_server.errors import StartRefused
+from cloister_server.settings import Settings
+from cloister_server.store.session import new_engine
+from cloister_server.store.tables import AuditRow, LedgerEntry, Table
+
+__all__ = ["check_current", "upgrade"]
+
+_APPEND_ONLY = {LedgerEntry.__tablename__, AuditRow.__tablename__}
+
+
+def upgrade(settings: Settings) -> None:
+    """Migrate to the newest schema and (PostgreSQL) make the runtime role and its rights. Running it again is harmless."""
+    if settings.is_sqlite:
+        _migrate(new_engine(settings.database_url.get_secret_value()))
+        return
+    if settings.owner_database_url is None:
+        raise StartRefused(
+            "PostgreSQL needs the owner's URL to migrate: set CLOISTER_OWNER_DATABASE_URL for `cloister-admin init` only"
+        )
+    owner = new_engine(settings.owner_database_url.get_secret_value())
+    runtime = make_url(settings.database_url.get_secret_value())
+    if runtime.username == owner.url.username:
+        raise StartRefused(
+            "the runtime URL names the owner's role; the service must run as a role that owns nothing: "
+            "give CLOISTER_DATABASE_URL a user of its own (init creates it)"
+        )
+    _migrate(owner)
+    with owner.begin() as connection:
+        _set_runtime_role(connection, str(runtime.username), str(runtime.password or ""))
+    owner.dispose()
+    _migrate_workflows(settings, str(runtime.username))
+
+
+def check_current(engine: Engine) -> None:
+    """Refuse to run on a schema that is not the newest this release knows."""
+    newest = ScriptDirectory.from_config(_config()).get_current_head()
+    with engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+    if current is None:
+        raise StartRefused("the database is empty: this deployment is not initialised; run `cloister-admin init`")
+    if current != newest:
+        raise StartRefused(
+            f"the database is at migration {current} and this release needs {newest}; stop all servers, back up, "
+            "then run `cloister-admin init`"
+        )
+
+
+def _migrate(engine: Engine) -> None:
+    config = _config()
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    engine.dispose()
+
+
+def _migrate_workflows(settings: Settings, role: str) -> None:
+    """The durable queue's own schema, made by the owner: the runtime role may not create one."""
+    from dbos import DBOS
+
+    assert settings.owner_database_url is not None  # noqa: S101 (checked by the caller)
+    DBOS.migrate(settings.owner_database_url.get_secret_value(), application_role=role)
+
+
+def _set_runtime_role(connection: Connection, role: str, password: str) -> None:
+    quote = connection.dialect.identifier_preparer.quote
+    exists = connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role})
+    literal = connection.scalar(text("SELECT quote_literal(:password)"), {"password": password})
+    verb = "ALTER" if exists else "CREATE"
+    connection.exec_driver_sql(
+        f"{verb} ROLE {quote(role)} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS PASSWORD {literal}".replace(
+            "%", "%%"
+        )
+    )
+    connection.exec_driver_sql(f"GRANT USAGE ON SCHEMA public TO {quote(role)}")
+    connection.exec_driver_sql(f"GRANT SELECT ON alembic_version TO {quote(role)}")
+    for table in Table.metadata.tables:
+        rights = "SELECT, INSERT" if table in _APPEND_ONLY else "SELECT, INSERT, UPDATE, DELETE"
+        connection.exec_driver_sql(f"REVOKE ALL ON {quote(table)} FROM {quote(role)}")
+        connection.exec_driver_sql(f"GRANT {rights} ON {quote(table)} TO {quote(role)}")
+
+
+def _config() -> Config:
+    """Migrations lie beside the package in the wheel, and at the top of the repository in an editable install."""
+    here = Path(__file__).resolve().parents[1]
+    shipped, source = here / "_migrations", here.parents[1] / "migrations"
+    config = Config()
+    config.set_main_option("script_location", str(shipped if shipped.is_dir() else source))
+    return config

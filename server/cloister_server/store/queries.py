@@ -1,0 +1,158 @@
+"""Which rows a principal may see, as SQL, and what each verb is decided on. Knows grants; refuses to know HTTP or features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import ColumnElement, Select, and_, case, exists, false, or_, select
+from sqlalchemy.orm import Session, aliased
+
+from cloister_server.store.tables import App, Dataset, Grant, Job, Model, SigningKey, Source, Table, Tenant, now
+
+__all__ = [
+    "ANY",
+    "OPERATOR_VERBS",
+    "VERBS",
+    "Holder",
+    "app_of_id",
+    "app_of_name",
+    "apps_of",
+    "grants_of",
+    "grants_on",
+    "public_keys",
+    "tenant_of_id_or_name",
+    "tenants",
+    "visible_to",
+]
+
+ANY = "*"
+"""The resource id of a grant on every resource of its tenant."""
+
+VERBS: Mapping[str, type[Table]] = {
+    "source.create": Tenant,
+    "source.read": Source,
+    "source.own": Source,
+    "dataset.create": Source,
+    "dataset.read": Dataset,
+    "dataset.upload": Dataset,
+    "dataset.train": Dataset,
+    "job.read": Job,
+    "job.cancel": Job,
+    "model.read": Model,
+    "model.predict": Model,
+    "model.publish": Model,
+}
+"""Every verb that a grant may name, and the table of the resource that it is decided on."""
+
+OPERATOR_VERBS: Mapping[str, type[Table]] = {
+    "tenant.administer": Tenant,
+    "source.create": Tenant,
+    "source.read": Source,
+}
+"""All that whoever holds the deployment itself may do, in the tenant named: nothing that reads rows, models or jobs."""
+
+R = TypeVar("R", bound=Table)
+
+
+class Holder(Protocol):
+    """Who holds grants, as a query needs to know it."""
+
+    @property
+    def tenant_id(self) -> str: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+
+
+def visible_to(principal: Holder, table: type[R]) -> Select[R]:
+    """The rows on which the principal may do at least one verb, in whatever tenant, as the decision query would say."""
+    row = table.__table__.c
+    if principal.kind == "operator":
+        may_see = row.tenant_id == principal.tenant_id if table in OPERATOR_VERBS.values() else false()
+        return select(table).where(may_see)
+    allow, deny = aliased(Grant), aliased(Grant)
+    at = now()
+    is_denied = exists().where(
+        deny.tenant_id == allow.tenant_id,
+        deny.principal_id == allow.principal_id,
+        deny.verb == allow.verb,
+        _covers(deny, row.id),
+        is_in_force(deny, at),
+        deny.effect != "allow",
+    )
+    is_allowed = exists().where(
+        allow.tenant_id == row.tenant_id,
+        allow.principal_id == principal.id,
+        allow.verb.in_([verb for verb, decided_on in VERBS.items() if decided_on is table]),
+        _covers(allow, row.id),
+        is_in_force(allow, at),
+        allow.effect == "allow",
+        ~is_denied.correlate(table, allow),
+    )
+    granting = select(Grant.tenant_id).where(Grant.principal_id == principal.id)
+    return select(table).where(row.tenant_id.in_(granting), is_allowed.correlate(table))
+
+
+def grants_on(principal: Holder, verb: str, *, tenant_id: str, resource_id: str) -> Select[str, str]:
+    """Id and effect of the one grant that decides: a deny, where there is one, goes before every allow."""
+    return (
+        select(Grant.id, Grant.effect)
+        .where(
+            Grant.tenant_id == tenant_id,
+            Grant.principal_id == principal.id,
+            Grant.verb == verb,
+            _covers(Grant, resource_id),
+            is_in_force(Grant, now()),
+        )
+        .order_by(case((Grant.effect == "allow", 1), else_=0), Grant.id)
+        .limit(1)
+    )
+
+
+def is_in_force(grant: Any, at: datetime) -> ColumnElement[bool]:
+    """An expired grant, allow or deny, counts for nothing."""
+    return or_(grant.expires.is_(None), grant.expires > at)
+
+
+def tenants() -> Select[Tenant]:
+    """Every tenant, oldest first: for the operator."""
+    return select(Tenant).order_by(Tenant.created, Tenant.id)
+
+
+def tenant_of_id_or_name(session: Session, id_or_name: str) -> Tenant | None:
+    return session.scalars(select(Tenant).where(or_(Tenant.id == id_or_name, Tenant.name == id_or_name))).first()
+
+
+def apps_of(tenant_id: str) -> Select[App]:
+    return select(App).where(App.tenant_id == tenant_id).order_by(App.created, App.id)
+
+
+def grants_of(tenant_id: str, holder_id: str | None) -> Select[Grant]:
+    """The grants on a tenant's resources, in the order in which they were given."""
+    grants = select(Grant).where(Grant.tenant_id == tenant_id).order_by(Grant.created, Grant.id)
+    return grants if holder_id is None else grants.where(Grant.principal_id == holder_id)
+
+
+def app_of_id(session: Session, client_id: str) -> App | None:
+    """The app of this client id, in whatever tenant: who it is, not what it may."""
+    return session.scalars(select(App).where(App.id == client_id)).one_or_none()
+
+
+def app_of_name(session: Session, tenant_id: str, name: str) -> App | None:
+    return session.scalars(select(App).where(and_(App.tenant_id == tenant_id, App.name == name))).one_or_none()
+
+
+def public_keys(session: Session, purpose: str) -> list[dict[str, Any]]:
+    """The public halves of the service's own keys of a purpose, oldest first."""
+    return list(
+        session.scalars(
+            select(SigningKey.public).where(SigningKey.purpose == purpose).order_by(SigningKey.created, SigningKey.id)
+        )
+    )
+
+
+def _covers(grant: Any, resource_id: Any) -> ColumnElement[bool]:
+    return or_(grant.resource_id == resource_id, grant.resource_id == ANY)

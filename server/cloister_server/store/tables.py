@@ -1,0 +1,332 @@
+"""Every table, in one place. `tenant_id` leads every primary and unique key of what a tenant owns."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    ForeignKeyConstraint,
+    Index,
+    LargeBinary,
+    String,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+__all__ = [
+    "App",
+    "Attempt",
+    "AuditRow",
+    "Dataset",
+    "Grant",
+    "IdempotencyKey",
+    "Job",
+    "LedgerEntry",
+    "Model",
+    "ModelVersion",
+    "Part",
+    "SealedObject",
+    "SigningKey",
+    "Source",
+    "Table",
+    "Tenant",
+    "TenantKey",
+    "new_id",
+    "now",
+]
+
+
+def new_id(prefix: str) -> str:
+    """A fresh immutable id of 128 random bits, e.g. `ds_5f…`."""
+    return f"{prefix}_{secrets.token_hex(16)}"
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class _UTC(TypeDecorator[datetime]):
+    """An aware UTC time, on databases that forget time zones too."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+class Table(DeclarativeBase):
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy reads it as a class attribute)
+        str: String(512),
+        datetime: _UTC,
+        bytes: LargeBinary,
+        dict[str, Any]: JSON,
+        list[Any]: JSON,
+    }
+
+
+def _id(*, primary: bool = True) -> Mapped[str]:
+    return mapped_column(String(40), primary_key=primary)
+
+
+class Tenant(Table):
+    __tablename__ = "tenants"
+    id: Mapped[str] = _id()
+    name: Mapped[str] = mapped_column(unique=True)
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class TenantKey(Table):
+    """One version of a tenant's key-encryption key: an id in the key provider, never the key."""
+
+    __tablename__ = "tenant_keys"
+    tenant_id: Mapped[str] = _id()
+    version: Mapped[int] = mapped_column(primary_key=True)
+    key_id: Mapped[str]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class App(Table):
+    """An OAuth client of a tenant. Its secret is kept as an HMAC."""
+
+    __tablename__ = "apps"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_apps_id", "id"))
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    name: Mapped[str]
+    secret_mac: Mapped[bytes]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Grant(Table):
+    """May (or may not: effect 'deny') a principal do a verb to a resource of this tenant; `resource_id` '*' is any."""
+
+    __tablename__ = "grants"
+    __table_args__ = (Index("ix_grants_principal", "tenant_id", "principal_id", "verb"),)
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    principal_id: Mapped[str] = _id(primary=False)
+    effect: Mapped[str]
+    verb: Mapped[str]
+    resource_id: Mapped[str]
+    expires: Mapped[datetime | None]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Source(Table):
+    """The people behind datasets. Only `epsilon` may ever change, upwards."""
+
+    __tablename__ = "sources"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"),)
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    name: Mapped[str]
+    unit: Mapped[str]
+    adjacency: Mapped[str]
+    epsilon: Mapped[float]
+    delta: Mapped[float]
+    public: Mapped[bool]
+    owner_id: Mapped[str] = _id(primary=False)
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class LedgerEntry(Table):
+    """One append-only row of a source's ledger; the database itself refuses to update or delete it.
+
+    kind 'freeze': the filter's orders and weights (once, before the first event);
+    'reserve': a job's event with its RDP vector per step, `steps` reserved (once a job);
+    'chunk': steps [first_step, first_step + steps) of an attempt, written before their first read of data;
+    'settle': the job is over, `steps` is what it is charged in the end (once a job).
+    """
+
+    __tablename__ = "ledger"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "source_id"], ["sources.tenant_id", "sources.id"]),
+        Index("ux_ledger_freeze", "tenant_id", "source_id", unique=True,
+              sqlite_where=text("kind = 'freeze'"), postgresql_where=text("kind = 'freeze'")),
+        Index("ux_ledger_reserve", "tenant_id", "job_id", unique=True,
+              sqlite_where=text("kind = 'reserve'"), postgresql_where=text("kind = 'reserve'")),
+        Index("ux_ledger_settle", "tenant_id", "job_id", unique=True,
+              sqlite_where=text("kind = 'settle'"), postgresql_where=text("kind = 'settle'")),
+        Index("ux_ledger_chunk", "tenant_id", "job_id", "attempt", "first_step", unique=True,
+              sqlite_where=text("kind = 'chunk'"), postgresql_where=text("kind = 'chunk'")),
+    )  # fmt: skip
+    tenant_id: Mapped[str] = _id()
+    source_id: Mapped[str] = _id()
+    revision: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    job_id: Mapped[str | None] = mapped_column(String(40))
+    attempt: Mapped[int | None]
+    first_step: Mapped[int | None]
+    steps: Mapped[int] = mapped_column(default=0)
+    principal_id: Mapped[str] = _id(primary=False)
+    event: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Dataset(Table):
+    __tablename__ = "datasets"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "name"),
+        ForeignKeyConstraint(["tenant_id", "source_id"], ["sources.tenant_id", "sources.id"]),
+    )
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    source_id: Mapped[str] = _id(primary=False)
+    name: Mapped[str]
+    columns: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
+    nominal_size: Mapped[int] = mapped_column(BigInteger)
+    capacity: Mapped[int] = mapped_column(BigInteger)
+    capacity_rows: Mapped[int] = mapped_column(BigInteger)
+    part_rows: Mapped[int]
+    parts: Mapped[int]
+    status: Mapped[str]
+    uploader_id: Mapped[str] = _id(primary=False)
+    manifest_id: Mapped[str | None] = mapped_column(String(40))
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Part(Table):
+    """One uploaded part: a number and a sealed object. How many rows it holds is sealed inside."""
+
+    __tablename__ = "parts"
+    __table_args__ = (ForeignKeyConstraint(["tenant_id", "dataset_id"], ["datasets.tenant_id", "datasets.id"]),)
+    tenant_id: Mapped[str] = _id()
+    dataset_id: Mapped[str] = _id()
+    number: Mapped[int] = mapped_column(primary_key=True)
+    object_id: Mapped[str] = _id(primary=False)
+
+
+class SealedObject(Table):
+    """A wrapped data key. The sealed bytes lie in the blob store under the same id."""
+
+    __tablename__ = "sealed_objects"
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    kind: Mapped[str]
+    key_version: Mapped[int]
+    wrapped_key: Mapped[bytes]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Job(Table):
+    """A training run. Its spec (with the architecture) is sealed: `spec_id` names the object."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "dataset_id"], ["datasets.tenant_id", "datasets.id"]),
+        Index("ix_jobs_status", "status"),
+    )
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    source_id: Mapped[str] = _id(primary=False)
+    dataset_id: Mapped[str] = _id(primary=False)
+    model_name: Mapped[str]
+    principal_id: Mapped[str] = _id(primary=False)
+    request_id: Mapped[str]
+    spec_id: Mapped[str] = _id(primary=False)
+    status: Mapped[str]
+    steps: Mapped[int]
+    epsilon: Mapped[float]
+    delta: Mapped[float]
+    steps_done: Mapped[int] = mapped_column(default=0)
+    attempt: Mapped[int] = mapped_column(default=0)
+    """The fencing number: only the newest attempt may write."""
+    checkpoint_id: Mapped[str | None] = mapped_column(String(40))
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    version: Mapped[int | None]
+    error_code: Mapped[str | None]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Attempt(Table):
+    """One start of a job's training child."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),)
+    tenant_id: Mapped[str] = _id()
+    job_id: Mapped[str] = _id()
+    number: Mapped[int] = mapped_column(primary_key=True)
+    started: Mapped[datetime] = mapped_column(default=now)
+    from_step: Mapped[int]
+    outcome: Mapped[str | None]
+    """'trained', 'paused', 'cancelled', 'budget', 'diverged' or 'internal', written by the attempt itself; null if it died."""
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """What 'trained' left: the weights' object id and the digests that the certificate states."""
+
+
+class Model(Table):
+    __tablename__ = "models"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_models_id", "id"))
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    name: Mapped[str]
+    champion: Mapped[int]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class ModelVersion(Table):
+    __tablename__ = "model_versions"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "job_id"),
+        ForeignKeyConstraint(["tenant_id", "model_id"], ["models.tenant_id", "models.id"]),
+    )
+    tenant_id: Mapped[str] = _id()
+    model_id: Mapped[str] = _id()
+    version: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = _id(primary=False)
+    weights_id: Mapped[str] = _id(primary=False)
+    certificate: Mapped[dict[str, Any]]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class AuditRow(Table):
+    """Who did what to what, allowed or denied and by which grant. Never a secret, never a row of data."""
+
+    __tablename__ = "audit"
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    time: Mapped[datetime] = mapped_column(default=now)
+    principal_id: Mapped[str] = _id(primary=False)
+    verb: Mapped[str]
+    resource_id: Mapped[str]
+    outcome: Mapped[str]
+    """'allowed', or 'denied: <reason>'."""
+    grant_id: Mapped[str | None] = mapped_column(String(40))
+    request_id: Mapped[str]
+
+
+class IdempotencyKey(Table):
+    """A write that was answered: the same key with the same body gets the same answer."""
+
+    __tablename__ = "idempotency_keys"
+    tenant_id: Mapped[str] = _id()
+    principal_id: Mapped[str] = _id()
+    route: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(String(128), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    status: Mapped[int]
+    answer: Mapped[dict[str, Any]]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class SigningKey(Table):
+    """A key of the service itself: purpose 'token' (ES256), 'certificate' (Ed25519) or 'pepper' (HMAC); wrapped by the system key."""
+
+    __tablename__ = "signing_keys"
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    purpose: Mapped[str]
+    public: Mapped[dict[str, Any]]
+    wrapped: Mapped[bytes]
+    created: Mapped[datetime] = mapped_column(default=now)

@@ -1,0 +1,98 @@
+"""Tenants and their apps: made, listed, removed by the operator. Knows SQL and keys; a secret is shown once and kept as a MAC."""
+
+from __future__ import annotations
+
+from pydantic import TypeAdapter, ValidationError
+from sqlalchemy.orm import Session
+
+from cloister.wire._model import Name
+from cloister_privacy.sealing import KeyProvider
+from cloister_server import audit, grants, policy, vault
+from cloister_server.errors import Conflict, Invalid, NotFound
+from cloister_server.grants import Role
+from cloister_server.oauth import client_secrets
+from cloister_server.policy import Principal
+from cloister_server.store import queries
+from cloister_server.store.tables import App, Tenant, new_id
+
+__all__ = ["apps", "create_client", "create_tenant", "find_tenant", "operator_of", "tenants"]
+
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+def create_tenant(session: Session, keys: KeyProvider, *, name: str, request_id: str) -> Tenant:
+    """A tenant, and its first key in the provider: nothing of it is ever sealed under another's."""
+    tenant = Tenant(id=new_id("tn"), name=_checked(name))
+    principal = operator_of(tenant, request_id=request_id)
+    authorized = policy.authorize(session, principal, "tenant.administer", tenant)
+    if queries.tenant_of_id_or_name(session, name) is not None:
+        raise Conflict(f"a tenant named {name!r} is already there; choose another name")
+    session.add(tenant)
+    vault.new_tenant_key(session, keys, tenant.id)
+    audit.record(
+        session,
+        principal,
+        verb="tenant.create",
+        resource_id=tenant.id,
+        outcome="allowed",
+        grant_id=authorized.grant_id,
+    )
+    return tenant
+
+
+def create_client(
+    session: Session, keys: KeyProvider, principal: Principal, *, name: str, role: Role
+) -> tuple[App, str]:
+    """An app of the operator's tenant with a role's grants, and its secret, which is nowhere but in this answer."""
+    tenant = session.get_one(Tenant, principal.tenant_id)
+    authorized = policy.authorize(session, principal, "tenant.administer", tenant)
+    if queries.app_of_name(session, tenant.id, _checked(name)) is not None:
+        raise Conflict(f"the tenant has a client named {name!r} already; choose another name")
+    client_id, secret = new_id("ap"), client_secrets.new_secret().get_secret_value()
+    pepper = vault.signing_key(session, keys, "pepper").secret
+    app = App(tenant_id=tenant.id, id=client_id, name=name, secret_mac=client_secrets.mac(pepper, client_id, secret))
+    session.add(app)
+    grants.grant_role(session, app, role)
+    audit.record(
+        session,
+        principal,
+        verb="client.create",
+        resource_id=app.id,
+        outcome="allowed",
+        grant_id=authorized.grant_id,
+    )
+    return app, secret
+
+
+def tenants(session: Session) -> list[Tenant]:
+    """Every tenant of the deployment, oldest first: for the operator's CLI alone."""
+    return list(session.scalars(queries.tenants()))
+
+
+def apps(session: Session, principal: Principal) -> list[App]:
+    """The apps of the operator's tenant, oldest first."""
+    tenant = session.get_one(Tenant, principal.tenant_id)
+    policy.authorize(session, principal, "tenant.administer", tenant)
+    return list(session.scalars(queries.apps_of(tenant.id)))
+
+
+def find_tenant(session: Session, id_or_name: str) -> Tenant:
+    """The tenant of this id or name, for the operator's CLI alone. Raises NotFound."""
+    tenant = queries.tenant_of_id_or_name(session, id_or_name)
+    if tenant is None:
+        raise NotFound("tenant")
+    return tenant
+
+
+def operator_of(tenant: Tenant, *, request_id: str) -> Principal:
+    """The operator at work in this tenant: for the CLI alone, which whoever holds the keys can run."""
+    return policy.operator(tenant.id, request_id=request_id)
+
+
+def _checked(name: str) -> str:
+    try:
+        return _NAME.validate_python(name)
+    except ValidationError:
+        raise Invalid(
+            f"{name!r} is no name here: a letter first, then letters, digits, '_' and '-', 63 characters at most"
+        ) from None

@@ -1,0 +1,136 @@
+"""One start of a job's training, from its keys to its settlement. Knows SQL, the vault and processes; trains nothing.
+
+Whoever runs an attempt holds the job's lock, and the training child inherits it: as long as any child of a job lives,
+no other can start. Every start takes a new fencing number, and only the newest may write.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+from typing import Any, Literal
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cloister.wire.jobs import FINAL
+from cloister.wire.plans import TrainingSpec
+from cloister_server import budgets, datasets, models, processes, vault
+from cloister_server.service import Service
+from cloister_server.store.session import writing
+from cloister_server.store.tables import Attempt, Dataset, Job
+
+__all__ = ["GRACE_S", "run_attempt"]
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 8
+"""Attempts that may die one after the other without a new checkpoint before the job fails."""
+
+MAX_CHUNKS = 200
+"""A job has at most about this many chunks, each with a checkpoint under a key of its own."""
+
+GRACE_S = 6.0
+"""How long a training child may take to reach a chunk boundary when the worker stops."""
+
+_ALLOCATOR = {  # Half of a DP step was page faults of glibc's allocator with its default thresholds.
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+def run_attempt(
+    service: Service, tenant_id: str, job_id: str, *, stopping: threading.Event
+) -> Literal["over", "again"]:
+    """Conclude the job if its last attempt allows it, else start the next attempt and see it through."""
+    path = service.settings.data_dir / "locks" / f"{job_id}.lock"
+    with processes.locked(path, wait_s=30, what=f"job {job_id}") as lock:
+        if _conclude(service, tenant_id, job_id):
+            path.unlink(missing_ok=True)
+            return "over"
+        if stopping.is_set():
+            return "again"
+        message = _begin(service, tenant_id, job_id)
+        log.info("attempt.started", extra={"job_id": job_id, "attempt": message["attempt"]})
+        process = processes.start("cloister_server.work.child", message, pass_fds=(lock,), env=_ALLOCATOR)
+        _wait(process, stopping)
+        processes.end_group(process, grace_s=GRACE_S if stopping.is_set() else 0)
+        log.info("attempt.ended", extra={"job_id": job_id, "attempt": message["attempt"], "exit": process.returncode})
+        return "over" if _conclude(service, tenant_id, job_id) else "again"
+
+
+def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> None:
+    while process.poll() is None and not stopping.is_set():
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
+    """Publish or settle, if the last attempt said how it ended; True when the job is over. No child of it is alive."""
+    with writing(service.engine) as session:
+        job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
+        if job.status in FINAL:
+            return True
+        attempts = list(
+            session.scalars(
+                select(Attempt)
+                .where(Attempt.tenant_id == tenant_id, Attempt.job_id == job_id)
+                .order_by(Attempt.number.desc())
+                .limit(MAX_DEATHS)
+            )
+        )
+        outcome = attempts[0].outcome if attempts else None
+        if outcome == "trained":
+            sealed = vault.open_object(session, service.keys, service.blobs, tenant_id=tenant_id, object_id=job.spec_id)
+            spec = TrainingSpec.model_validate_json(sealed)
+            job.version = models.publish(session, service, job, attempt=attempts[0], spec=spec)
+            _close(session, service, job, "done")
+        elif job.cancel_requested or outcome == "cancelled":
+            _close(session, service, job, "cancelled")
+        elif outcome in ("budget", "diverged", "internal"):
+            _close(session, service, job, "failed", error_code=outcome)
+        elif len(attempts) == MAX_DEATHS and all(a.outcome is None and a.from_step == job.steps_done for a in attempts):
+            _close(session, service, job, "failed", error_code="gave_up")
+        return job.status in FINAL
+
+
+def _close(session: Session, service: Service, job: Job, status: str, *, error_code: str | None = None) -> None:
+    charged = budgets.settle(session, job)
+    job.status, job.error_code = status, error_code
+    log.info("job.over", extra={"job_id": job.id, "status": status, "charged": charged})
+
+
+def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any]:
+    """Take the next fencing number and mint the keys that this attempt may use; the message for its child."""
+    with writing(service.engine) as session:
+        job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
+        dataset = session.get_one(Dataset, (tenant_id, job.dataset_id))
+        job.attempt += 1
+        job.status = "running"
+        session.add(Attempt(tenant_id=tenant_id, job_id=job_id, number=job.attempt, from_step=job.steps_done))
+        chunk_steps = max(service.settings.chunk_steps, -(-job.steps // MAX_CHUNKS))
+        checkpoints = -(-(job.steps - job.steps_done) // chunk_steps)
+
+        def key(object_id: str) -> dict[str, str]:
+            return vault.data_key(session, service.keys, tenant_id=tenant_id, object_id=object_id).to_message()
+
+        def fresh(kind: vault.Kind) -> dict[str, str]:
+            return vault.new_data_key(session, service.keys, tenant_id=tenant_id, kind=kind).to_message()
+
+        return {
+            "settings": service.settings.dump_with_secrets(),
+            "tenant": tenant_id,
+            "job": job_id,
+            "attempt": job.attempt,
+            "chunk_steps": chunk_steps,
+            "first_step": job.steps_done,
+            "spec": key(job.spec_id),
+            "parts": [key(part) for part in datasets.part_objects(session, service, dataset)],
+            "resume": key(job.checkpoint_id) if job.checkpoint_id else None,
+            "checkpoints": [fresh("checkpoint") for _ in range(checkpoints)],
+            "weights": fresh("weights"),
+        }

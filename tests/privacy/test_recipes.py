@@ -1,0 +1,123 @@
+"""Recipes: blanks are filled from public facts, the same way every time, and what cannot be is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cloister.wire.architecture import Encode, Flatten, Linear, ReLU, Tanh
+from cloister.wire.columns import BytesColumn, CategoryColumn, Column, NumberColumn, TensorColumn
+from cloister.wire.plans import SGD, Adam, PlanRequest, Privacy, TrainingSpec
+from cloister_privacy import DPPlan
+from cloister_privacy.errors import ArchitectureRefused, BatchLargerThanNominal, PlanImpossible, PrivacyError
+from cloister_privacy.recipes import require_fit, resolve
+
+COLUMNS: dict[str, Column] = {
+    "image": TensorColumn(shape=(28, 28), low=0, high=1),
+    "age": NumberColumn(low=0, high=120),
+    "note": BytesColumn(max_length=10),
+    "label": CategoryColumn(values=tuple("abcdefghij")),
+}
+
+
+def resolved(nominal_size: int = 60000, **fields: Any) -> TrainingSpec:
+    request = PlanRequest(**({"dataset": "ds_" + "0" * 32, "target": "label"} | fields))
+    return resolve(request, columns=COLUMNS, nominal_size=nominal_size, delta=1e-6)
+
+
+def test_with_nothing_given_all_readable_columns_meet_one_hidden_layer_at_a_default_epsilon() -> None:
+    spec = resolved()
+    assert list(spec.architecture.inputs) == ["image", "age"]
+    assert spec.architecture.layers == (
+        Encode(),
+        Linear(in_features=785, out_features=128),
+        Tanh(),
+        Linear(in_features=128, out_features=10),
+    )
+    assert spec.architecture.loss == "cross_entropy"
+    assert isinstance(spec.optimizer, SGD)
+    assert spec.delta == 1e-6
+    assert 2.999 < DPPlan.of(spec).epsilon() <= 3.0
+
+
+def test_the_same_request_gives_the_same_spec() -> None:
+    assert resolved() == resolved()
+
+
+def test_what_is_given_is_kept_and_only_the_rest_is_filled() -> None:
+    spec = resolved(
+        features=("age",),
+        batch_size=600,
+        epochs=1.5,
+        privacy=Privacy(noise_multiplier=2.0, clip=0.5, delta=1e-7),
+        optimizer=Adam(learning_rate=0.003),
+    )
+    assert list(spec.architecture.inputs) == ["age"]
+    assert (spec.batch_size, spec.steps, spec.noise_multiplier, spec.clip, spec.delta) == (600, 150, 2.0, 0.5, 1e-7)
+    assert spec.optimizer == Adam(learning_rate=0.003)
+
+
+def test_the_seed_settings_are_expressible_to_the_letter() -> None:
+    spec = resolved(
+        features=("image",),
+        layers=(Flatten(), Linear(in_features=784, out_features=128), ReLU(), Linear(in_features=128, out_features=10)),
+        privacy=Privacy(noise_multiplier=1.0, clip=1.0),
+        batch_size=256,
+        epochs=10,
+        optimizer=SGD(learning_rate=0.01),
+    )
+    assert (spec.steps, spec.noise_multiplier, spec.optimizer) == (2344, 1.0, SGD(learning_rate=0.01, momentum=0.0))
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 3.0, 8.0])
+def test_a_target_epsilon_is_met_from_below(epsilon: float) -> None:
+    assert epsilon * 0.999 < DPPlan.of(resolved(privacy=Privacy(epsilon=epsilon))).epsilon() <= epsilon
+
+
+def test_a_number_is_learnt_by_squared_error() -> None:
+    spec = resolved(target="age")
+    assert spec.architecture.loss == "mean_squared_error"
+    assert spec.architecture.layers[-1] == Linear(in_features=128, out_features=1)
+
+
+@pytest.mark.parametrize("nominal_size", [1, 2, 63, 64, 65, 1000, 10**9])
+def test_every_nominal_size_has_a_batch_that_fits(nominal_size: int) -> None:
+    spec = resolved(nominal_size, privacy=Privacy(noise_multiplier=1.0))
+    assert 1 <= spec.batch_size <= nominal_size
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"batch_size": 60001}, BatchLargerThanNominal, "lower batch_size"),
+        ({"batch_size": 1, "epochs": 1000.0}, PlanImpossible, "over 10000000 steps"),
+        ({"epochs": 1e300}, PlanImpossible, "over 10000000 steps"),
+        ({"privacy": Privacy(epsilon=1e-4)}, PlanImpossible, "raise epsilon"),
+        ({"target": "colour"}, ArchitectureRefused, "'colour' is not a column"),
+        ({"target": "image"}, ArchitectureRefused, "predict a category or a number"),
+        ({"target": "note"}, ArchitectureRefused, "predict a category or a number"),
+        ({"features": ("note",)}, ArchitectureRefused, "of type bytes"),
+        ({"features": ("colour",)}, ArchitectureRefused, "not a column"),
+        ({"features": ("age", "age")}, ArchitectureRefused, "only once"),
+        ({"features": ()}, ArchitectureRefused, "at least one column"),
+        ({"features": ("label",)}, ArchitectureRefused, "both an input and the target"),
+        ({"layers": (Flatten(),)}, ArchitectureRefused, "no encode to join"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_by_name(
+    fields: dict[str, Any], error: type[PrivacyError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        resolved(**fields)
+
+
+def test_a_spec_is_held_against_the_dataset_that_it_names(spec_of: Callable[..., TrainingSpec]) -> None:
+    spec = resolved()
+    require_fit(spec, columns=COLUMNS, nominal_size=60000)
+    with pytest.raises(PlanImpossible, match="nominal_size 60000 is not the dataset's 60001"):
+        require_fit(spec, columns=COLUMNS, nominal_size=60001)
+    wider = {**COLUMNS, "age": NumberColumn(low=0, high=121)}
+    with pytest.raises(ArchitectureRefused, match="'age' is not a column of the dataset as the spec declares it"):
+        require_fit(spec, columns=wider, nominal_size=60000)

@@ -1,0 +1,205 @@
+"""The ledger's arithmetic on real databases: nothing overdraws it, nothing is charged twice, nothing is rewritten."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from cloister.wire.plans import Event
+from cloister_server import budgets
+from cloister_server.errors import BudgetExceeded
+from cloister_server.store.session import reading, writing
+from cloister_server.store.tables import Dataset, Job, Source, Tenant, new_id
+
+EVENT = Event(
+    mechanism="poisson_subsampled_gaussian",
+    noise_multiplier=1.1425,
+    sampling_rate=256 / 60_000,
+    steps=2344,
+    unit="row",
+    adjacency="add_remove",
+)
+
+
+@pytest.fixture
+def source(engine: Engine) -> Source:
+    """A source of its own tenant, with the cap of PRIVACY's test vector."""
+    tenant, row = new_id("tn"), new_id("src")
+    with writing(engine) as session:
+        session.add(Tenant(id=tenant, name=tenant))
+        session.add(
+            Source(
+                tenant_id=tenant, id=row, name="people", unit="row", adjacency="add_remove",
+                epsilon=3.0, delta=1e-6, public=False, owner_id="ap_owner",
+            )
+        )  # fmt: skip
+    with writing(engine) as session:
+        session.add(
+            Dataset(
+                tenant_id=tenant, id="ds_x", source_id=row, name="d", columns={}, nominal_size=60_000, capacity=60_000,
+                capacity_rows=60_000, part_rows=1000, parts=60, status="ready", uploader_id="ap_owner",
+            )
+        )  # fmt: skip
+    with reading(engine) as session:
+        return session.get_one(Source, (tenant, row))
+
+
+def reserve(engine: Engine, source: Source, event: Event = EVENT) -> str:
+    """A running job with its reservation, as jobs.start makes it."""
+    job_id = new_id("job")
+    with writing(engine) as session:
+        budgets.lock(session, source)
+        budgets.reserve(session, source, job_id=job_id, principal_id="ap_x", event=event)
+        session.add(
+            Job(
+                tenant_id=source.tenant_id, id=job_id, source_id=source.id, dataset_id="ds_x", model_name="m",
+                principal_id="ap_x", request_id="r", spec_id="obj", status="running", steps=event.steps,
+                epsilon=1.0, delta=1e-6, attempt=1,
+            )
+        )  # fmt: skip
+    return job_id
+
+
+def open_chunk(engine: Engine, source: Source, job_id: str, first: int, steps: int, *, attempt: int = 1) -> None:
+    with writing(engine) as session:
+        budgets.open_chunk(
+            session, tenant_id=source.tenant_id, job_id=job_id, attempt=attempt, first_step=first, steps=steps
+        )
+
+
+def settle(engine: Engine, source: Source, job_id: str) -> int:
+    with writing(engine) as session:
+        return budgets.settle(session, session.get_one(Job, (source.tenant_id, job_id)))
+
+
+def balance(engine: Engine, source: Source) -> budgets.Budget:
+    with reading(engine) as session:
+        return budgets.balance(session, source)
+
+
+def test_the_test_vector_admits_seven_jobs_and_refuses_the_eighth_unchanged(engine: Engine, source: Source) -> None:
+    for _ in range(7):
+        reserve(engine, source)
+    before = balance(engine, source)
+    with pytest.raises(BudgetExceeded, match="does not fit") as refusal:
+        reserve(engine, source)
+    assert balance(engine, source) == before
+    assert before.spent <= 3.0
+    assert refusal.value.details["owners"] == ["ap_owner"]
+
+
+def test_a_quote_is_what_the_balance_becomes(engine: Engine, source: Source) -> None:
+    with reading(engine) as session:
+        quoted = budgets.quote(session, source, EVENT)
+    assert quoted.fits and quoted.before == 0.0 and quoted.revision == 0
+    reserve(engine, source)
+    assert balance(engine, source).spent == quoted.after
+    assert balance(engine, source).left == quoted.left
+
+
+def test_the_largest_run_that_a_refusal_names_is_admitted(engine: Engine, source: Source) -> None:
+    for _ in range(7):
+        reserve(engine, source)
+    with pytest.raises(BudgetExceeded) as refusal:
+        reserve(engine, source)
+    largest = refusal.value.details["largest_epsilon"]
+    assert 0 < largest < 1.21
+    from cloister_privacy.plan import DPPlan
+
+    plan = DPPlan.calibrated(epsilon=largest, nominal_size=60_000, batch_size=256, steps=2344, delta=1e-6)
+    reserve(engine, source, plan.event())
+
+
+def test_a_settled_job_is_charged_what_it_opened(engine: Engine, source: Source) -> None:
+    job = reserve(engine, source)
+    open_chunk(engine, source, job, 0, 100)
+    assert settle(engine, source, job) == 100
+    assert settle(engine, source, job) == 100, "settling twice changes nothing"
+    short = EVENT.model_copy(update={"steps": 100})
+    with reading(engine) as session:
+        usage = budgets._account(session, source).used
+    assert usage == pytest.approx(budgets._cost(_rdp(engine, source), short.steps))
+
+
+def _rdp(engine: Engine, source: Source) -> tuple[float, ...]:
+    with reading(engine) as session:
+        account = budgets._account(session, source)
+    assert account.filter is not None
+    return budgets._rdp_per_step(account.filter, EVENT)
+
+
+def test_an_unsettled_job_holds_its_whole_reservation_even_when_all_its_attempts_died(
+    engine: Engine, source: Source
+) -> None:
+    job = reserve(engine, source)
+    whole = balance(engine, source).spent
+    open_chunk(engine, source, job, 0, 100)
+    assert balance(engine, source).spent == whole
+
+
+def test_recomputed_steps_are_charged_on_top_of_the_reservation(engine: Engine, source: Source) -> None:
+    job = reserve(engine, source)
+    for first in range(0, 2344, 586):
+        open_chunk(engine, source, job, first, 586)
+    whole = balance(engine, source).spent
+    with writing(engine) as session:
+        session.get_one(Job, (source.tenant_id, job)).attempt = 2
+    open_chunk(engine, source, job, 1758, 586, attempt=2)
+    assert balance(engine, source).spent > whole
+    assert settle(engine, source, job) == 2344 + 586
+
+
+def test_recomputed_steps_that_do_not_fit_are_refused(engine: Engine, source: Source) -> None:
+    jobs = [reserve(engine, source) for _ in range(7)]
+    open_chunk(engine, source, jobs[0], 0, 2344)
+    with writing(engine) as session:
+        session.get_one(Job, (source.tenant_id, jobs[0])).attempt = 2
+    with pytest.raises(budgets.ChunkRefused):
+        open_chunk(engine, source, jobs[0], 0, 2344, attempt=2)
+
+
+def test_a_stale_attempt_cannot_open_a_chunk(engine: Engine, source: Source) -> None:
+    job = reserve(engine, source)
+    with pytest.raises(budgets.StaleAttempt):
+        open_chunk(engine, source, job, 0, 100, attempt=0)
+
+
+def test_a_settled_job_opens_no_more_chunks(engine: Engine, source: Source) -> None:
+    job = reserve(engine, source)
+    settle(engine, source, job)
+    with pytest.raises(budgets.StaleAttempt):
+        open_chunk(engine, source, job, 0, 100)
+
+
+def test_a_cancelled_job_stops_at_its_chunk_boundary(engine: Engine, source: Source) -> None:
+    job = reserve(engine, source)
+    with writing(engine) as session:
+        session.get_one(Job, (source.tenant_id, job)).cancel_requested = True
+    with pytest.raises(budgets.Cancelled):
+        open_chunk(engine, source, job, 0, 100)
+
+
+def test_racing_reservations_never_overdraw(engine: Engine, source: Source) -> None:
+    def attempt(_: int) -> bool:
+        try:
+            reserve(engine, source)
+        except BudgetExceeded:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        admitted = sum(pool.map(attempt, range(16)))
+    assert admitted == 7
+    assert balance(engine, source).spent <= 3.0
+
+
+@pytest.mark.parametrize("statement", ["UPDATE ledger SET steps = 0", "DELETE FROM ledger"])
+def test_the_database_refuses_to_rewrite_the_ledger(engine: Engine, source: Source, statement: str) -> None:
+    reserve(engine, source)
+    with pytest.raises(DBAPIError, match=r"append-only|permission denied"), Session(engine) as session:
+        session.execute(text(statement))
+        session.commit()
