@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from cloister.wire.plans import Event, Quote
 from cloister.wire.sources import Budget
-from cloister_privacy.accounting import Filter, largest, rdp_per_step
+from cloister_privacy.accounting import Filter, epsilon_by_rdp, largest, rdp_per_step
 from cloister_server.errors import BudgetExceeded, Conflict
 from cloister_server.store.tables import Job, LedgerEntry, Source
 
@@ -252,7 +252,8 @@ def _spent_and_left(source: Source, filter_: Filter | None, used: tuple[float, .
 
 
 def _refusal(source: Source, account: _Account, event: Event) -> BudgetExceeded:
-    """What is left, and the largest run of this shape that fits, its epsilon told at the source's delta."""
+    """What was asked, what is left, and the largest run of this shape that fits; epsilons told at the source's delta."""
+    asked = epsilon_by_rdp(event.sampling_rate, event.noise_multiplier, steps=event.steps, delta=source.delta)
     _, left = _spent_and_left(source, account.filter, account.used)
     fit = largest(
         event.sampling_rate,
@@ -265,7 +266,12 @@ def _refusal(source: Source, account: _Account, event: Event) -> BudgetExceeded:
         f"the largest run of this shape that fits has epsilon {fit.epsilon:.3f}" if fit else "no run of this shape fits"
     )
     return BudgetExceeded(
-        f"this run does not fit the {left:.3f} left of the {source.epsilon:g} that source {source.name!r} allows; "
+        f"this run of epsilon {asked:.3f} does not fit the {left:.3f} left of the {source.epsilon:g} that source {source.name!r} allows; "
         f"{advice}; plan a smaller one, or ask the source's owner to raise the budget",
-        details={"left": left, "largest_epsilon": fit.epsilon if fit else None, "owners": [source.owner_id]},
+        details={
+            "asked": asked,
+            "left": left,
+            "largest_epsilon": fit.epsilon if fit else None,
+            "owners": [source.owner_id],
+        },
     )

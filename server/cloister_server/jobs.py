@@ -125,6 +125,7 @@ def view(job: Job) -> wire.Job:
         version=job.version,
         error=FAILURES.get(job.error_code) if job.error_code else None,
         error_code=job.error_code,
+        request_id=job.request_id,
         created=job.created,
     )
 

@@ -56,7 +56,7 @@ def _script(deployment: Deployment, rows: dict[str, np.ndarray]) -> list[str]:
         data = client.datasets.upload("d", rows, source=source, columns=COLUMNS, nominal_size=1000, capacity=2000)
     seen: list[str] = []
     with httpx2.Client(
-        base_url=deployment.url, headers={"Authorization": f"Bearer {deployment.token(observer)}"}
+        base_url=deployment.url, timeout=60, headers={"Authorization": f"Bearer {deployment.token(observer)}"}
     ) as http:
 
         def ask(method: str, path: str, **more: Any) -> Any:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from databases import DatabaseURLs
 from pydantic import SecretStr
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from cloister_server import deployment, policy, tenants
+from cloister_server import deployment, tenants
 from cloister_server.app import create_app
 from cloister_server.grants import Role
 from cloister_server.policy import Principal
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store.session import writing
+from databases import DatabaseURLs
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,19 @@ def new_service(root: Path, urls: DatabaseURLs | None = None, **more: Any) -> Se
     return deployment.initialise(Settings(**given, **more))
 
 
-def new_client(service: Service, tenant: str = "acme", *, role: Role = "steward") -> Client:
-    """An app of a tenant that is made where there is none of its name."""
-    with writing(service.engine) as session:
-        made = _tenant(session, service, tenant)
-        operator = tenants.operator_of(made, request_id="request-of-a-test")
-        app, secret = tenants.create_client(session, service.keys, operator, name=f"a{secrets.token_hex(4)}", role=role)
-        return Client(made.id, app.id, secret)
+@pytest.fixture
+def make_client(service: Service) -> Callable[..., Client]:
+    """Makes an app of a tenant, which is made where there is none of its name."""
+
+    def make(tenant: str = "acme", *, role: Role = "steward") -> Client:
+        with writing(service.engine) as session:
+            made = _tenant(session, service, tenant)
+            operator = tenants.operator_of(made, request_id="request-of-a-test")
+            name = f"a{secrets.token_hex(4)}"
+            app, secret = tenants.create_client(session, service.keys, operator, name=name, role=role)
+            return Client(made.id, app.id, secret)
+
+    return make
 
 
 def _tenant(session: Session, service: Service, name: str) -> Any:
@@ -80,20 +86,23 @@ def http(service: Service) -> Iterator[TestClient]:
 
 
 @pytest.fixture
-def steward(service: Service) -> Client:
-    return new_client(service)
+def bearer_of(http: TestClient) -> Callable[[Client], dict[str, str]]:
+    """The header that an app's requests carry."""
+
+    def fetch(client: Client) -> dict[str, str]:
+        answer = http.post("/oauth/token", data={"grant_type": "client_credentials"}, auth=(client.id, client.secret))
+        assert answer.status_code == 200, answer.text
+        return {"Authorization": f"Bearer {answer.json()['access_token']}"}
+
+    return fetch
 
 
 @pytest.fixture
-def bearer(http: TestClient, steward: Client) -> dict[str, str]:
+def steward(make_client: Callable[..., Client]) -> Client:
+    return make_client()
+
+
+@pytest.fixture
+def bearer(bearer_of: Callable[[Client], dict[str, str]], steward: Client) -> dict[str, str]:
     """The header that the steward's requests carry."""
-    return bearer_of(http, steward)
-
-
-def bearer_of(http: TestClient, client: Client) -> dict[str, str]:
-    answer = http.post("/oauth/token", data={"grant_type": "client_credentials"}, auth=(client.id, client.secret))
-    assert answer.status_code == 200, answer.text
-    return {"Authorization": f"Bearer {answer.json()['access_token']}"}
-
-
-__all__ = ["Client", "bearer_of", "new_client", "new_service", "policy"]
+    return bearer_of(steward)

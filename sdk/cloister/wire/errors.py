@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from cloister.wire._model import Response
 
 __all__ = ["ErrorBody"]
@@ -14,4 +16,4 @@ class ErrorBody(Response):
     """What, why, and what to do next."""
     code: str
     request_id: str
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = Field(default_factory=dict)

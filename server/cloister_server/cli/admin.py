@@ -68,7 +68,7 @@ def init(
 ) -> None:
     """Make the data directory, the keystore, the schema and the service's keys; running it again upgrades the schema."""
     with _refusals(as_json):
-        passphrase = None if passphrase_fd is None else os.fdopen(passphrase_fd).readline().rstrip("\n")
+        passphrase = None if passphrase_fd is None else _read_line(passphrase_fd)
         settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
         service = deployment.initialise(settings, passphrase=passphrase)
         with reading(service.engine) as session:
@@ -256,6 +256,11 @@ def _grant_row(grant: Grant) -> dict[str, Any]:
         "resource": grant.resource_id,
         "expires": grant.expires,
     }
+
+
+def _read_line(descriptor: int) -> str:
+    with os.fdopen(descriptor) as given:
+        return given.readline().rstrip("\n")
 
 
 def _request_id() -> str:

@@ -69,7 +69,7 @@ def _supervise(settings: Settings) -> None:
         while not stopping.wait(0.1):
             for name, child in children.items():
                 if child.poll() is not None:
-                    log.error("process.died", extra={"process": name, "exit": child.returncode})
+                    log.error("process.died", extra={"child": name, "exit": child.returncode})
                     processes.end_group(child, grace_s=0)
                     if not stopping.wait(_RESTART_S):
                         children[name] = _start(name, message, lock)
