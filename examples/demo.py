@@ -98,7 +98,11 @@ def _serving(env: dict[str, str], log: Path) -> Iterator[str]:
         yield url
     finally:
         server.send_signal(signal.SIGTERM)
-        server.wait(15)
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()  # whatever it started dies with it
+            server.wait()
 
 
 def _wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -152,4 +156,8 @@ def _search(data: Path, digits: Any, secret: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nStopped; the server is down, and what was written so far is kept.")
+        sys.exit(130)

@@ -263,7 +263,9 @@ def _refusal(source: Source, account: _Account, event: Event) -> BudgetExceeded:
         used=account.used,
     )
     advice = (
-        f"the largest run of this shape that fits has epsilon {fit.epsilon:.3f}" if fit else "no run of this shape fits"
+        f"the largest run of this shape that fits has epsilon {fit.epsilon:.3f} on its own"
+        if fit
+        else "no run of this shape fits"
     )
     return BudgetExceeded(
         f"this run of epsilon {asked:.3f} does not fit the {left:.3f} left of the {source.epsilon:g} that source {source.name!r} allows; "
