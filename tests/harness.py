@@ -11,13 +11,20 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from sqlalchemy.orm import Session
 
 import cloister
+from cloister_server import deployment, tenants
+from cloister_server.grants import Role
+from cloister_server.service import Service
+from cloister_server.settings import Settings
+from cloister_server.store.session import writing
 
 BIN = Path(sys.executable).parent
 START_S = 60.0
@@ -28,6 +35,7 @@ class App:
     """An OAuth client of a tenant, as `cloister-admin client create` printed it."""
 
     tenant: str
+    tenant_id: str
     client_id: str
     client_secret: str = field(repr=False)
 
@@ -74,9 +82,12 @@ class Deployment:
             "CLOISTER_CHUNK_STEPS": str(self.chunk_steps),
             "CLOISTER_DEVICE": "cpu",
             "TMPDIR": str(self.root / "tmp"),
+            "HOME": str(self.root / "home"),
+            "XDG_CACHE_HOME": str(self.root / "home" / "cache"),
             "OMP_NUM_THREADS": "1",
         }
-        (self.root / "tmp").mkdir(exist_ok=True)
+        for name in ("tmp", "home"):
+            (self.root / name).mkdir(exist_ok=True)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}
         return {**clean, **{name: value for name, value in given.items() if value}, **self.extra_env}
 
@@ -93,12 +104,27 @@ class Deployment:
         return self
 
     def tenant(self, name: str) -> str:
-        self.admin("tenant", "create", name)
+        """As `cloister-admin tenant create`, without a process for each."""
+        with self._operating() as (service, session):
+            tenants.create_tenant(session, service.keys, name=name, request_id="harness")
         return name
 
-    def app(self, tenant: str, name: str, role: str = "steward") -> App:
-        made = self.admin("client", "create", "--tenant", tenant, "--name", name, "--role", role)
-        return App(tenant, made["client_id"], made["client_secret"])
+    def app(self, tenant: str, name: str, role: Role = "steward") -> App:
+        """As `cloister-admin client create`."""
+        with self._operating() as (service, session):
+            operator = tenants.operator_of(tenants.find_tenant(session, tenant), request_id="harness")
+            made, secret = tenants.create_client(session, service.keys, operator, name=name, role=role)
+        return App(tenant, made.tenant_id, made.id, secret)
+
+    @contextlib.contextmanager
+    def _operating(self) -> Iterator[tuple[Service, Session]]:
+        given = {
+            name.removeprefix("CLOISTER_").lower(): value for name, value in self.env.items() if "CLOISTER_" in name
+        }
+        service = deployment.open_service(Settings.model_validate(given))
+        with writing(service.engine) as session:
+            yield service, session
+        service.engine.dispose()
 
     def start(self) -> Deployment:
         with self.log.open("ab") as log:

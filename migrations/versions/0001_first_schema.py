@@ -54,7 +54,7 @@ def upgrade() -> None:
         sa.Column("created", sa.DateTime(), nullable=False),
         sa.PrimaryKeyConstraint("tenant_id", "id"),
     )
-    op.create_index("ix_grants_principal", "grants", ["tenant_id", "principal_id", "verb"], unique=False)
+    op.create_index("ix_grants_principal", "grants", ["principal_id", "tenant_id", "verb"], unique=False)
     op.create_table(
         "idempotency_keys",
         sa.Column("tenant_id", sa.String(length=40), nullable=False),

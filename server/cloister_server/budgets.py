@@ -268,7 +268,8 @@ def _refusal(source: Source, account: _Account, event: Event) -> BudgetExceeded:
         else "no run of this shape fits"
     )
     return BudgetExceeded(
-        f"this run of epsilon {asked:.3f} does not fit the {left:.3f} left of the {source.epsilon:g} that source {source.name!r} allows; "
+        f"this run of epsilon {asked:.3f} does not fit the {left:.3f} left of the {source.epsilon:g} that source "
+        f"{source.name!r} allows; "
         f"{advice}; plan a smaller one, or ask the source's owner to raise the budget",
         details={
             "asked": asked,

@@ -1,4 +1,4 @@
-"""The hot path: predictions by the Open Inference Protocol v2, as raw ASGI. Authenticate, authorise, compute, answer.
+"""The hot path: predictions by the Open Inference Protocol v2, as raw ASGI. Authorise, compute, answer.
 
 Networks are opened from their sealed weights once and kept in memory by (tenant, model, version). Every request is
 authorised anew, and no request's rows are kept, logged or mixed with another's.
@@ -21,7 +21,6 @@ from cloister.wire.columns import CategoryColumn, InputColumn, TensorColumn
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs, encode_outputs
 from cloister_server import models
 from cloister_server.errors import BadRequest, Invalid, NotFound, TooLarge
-from cloister_server.oauth.verifier import authenticate
 from cloister_server.policy import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import reading
@@ -61,12 +60,10 @@ class PredictRoute:
         if match is None or (method == "POST") != (match["verb"] == "/infer") or method not in ("GET", "POST"):
             raise NotFound("route")
         body = await _body(receive, headers, self._service.settings.max_body_bytes) if method == "POST" else b""
-        answer = await asyncio.to_thread(self._respond, scope, match, body)
+        answer = await asyncio.to_thread(self._respond, scope["state"]["principal"], match, body)
         await _answer(send, answer)
 
-    def _respond(self, scope: MutableMapping[str, Any], match: re.Match[str], body: bytes) -> dict[str, Any]:
-        principal = authenticate(self._service, scope["headers"], request_id=scope["state"]["request_id"])
-        scope["state"]["principal_id"] = principal.id
+    def _respond(self, principal: Principal, match: re.Match[str], body: bytes) -> dict[str, Any]:
         model, version, network = self._open(principal, match["model"], match["version"])
         if match["verb"] == "/ready":
             return {"name": model.name, "ready": True}

@@ -8,47 +8,37 @@ import numpy as np
 import pytest
 
 import cloister
-from databases import new_postgres_database
 from harness import App, Deployment
 
 MARKER = 1234.5678
 """A value that stands in every planted row; searched for as float32 bytes and as text."""
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_no_file_holds_a_row_a_weight_an_architecture_a_secret_or_a_token(
-    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+    deployment: Deployment, request: pytest.FixtureRequest
 ) -> None:
-    deployment, places = Deployment(tmp_path / "d", chunk_steps=5), [tmp_path]
-    if kind == "postgres":
-        postgres = request.getfixturevalue("postgres")
-        urls = new_postgres_database(postgres)
-        deployment = Deployment(tmp_path / "d", chunk_steps=5, database_url=urls.runtime, owner_database_url=urls.owner)
-        places.append(Path(postgres.partition("?host=")[2]))
-    caches = tmp_path / "home"
-    caches.mkdir()
-    deployment.extra_env = {"HOME": str(caches), "XDG_CACHE_HOME": str(caches), "TORCHINDUCTOR_CACHE_DIR": str(caches)}
-    app = deployment.init().app(deployment.tenant("acme"), "steward")
-    deployment.start()
-    try:
-        markers = _journey(deployment, app)
-        deployment.stop()
-        markers["client secret"] = [app.client_secret.encode()]
-        markers["root key"] = [line for line in (deployment.root / "root.key").read_bytes().split() if len(line) > 20]
-        found = [
-            f"{what} in {path}"
-            for place in places
-            for path in place.rglob("*")
-            if path.is_file() and path != deployment.root / "root.key"
-            for what, needles in markers.items()
-            if any(needle in path.read_bytes() for needle in needles)
-        ]
-        assert not found
-        assert sum(1 for _ in (deployment.data_dir / "objects").rglob("obj_*")) > 3, (
-            "the search looked at the real thing"
-        )
-    finally:
-        deployment.kill()
+    places = [deployment.root]
+    if deployment.database_url:
+        places.append(Path(request.getfixturevalue("postgres").partition("?host=")[2]))
+    key_file = deployment.root / "root.key"
+    app = deployment.app(deployment.tenant("planted"), "steward")
+    markers = {
+        **_journey(deployment, app),
+        "client secret": [app.client_secret.encode()],
+        "root key": [word for word in key_file.read_bytes().split() if len(word) > 20],
+    }
+    files = [path for place in places for path in place.rglob("*") if path.is_file() and path != key_file]
+    found = [
+        f"{what} in {path}"
+        for path in files
+        for contents in [path.read_bytes()]
+        for what, needles in markers.items()
+        if any(needle in contents for needle in needles)
+    ]
+    assert not found
+    sealed = list((deployment.data_dir / "objects" / app.tenant_id).iterdir())
+    assert len(sealed) > 3, "the search looked at the real thing"
+    assert all(path.read_bytes().startswith(b"cloister.sealed/1\n") for path in sealed)
 
 
 def _journey(deployment: Deployment, app: App) -> dict[str, list[bytes]]:

@@ -9,14 +9,11 @@ import base64
 import json
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
-import pytest
 
-from databases import new_postgres_database
 from harness import Deployment
 from journeys import COLUMNS
 
@@ -24,33 +21,27 @@ ID = re.compile(r"\b[a-z]{2,4}_[0-9a-f]{32}\b")
 CLOCK = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_half_the_rows_change_no_byte_that_others_see(
-    kind: str, tmp_path: Path, digits: dict[str, np.ndarray], request: pytest.FixtureRequest
-) -> None:
+_OF_THE_TRANSPORT = ("date", "content-length", "connection")
+"""Headers that are not ours: clocks, what the body tells anyway, and whether the connection is kept."""
+
+
+def test_half_the_rows_change_no_byte_that_others_see(deployment: Deployment, digits: dict[str, np.ndarray]) -> None:
     worlds = []
-    for name, count in (("whole", 1600), ("half", 800)):
+    for tenant, count in (("whole", 1600), ("half", 800)):
         rows = {column: values[:count] for column, values in digits.items()}
-        deployment = Deployment(tmp_path / name)
-        if kind == "postgres":
-            urls = new_postgres_database(request.getfixturevalue("postgres"))
-            deployment = Deployment(tmp_path / name, database_url=urls.runtime, owner_database_url=urls.owner)
-        deployment.init().start()
-        try:
-            worlds.append((_script(deployment, rows), _shapes_on_disk(deployment)))
-        finally:
-            deployment.stop()
+        deployment.tenant(tenant)
+        worlds.append(_script(deployment, tenant, rows))
     (seen, disk), (seen_in_half, disk_in_half) = worlds
     assert len(seen) > 15
     for one, other in zip(seen, seen_in_half, strict=True):
         assert one == other
+    assert len(disk) > 3
     assert disk == disk_in_half, "the sealed sizes tell the row count"
 
 
-def _script(deployment: Deployment, rows: dict[str, np.ndarray]) -> list[str]:
-    """Everything that an observer with every right but the upload asks for, in order, as it was answered."""
-    deployment.tenant("acme")
-    uploader, observer = deployment.app("acme", "uploader"), deployment.app("acme", "observer")
+def _script(deployment: Deployment, tenant: str, rows: dict[str, np.ndarray]) -> tuple[list[str], list[int]]:
+    """What an observer with every right asks for, in order, as it was answered; and the sizes of all sealed objects."""
+    uploader, observer = deployment.app(tenant, "uploader"), deployment.app(tenant, "observer")
     with deployment.client(uploader) as client:
         source = client.sources.create("people", epsilon=40, delta=1e-5)
         data = client.datasets.upload("d", rows, source=source, columns=COLUMNS, nominal_size=1000, capacity=2000)
@@ -83,7 +74,7 @@ def _script(deployment: Deployment, rows: dict[str, np.ndarray]) -> list[str]:
         scan = {"name": "scan", "shape": [1, 8, 8], "datatype": "FP32", "data": [1.0] * 64}
         ask("POST", "/v2/models/m/infer", json={"inputs": [scan]})
         ask("POST", "/v2/models/m/infer", json={"inputs": [{**scan, "shape": [2, 8, 8]}]})
-    return seen
+    return seen, _sizes_on_disk(deployment, observer.tenant_id)
 
 
 def _normalised(request: str, answer: httpx2.Response) -> str:
@@ -98,11 +89,11 @@ def _normalised(request: str, answer: httpx2.Response) -> str:
     if "outputs" in body and request.endswith("/infer"):
         for output in body["outputs"]:
             output["data"] = "<charged>"
-    headers = {name: value for name, value in answer.headers.items() if name not in ("date", "content-length")}
+    headers = {name: value for name, value in answer.headers.items() if name not in _OF_THE_TRANSPORT}
     text = f"{request} {answer.status_code} {json.dumps(headers)} {json.dumps(body)}"
     return CLOCK.sub("<clock>", ID.sub("<id>", text))
 
 
-def _shapes_on_disk(deployment: Deployment) -> list[int]:
-    """The sizes of all sealed objects."""
-    return sorted(path.stat().st_size for path in (deployment.data_dir / "objects").rglob("*") if path.is_file())
+def _sizes_on_disk(deployment: Deployment, tenant_id: str) -> list[int]:
+    objects = (deployment.data_dir / "objects" / tenant_id).iterdir()
+    return sorted(path.stat().st_size for path in objects)

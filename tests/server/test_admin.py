@@ -233,3 +233,4 @@ def test_a_fresh_keystore_does_not_take_over_a_database_of_another(
     shutil.rmtree(tmp_path / "keystore")
     (tmp_path / "root.key").unlink()
     assert "not the one that the database" in refusal(admin("init"))
+    assert not list((tmp_path / "keystore").glob("*.kek")), "nothing was made that could be taken for the lost keys"

@@ -132,6 +132,16 @@ def test_a_deny_goes_before_every_allow(service: Service) -> None:
     assert isinstance(decision, Deny) and denied in decision.reason
 
 
+def test_what_is_denied_altogether_is_not_even_there(service: Service) -> None:
+    row, other = put(service, Model), put(service, Model, name="other")
+    grant(service, "model.read", ANY)
+    grant(service, "model.read", row.id, effect="deny")
+    with reading(service.engine) as session:
+        assert [each.id for each in session.scalars(visible_to(WHO, Model))] == [other.id]
+        with pytest.raises(NotFound):
+            policy.find(session, WHO, "model.read", Model, row.id)
+
+
 def test_an_effect_that_nobody_knows_denies(service: Service) -> None:
     row = put(service, Model)
     grant(service, "model.read", row.id)

@@ -44,12 +44,9 @@ _CLOCKS_APART_S = 5
 _LONGEST_LIFE_S = 600
 
 
-def authenticate(service: Service, headers: Headers, *, request_id: str | None = None) -> Principal:
-    """Who sends this request, by its bearer token. Raises Unauthenticated, in one sentence whatever is wrong with it.
-
-    The request's id is the one that is given, or else the one that the edge put among the headers.
-    """
-    return _verifier(service).authenticate(service, _bearer(headers), request_id or _request_id(headers))
+def authenticate(service: Service, headers: Headers) -> Principal:
+    """Who sends this request, by its bearer token. Raises Unauthenticated, in one sentence whatever is wrong with it."""
+    return _verifier(service).authenticate(service, _bearer(headers), _request_id(headers))
 
 
 def recall(service: Service, headers: Headers) -> Principal | None:

@@ -113,7 +113,7 @@ class Grant(Table):
     """May (or may not: effect 'deny') a principal do a verb to a resource of this tenant; `resource_id` '*' is any."""
 
     __tablename__ = "grants"
-    __table_args__ = (Index("ix_grants_principal", "tenant_id", "principal_id", "verb"),)
+    __table_args__ = (Index("ix_grants_principal", "principal_id", "tenant_id", "verb"),)
     tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     principal_id: Mapped[str] = _id(primary=False)
