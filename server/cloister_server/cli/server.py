@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
@@ -63,6 +64,7 @@ def _supervise(settings: Settings) -> None:
     ) as lock:
         root_key = deployment.unlock(settings)
         deployment.open_service(settings, root_key=root_key).engine.dispose()  # refuse here what every child would
+        _check_port(settings)
         message = {"settings": settings.dump_with_secrets(), "root_key": root_key.hex()}
         children = {name: _start(name, message, lock) for name in _MODULES}
         log.info("serving", extra={"url": settings.issuer})
@@ -74,6 +76,17 @@ def _supervise(settings: Settings) -> None:
                     if not stopping.wait(_RESTART_S):
                         children[name] = _start(name, message, lock)
         _stop(list(children.values()))
+
+
+def _check_port(settings: Settings) -> None:
+    """Refuse a taken port here: the API process would only die of it again and again."""
+    try:
+        with socket.create_server((settings.host, settings.port)):
+            pass
+    except OSError as error:
+        raise StartRefused(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); stop what does, or set CLOISTER_PORT"
+        ) from None
 
 
 def _start(name: str, message: Mapping[str, Any], lock: int) -> Popen[bytes]:

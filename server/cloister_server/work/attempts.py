@@ -53,6 +53,8 @@ def run_attempt(
         if stopping.is_set():
             return "again"
         message = _begin(service, tenant_id, job_id)
+        if message is None:
+            return "again"
         log.info("attempt.started", extra={"job_id": job_id, "attempt": message["attempt"]})
         process = processes.start("cloister_server.work.child", message, pass_fds=(lock,), env=_ALLOCATOR)
         _wait(process, stopping)
@@ -95,7 +97,10 @@ def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
             _close(session, service, job, "failed", error_code=outcome)
         elif len(attempts) == MAX_DEATHS and all(a.outcome is None and a.from_step == job.steps_done for a in attempts):
             _close(session, service, job, "failed", error_code="gave_up")
-        return job.status in FINAL
+        is_over, checkpoint_id = job.status in FINAL, job.checkpoint_id
+    if is_over and checkpoint_id is not None:
+        service.blobs.delete(tenant_id, checkpoint_id)  # nobody resumes a job that is over
+    return is_over
 
 
 def _close(session: Session, service: Service, job: Job, status: str, *, error_code: str | None = None) -> None:
@@ -104,10 +109,15 @@ def _close(session: Session, service: Service, job: Job, status: str, *, error_c
     log.info("job.over", extra={"job_id": job.id, "status": status, "charged": charged})
 
 
-def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any]:
-    """Take the next fencing number and mint the keys that this attempt may use; the message for its child."""
+def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | None:
+    """Take the next fencing number and mint the keys that this attempt may use; the message for its child.
+
+    None where the job was cancelled since it was last looked at.
+    """
     with writing(service.engine) as session:
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
+        if job.cancel_requested or job.status in FINAL:
+            return None
         dataset = session.get_one(Dataset, (tenant_id, job.dataset_id))
         job.attempt += 1
         job.status = "running"
@@ -127,7 +137,6 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any]:
             "job": job_id,
             "attempt": job.attempt,
             "chunk_steps": chunk_steps,
-            "first_step": job.steps_done,
             "spec": key(job.spec_id),
             "parts": [key(part) for part in datasets.part_objects(session, service, dataset)],
             "resume": key(job.checkpoint_id) if job.checkpoint_id else None,

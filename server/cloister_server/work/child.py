@@ -77,7 +77,6 @@ class _Running:
         self.job_id: str = message["job"]
         self._number: int = message["attempt"]
         self._chunk_steps: int = message["chunk_steps"]
-        self._first_step: int = message["first_step"]
         self._spec_key = self._key(message["spec"])
         self._part_keys = [self._key(part) for part in message["parts"]]
         self._resume_key = self._key(message["resume"]) if message["resume"] else None
