@@ -35,14 +35,6 @@ def postgres() -> Iterator[str]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> DatabaseURLs:
-    """A database of this test's own, on SQLite and on PostgreSQL."""
-    if request.param == "sqlite":
-        return DatabaseURLs(f"sqlite:///{tmp_path}/cloister.db")
-    return new_postgres_database(request.getfixturevalue("postgres"))
-
-
 @pytest.fixture(scope="session")
 def migrated_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> DatabaseURLs:
     """A migrated database that others are copied from."""

@@ -33,10 +33,10 @@ def new_postgres_database(superuser_url: str) -> DatabaseURLs:
 
 def postgres_copy(superuser_url: str, template: DatabaseURLs) -> DatabaseURLs:
     """A fresh database that looks as the template does now; nobody may be connected to the template."""
-    role = make_url(template.runtime).database
+    role = str(make_url(template.runtime).username).removesuffix("_app")
     name = f"t{os.urandom(6).hex()}"
     _as_superuser(superuser_url, f"CREATE DATABASE {name} TEMPLATE {role} OWNER {role}_owner")
-    return _urls(superuser_url, name, role=str(role))
+    return _urls(superuser_url, name, role=role)
 
 
 def _as_superuser(url: str, *statements: str) -> None:

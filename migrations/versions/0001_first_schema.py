@@ -141,7 +141,6 @@ def upgrade() -> None:
         sa.Column("part_rows", sa.Integer(), nullable=False),
         sa.Column("parts", sa.Integer(), nullable=False),
         sa.Column("status", sa.String(length=512), nullable=False),
-        sa.Column("uploader_id", sa.String(length=40), nullable=False),
         sa.Column("manifest_id", sa.String(length=40), nullable=True),
         sa.Column("created", sa.DateTime(), nullable=False),
         sa.ForeignKeyConstraint(
@@ -224,7 +223,7 @@ def upgrade() -> None:
         sa.Column("id", sa.String(length=40), nullable=False),
         sa.Column("source_id", sa.String(length=40), nullable=False),
         sa.Column("dataset_id", sa.String(length=40), nullable=False),
-        sa.Column("model_name", sa.String(length=512), nullable=False),
+        sa.Column("model_id", sa.String(length=40), nullable=False),
         sa.Column("principal_id", sa.String(length=40), nullable=False),
         sa.Column("request_id", sa.String(length=512), nullable=False),
         sa.Column("spec_id", sa.String(length=40), nullable=False),
@@ -242,6 +241,10 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(
             ["tenant_id", "dataset_id"],
             ["datasets.tenant_id", "datasets.id"],
+        ),
+        sa.ForeignKeyConstraint(
+            ["tenant_id", "model_id"],
+            ["models.tenant_id", "models.id"],
         ),
         sa.PrimaryKeyConstraint("tenant_id", "id"),
     )

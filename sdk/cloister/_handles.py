@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister._errors import InvalidArgument
 from cloister._http import AsyncSender, Sender
 from cloister._operations import Operations
 from cloister._progress import Progress
@@ -206,5 +207,5 @@ def _answer(outputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
 
 def _probabilities(outputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
     if "probabilities" not in outputs:
-        raise TypeError("this model predicts a number and has no probabilities; call predict")
+        raise InvalidArgument("this model predicts a number and has no probabilities; call predict")
     return outputs["probabilities"]

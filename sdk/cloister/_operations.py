@@ -100,7 +100,8 @@ class Operations:
     def version(self, model: str, version: int | None) -> Operation[ModelVersion]:
         """A version of a model; the champion where none is named."""
         if version is None:
-            version = (yield from self.get("models", model, Model)).champion
+            # Nothing is published as version 0: the server says so in its own words.
+            version = (yield from self.get("models", model, Model)).champion or 0
         return _told(ModelVersion, (yield from self._ask("GET", f"/v1/models/{_segment(model)}/versions/{version}")))
 
     def predict(self, model: str, version: int, x: Any) -> Operation[dict[str, NDArray[Any]]]:

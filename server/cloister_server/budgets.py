@@ -1,7 +1,7 @@
 """The privacy ledger: reserve, open chunks, settle. Knows SQL and the filter's arithmetic; nothing of HTTP or torch.
 
 Every balance is derived from append-only rows. A job is charged the larger of what it reserved and what its attempts
-opened until it is settled, and what they opened afterwards (PRIVACY rules 1, 2 and 5).
+opened until it is settled, and what they opened afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from cloister.wire.plans import Event, Quote
 from cloister.wire.sources import Budget
 from cloister_privacy.accounting import Filter, epsilon_by_rdp, largest, rdp_per_step
-from cloister_server.errors import BudgetExceeded, Conflict
+from cloister_server.errors import BudgetExceeded, ServerError
 from cloister_server.store.tables import Job, LedgerEntry, Source
 
 __all__ = [
@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 
-class StaleAttempt(Conflict):
+class StaleAttempt(ServerError):
     """A newer attempt has taken the job over, or the job is over: this one must stop and may write nothing."""
 
 
-class ChunkRefused(Conflict):
+class ChunkRefused(ServerError):
     """Steps that an earlier attempt already ran do not fit the budget a second time."""
 
 
-class Cancelled(Conflict):
+class Cancelled(ServerError):
     """The job was asked to stop; it stops at this chunk boundary."""
 
 

@@ -20,7 +20,7 @@ from cloister.wire.jobs import Page
 from cloister.wire.rows import RowsRefused, part_rows, row_bytes, seal_form
 from cloister_server import audit, grants, policy, vault
 from cloister_server.errors import Conflict, Invalid
-from cloister_server.policy import Principal
+from cloister_server.policy import Authorized, Principal
 from cloister_server.service import Service
 from cloister_server.store.paging import page_of
 from cloister_server.store.tables import Dataset, Part, Source, new_id
@@ -55,7 +55,6 @@ def create(session: Session, principal: Principal, body: wire.CreateDataset) -> 
         part_rows=min(slots, rows),
         parts=-(-rows // slots),
         status="uploading",
-        uploader_id=principal.id,
     )
     session.add(dataset)
     session.flush()  # the grants name the row
@@ -80,9 +79,12 @@ def listed(session: Session, principal: Principal, *, name: str | None, cursor: 
     return page_of(session, principal, Dataset, name=name, cursor=cursor, limit=limit, view=view)
 
 
-def may_upload(session: Session, principal: Principal, dataset_id: str, *, number: int | None = None) -> Dataset:
+def may_upload(
+    session: Session, principal: Principal, dataset_id: str, *, number: int | None = None
+) -> Authorized[Dataset]:
     """The dataset, if it still takes rows (and this part) from this principal."""
-    dataset = policy.find(session, principal, "dataset.upload", Dataset, dataset_id).resource
+    authorized = policy.find(session, principal, "dataset.upload", Dataset, dataset_id)
+    dataset = authorized.resource
     if number is not None and not 0 <= number < dataset.parts:
         raise Invalid(
             f"there is no part {number}: the capacity asks for parts 0 to {dataset.parts - 1}; "
@@ -90,14 +92,15 @@ def may_upload(session: Session, principal: Principal, dataset_id: str, *, numbe
         )
     if dataset.status != "uploading":
         raise Conflict("the dataset is complete and takes no more rows; declare a new one under the same source")
-    return dataset
+    return authorized
 
 
 def add_part(
     session: Session, principal: Principal, service: Service, *, dataset_id: str, number: int, rows: dict[str, Any]
 ) -> wire.PartReceipt:
     """Seal one part of validated rows under its own key. A part that is there already is a Conflict."""
-    dataset = may_upload(session, principal, dataset_id, number=number)
+    authorized = may_upload(session, principal, dataset_id, number=number)
+    dataset = authorized.resource
     count = len(next(iter(rows.values())))
     slots = _slots(dataset, number)
     if count > slots:
@@ -108,13 +111,20 @@ def add_part(
             details={"part_exists": True},
         )
     _seal_part(session, service, dataset, number, rows)
-    audit.record(session, principal, verb="dataset.upload", resource_id=dataset.id, outcome="allowed", grant_id=None)
+    audit.record(
+        session,
+        principal,
+        verb="dataset.upload",
+        resource_id=dataset.id,
+        outcome="allowed",
+        grant_id=authorized.grant_id,
+    )
     return wire.PartReceipt(part=number, rows=count)
 
 
 def fill(session: Session, principal: Principal, service: Service, dataset_id: str) -> bool:
     """Seal one empty part where the capacity asks for a part that was not uploaded; True while one was missing."""
-    dataset = may_upload(session, principal, dataset_id)
+    dataset = may_upload(session, principal, dataset_id).resource
     number = next(_missing(session, dataset), None)
     if number is None:
         return False
@@ -124,13 +134,18 @@ def fill(session: Session, principal: Principal, service: Service, dataset_id: s
 
 def complete(session: Session, principal: Principal, service: Service, dataset_id: str) -> wire.Dataset:
     """Close the dataset: its manifest is sealed, and it takes no more rows. Every part must be there."""
-    dataset = may_upload(session, principal, dataset_id)
+    authorized = may_upload(session, principal, dataset_id)
+    dataset = authorized.resource
     if next(_missing(session, dataset), None) is not None:
         raise Conflict("a part went missing while the dataset was being completed; retry")
     parts = session.scalars(
         select(Part).where(Part.tenant_id == dataset.tenant_id, Part.dataset_id == dataset.id).order_by(Part.number)
     )
-    manifest = {"format": "cloister.manifest/1", "dataset": dataset.id, "parts": [part.object_id for part in parts]}
+    manifest = {
+        "format": "cloister.manifest/1",
+        "dataset": dataset.id,
+        "parts": [{"object": part.object_id, "slots": _slots(dataset, part.number)} for part in parts],
+    }
     dataset.manifest_id = vault.seal_object(
         session,
         service.keys,
@@ -140,7 +155,14 @@ def complete(session: Session, principal: Principal, service: Service, dataset_i
         kind="manifest",
     )
     dataset.status = "ready"
-    audit.record(session, principal, verb="dataset.complete", resource_id=dataset.id, outcome="allowed", grant_id=None)
+    audit.record(
+        session,
+        principal,
+        verb="dataset.complete",
+        resource_id=dataset.id,
+        outcome="allowed",
+        grant_id=authorized.grant_id,
+    )
     return view(dataset)
 
 
@@ -150,7 +172,7 @@ def part_objects(session: Session, service: Service, dataset: Dataset) -> list[s
     manifest = vault.open_object(
         session, service.keys, service.blobs, tenant_id=dataset.tenant_id, object_id=dataset.manifest_id
     )
-    return list(json.loads(manifest)["parts"])
+    return [part["object"] for part in json.loads(manifest)["parts"]]
 
 
 def schema_of(dataset: Dataset) -> dict[str, Any]:
@@ -168,8 +190,6 @@ def view(dataset: Dataset) -> wire.Dataset:
         capacity=dataset.capacity,
         capacity_rows=dataset.capacity_rows,
         status=dataset.status,
-        part_rows=dataset.part_rows,
-        parts=dataset.parts,
         created=dataset.created,
     )
 

@@ -9,8 +9,7 @@ ServerError
 │   └── IdempotencyMismatch 422 idempotency_mismatch
 ├── Conflict               409  conflict, dataset_not_ready
 │   ├── BudgetExceeded     409  budget_exceeded
-│   ├── RevisionMoved      409  revision_moved
-│   └── SecretAlreadyShown 409  secret_already_shown
+│   └── RevisionMoved      409  revision_moved
 ├── TooLarge               413  too_large
 ├── RateLimited            429  rate_limited
 ├── Unavailable            503  unavailable
@@ -31,7 +30,6 @@ __all__ = [
     "NotFound",
     "RateLimited",
     "RevisionMoved",
-    "SecretAlreadyShown",
     "ServerError",
     "StartRefused",
     "TooLarge",
@@ -96,10 +94,6 @@ class BudgetExceeded(Conflict):
 
 class RevisionMoved(Conflict):
     default_code = "revision_moved"
-
-
-class SecretAlreadyShown(Conflict):
-    default_code = "secret_already_shown"
 
 
 class TooLarge(ServerError):

@@ -48,7 +48,6 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
         id=new_id("job"),
         source_id=source.id,
         dataset_id=dataset.id,
-        model_name=body.model,
         principal_id=principal.id,
         request_id=principal.request_id,
         spec_id="",
@@ -58,7 +57,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
         delta=plan.delta,
     )
     budgets.reserve(session, source, job_id=job.id, principal_id=principal.id, event=plan.event())
-    _claim_model(session, principal, tenant_id=dataset.tenant_id, name=body.model)
+    job.model_id = _claim_model(session, principal, tenant_id=dataset.tenant_id, name=body.model).id
     job.spec_id = vault.seal_object(
         session,
         service.keys,
@@ -115,7 +114,7 @@ def cancel(session: Session, principal: Principal, job_id: str) -> wire.Job:
 def view(job: Job) -> wire.Job:
     return wire.Job(
         id=job.id,
-        model=job.model_name,
+        model=job.model_id,
         dataset=job.dataset_id,
         status=job.status,
         steps=job.steps,
@@ -130,13 +129,15 @@ def view(job: Job) -> wire.Job:
     )
 
 
-def _claim_model(session: Session, principal: Principal, *, tenant_id: str, name: str) -> None:
+def _claim_model(session: Session, principal: Principal, *, tenant_id: str, name: str) -> Model:
     """The model that the job will publish to: made where there is none, else the principal must be let publish to it."""
     model = session.scalars(select(Model).where(Model.tenant_id == tenant_id, Model.name == name)).one_or_none()
     if model is not None:
         policy.authorize(session, principal, "model.publish", model)
-        return
+        return model
     model = Model(tenant_id=tenant_id, id=new_id("mdl"), name=name, champion=0)
     session.add(model)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, model)
+    audit.record(session, principal, verb="model.create", resource_id=model.id, outcome="allowed", grant_id=None)
+    return model

@@ -71,9 +71,7 @@ def publish(session: Session, service: Service, job: Job, *, attempt: Attempt, s
     ).one_or_none()
     if published is not None:
         return published.version
-    model = session.scalars(
-        select(Model).where(Model.tenant_id == job.tenant_id, Model.name == job.model_name).with_for_update()
-    ).one()
+    model = session.get_one(Model, (job.tenant_id, job.model_id), with_for_update=True)
     newest = session.scalar(
         select(func.coalesce(func.max(ModelVersion.version), 0)).where(
             ModelVersion.tenant_id == model.tenant_id, ModelVersion.model_id == model.id
@@ -98,7 +96,7 @@ def publish(session: Session, service: Service, job: Job, *, attempt: Attempt, s
 
 
 def view(model: Model) -> wire.Model:
-    return wire.Model(id=model.id, name=model.name, champion=model.champion, created=model.created)
+    return wire.Model(id=model.id, name=model.name, champion=model.champion or None, created=model.created)
 
 
 def view_version(model: Model, row: ModelVersion) -> wire.ModelVersion:

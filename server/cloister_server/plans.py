@@ -8,7 +8,6 @@ from cloister.wire.plans import Plan, PlanRequest, TrainingSpec
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.recipes import require_fit, resolve
 from cloister_server import budgets, datasets, policy
-from cloister_server.errors import Invalid
 from cloister_server.policy import Principal
 from cloister_server.store.tables import Dataset, Source
 
@@ -19,7 +18,6 @@ def make(session: Session, principal: Principal, body: PlanRequest) -> Plan:
     """Fill the request's blanks by the public recipe and quote the event that training it would be charged."""
     dataset = policy.find(session, principal, "dataset.train", Dataset, body.dataset).resource
     source = session.get_one(Source, (dataset.tenant_id, dataset.source_id))
-    _check_unit(source)
     spec = resolve(body, columns=datasets.schema_of(dataset), nominal_size=dataset.nominal_size, delta=source.delta)
     plan = check_spec(dataset, source, spec)
     event = plan.event()
@@ -36,15 +34,5 @@ def make(session: Session, principal: Principal, body: PlanRequest) -> Plan:
 
 def check_spec(dataset: Dataset, source: Source, spec: TrainingSpec) -> DPPlan:
     """The plan of a spec that may come from anyone: it must be about this dataset, in its public numbers."""
-    _check_unit(source)
     require_fit(spec, columns=datasets.schema_of(dataset), nominal_size=dataset.nominal_size)
     return DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency)
-
-
-def _check_unit(source: Source) -> None:
-    if source.unit != "row":
-        raise Invalid(
-            f"the source's unit is a {source.unit}, and training by {source.unit} is not supported yet; it is refused "
-            "rather than accounted as if each row were a person",
-            code="unit_not_supported",
-        )

@@ -24,7 +24,7 @@ from typing import Any
 from cloister_server.errors import StartRefused
 from cloister_server.settings import child_environment
 
-__all__ = ["end_group", "locked", "receive", "start"]
+__all__ = ["end_group", "locked", "receive", "refuse_core_dumps", "start"]
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -54,7 +54,7 @@ def receive(*, follows_thread: bool = False) -> dict[str, Any]:
 
     `follows_thread` asks the kernel for the same, for children whose parent thread lives as long as the parent.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    refuse_core_dumps()
     if follows_thread:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     pipe = os.fdopen(os.dup(0), "rb", buffering=0)
@@ -68,6 +68,11 @@ def receive(*, follows_thread: bool = False) -> dict[str, Any]:
     threading.Thread(target=_die_with, args=(pipe,), name="parent-watch", daemon=True).start()
     message: dict[str, Any] = json.loads(line)
     return message
+
+
+def refuse_core_dumps() -> None:
+    """A dump of any process of the service could hold keys, rows or weights."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _die_with(pipe: Any) -> None:
@@ -106,7 +111,7 @@ def locked(path: Path, *, wait_s: float, what: str) -> Iterator[int]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise StartRefused(
-                        f"{what} is in use by another process ({path} is locked); stop it first, or use another data directory"
+                        f"{what} is in use by another process, which holds {path.name}; stop that one first"
                     ) from None
                 time.sleep(0.05)
         yield descriptor

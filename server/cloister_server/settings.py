@@ -44,7 +44,7 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     jobs_at_once: Annotated[int, Field(ge=1, le=64)] = 1
     chunk_steps: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """Steps written ahead in the ledger at a time: the most that a crash can waste."""
+    """Steps written ahead in the ledger at a time, or a 200th of the job's where that is more: the most a crash can waste."""
     token_lifetime_s: Annotated[int, Field(ge=30, le=600)] = 600
     max_body_bytes: Annotated[int, Field(ge=2**20, le=2**30)] = 64 * 2**20
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -31,7 +31,6 @@ __all__ = [
     "Purpose",
     "SigningSecret",
     "data_key",
-    "has_signing_key",
     "new_data_key",
     "new_signing_key",
     "new_tenant_key",
@@ -129,10 +128,6 @@ def new_signing_key(session: Session, keys: KeyProvider, purpose: Purpose) -> Si
     wrapped = keys.wrap(SYSTEM_KEY_ID, secret, context=_signing_context(purpose, key_id))
     session.add(SigningKey(id=key_id, purpose=purpose, public=public, wrapped=wrapped))
     return SigningSecret(key_id, secret, public)
-
-
-def has_signing_key(session: Session, purpose: Purpose) -> bool:
-    return session.scalar(select(SigningKey.id).where(SigningKey.purpose == purpose).limit(1)) is not None
 
 
 def signing_key(session: Session, keys: KeyProvider, purpose: Purpose) -> SigningSecret:

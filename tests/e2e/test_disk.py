@@ -10,8 +10,8 @@ import pytest
 import cloister
 from harness import App, Deployment
 
-MARKER = 1234.5678
-"""A value that stands in every planted row; searched for as float32 bytes and as text."""
+MARKER = 1234.0625
+"""A value that stands in every planted row, exact in float32; searched for as bytes and as text."""
 
 
 def test_no_file_holds_a_row_a_weight_an_architecture_a_secret_or_a_token(
@@ -67,7 +67,7 @@ def _journey(deployment: Deployment, app: App) -> dict[str, list[bytes]]:
     token = deployment.token(app)
     four = np.float32(MARKER).tobytes()
     return {
-        "row": [four * 3, b"1234.5678"],
+        "row": [four * 3, b"1234.0625"],
         "architecture": [b'"out_features"', b"cloister.architecture/1"],
         "weights": [b"cloister.weights/1", b"cloister.checkpoint/1"],
         "token": [token.encode(), token.split(".")[2].encode()],

@@ -26,7 +26,7 @@ from journeys import upload
 
 MODULES = {
     "supervisor": "cloister-server",
-    "api": "cloister_server.api.process",
+    "api": "cloister_server.cli.api_process",
     "worker": "cloister_server.work.worker",
     "child": "cloister_server.work.child",
 }

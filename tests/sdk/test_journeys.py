@@ -66,7 +66,7 @@ INFER = f"/v2/models/{MODEL}/versions/2/infer"
 
 def job(status: str, steps_done: int = 0, **more: Any) -> dict[str, Any]:
     rest = {"steps": 40, "epsilon": 3.125, "delta": 1e-5, "created": NOW, "request_id": "req-of-the-start"}
-    return {"id": JOB, "model": "m", "dataset": DATASET, "status": status, "steps_done": steps_done, **rest, **more}
+    return {"id": JOB, "model": MODEL, "dataset": DATASET, "status": status, "steps_done": steps_done, **rest, **more}
 
 
 def trained(server: Server) -> Server:
@@ -75,7 +75,7 @@ def trained(server: Server) -> Server:
     server.on(f"/v1/jobs/{JOB}", job("queued"), job("running", 20), done).on(
         f"/v1/jobs/{JOB}/cancel", job("cancelling")
     )
-    server.on("/v1/models/m/versions/2", VERSION)
+    server.on("/v1/models/m/versions/2", VERSION).on(f"/v1/models/{MODEL}/versions/2", VERSION)
     return server.on(f"/v2/models/{MODEL}/versions/2", METADATA).on(INFER, predict)
 
 
@@ -298,7 +298,7 @@ def test_a_model_of_several_inputs_wants_them_by_name_and_never_rounds_a_categor
         model = client.models.get("m", version=2)
         answer = model.predict({"region": [0, 1], "age": [30, 40]})
         assert answer.tolist() == [1.5, 2] and answer.dtype == np.float32
-        with pytest.raises(TypeError, match="no probabilities"):
+        with pytest.raises(cloister.InvalidArgument, match="no probabilities"):
             model.predict_proba({"region": [0, 1], "age": [30, 40]})
         for wrong, words in (
             ([1.0], "dict with an array for each"),

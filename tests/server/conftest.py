@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from cloister_server.policy import Principal
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store.session import writing
-from databases import DatabaseURLs
+from databases import DatabaseURLs, postgres_copy
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,14 @@ class Client:
 
 def new_service(root: Path, urls: DatabaseURLs | None = None, **more: Any) -> Service:
     """What `cloister-admin init` makes, in `root`; on SQLite where no database is named."""
+    return deployment.initialise(_settings(root, urls, **more))
+
+
+def _settings(root: Path, urls: DatabaseURLs | None, **more: Any) -> Settings:
     given: dict[str, Any] = {"data_dir": root / "data", "key_dir": root / "keystore", "key_file": root / "root.key"}
     if urls is not None and urls.owner:
         given |= {"database_url": SecretStr(urls.runtime), "owner_database_url": SecretStr(urls.owner)}
-    return deployment.initialise(Settings(**given, **more))
+    return Settings(**given, **more)
 
 
 @pytest.fixture
@@ -67,16 +72,34 @@ def _tenant(session: Session, service: Service, name: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def database_url() -> DatabaseURLs | None:
-    """The database of the server's tests: None is a SQLite file of each test's own."""
-    return None
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, None]:
+    """A deployment on SQLite that others are copied from."""
+    return _template(tmp_path_factory.mktemp("sqlite"), None), None
 
 
-@pytest.fixture
-def service(tmp_path: Path, database_url: DatabaseURLs | None) -> Iterator[Service]:
-    made = new_service(tmp_path, database_url)
-    yield made
-    made.engine.dispose()
+@pytest.fixture(scope="session")
+def postgres_template(
+    postgres: str, migrated_postgres: DatabaseURLs, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, DatabaseURLs]:
+    """A deployment on PostgreSQL that others are copied from."""
+    urls = postgres_copy(postgres, migrated_postgres)
+    return _template(tmp_path_factory.mktemp("postgres"), urls), urls
+
+
+def _template(root: Path, urls: DatabaseURLs | None) -> Path:
+    new_service(root, urls).engine.dispose()
+    return root
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
+    """A deployment of this test's own, as `cloister-admin init` left it, on SQLite and on PostgreSQL."""
+    root, template = request.getfixturevalue(f"{request.param}_template")
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    urls = None if template is None else postgres_copy(request.getfixturevalue("postgres"), template)
+    opened = deployment.open_service(_settings(tmp_path, urls))
+    yield opened
+    opened.engine.dispose()
 
 
 @pytest.fixture

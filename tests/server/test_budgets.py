@@ -13,7 +13,7 @@ from cloister.wire.plans import Event
 from cloister_server import budgets
 from cloister_server.errors import BudgetExceeded
 from cloister_server.store.session import reading, writing
-from cloister_server.store.tables import Dataset, Job, Source, Tenant, new_id
+from cloister_server.store.tables import Dataset, Job, Model, Source, Tenant, new_id
 
 EVENT = Event(
     mechanism="poisson_subsampled_gaussian",
@@ -38,10 +38,11 @@ def source(engine: Engine) -> Source:
             )
         )  # fmt: skip
     with writing(engine) as session:
+        session.add(Model(tenant_id=tenant, id="mdl_x", name="m", champion=0))
         session.add(
             Dataset(
                 tenant_id=tenant, id="ds_x", source_id=row, name="d", columns={}, nominal_size=60_000, capacity=60_000,
-                capacity_rows=60_000, part_rows=1000, parts=60, status="ready", uploader_id="ap_owner",
+                capacity_rows=60_000, part_rows=1000, parts=60, status="ready",
             )
         )  # fmt: skip
     with reading(engine) as session:
@@ -56,7 +57,7 @@ def reserve(engine: Engine, source: Source, event: Event = EVENT) -> str:
         budgets.reserve(session, source, job_id=job_id, principal_id="ap_x", event=event)
         session.add(
             Job(
-                tenant_id=source.tenant_id, id=job_id, source_id=source.id, dataset_id="ds_x", model_name="m",
+                tenant_id=source.tenant_id, id=job_id, source_id=source.id, dataset_id="ds_x", model_id="mdl_x",
                 principal_id="ap_x", request_id="r", spec_id="obj", status="running", steps=event.steps,
                 epsilon=1.0, delta=1e-6, attempt=1,
             )

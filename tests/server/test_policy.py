@@ -39,12 +39,13 @@ def resource(table: type[Any], tenant_id: str = HERE, name: str = "thing") -> An
     source = resource(Source, tenant_id, f"of-{name}")
     dataset = Dataset(
         tenant_id=tenant_id, id=new_id("ds"), source_id=source.id, name=name, columns={}, nominal_size=1, capacity=1,
-        capacity_rows=1, part_rows=1, parts=1, status="uploading", uploader_id=WHO.id,
+        capacity_rows=1, part_rows=1, parts=1, status="uploading",
     )  # fmt: skip
     if table is Dataset:
         return source, dataset
-    return source, dataset, Job(
-        tenant_id=tenant_id, id=new_id("job"), source_id=source.id, dataset_id=dataset.id, model_name="m",
+    model = resource(Model, tenant_id, f"by-{name}")
+    return source, dataset, model, Job(
+        tenant_id=tenant_id, id=new_id("job"), source_id=source.id, dataset_id=dataset.id, model_id=model.id,
         principal_id=WHO.id, request_id="r", spec_id="o", status="queued", steps=1, epsilon=1.0, delta=1e-6,
     )  # fmt: skip
 

@@ -28,7 +28,7 @@ class StartJob(Request):
 
 class Job(Response):
     id: Identifier
-    model: str
+    model: Identifier
     dataset: Identifier
     status: Literal["queued", "running", "cancelling", "done", "failed", "cancelled"] | str
     steps: int
@@ -59,8 +59,8 @@ class ModelVersion(Response):
 class Model(Response):
     id: Identifier
     name: str
-    champion: int
-    """The version that is served where none is named."""
+    champion: int | None
+    """The version that is served where none is named; none until one is published."""
     created: datetime
 
 

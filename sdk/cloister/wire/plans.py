@@ -79,14 +79,6 @@ class TrainingSpec(Request):
     delta: Probability
     optimizer: Optimizer
 
-    @model_validator(mode="after")
-    def _batch_fits(self) -> TrainingSpec:
-        if self.batch_size > self.nominal_size:
-            raise ValueError(
-                f"batch larger than nominal_size: {self.batch_size} > {self.nominal_size}; lower batch_size"
-            )
-        return self
-
 
 class Event(Response):
     """What the ledger charges, exactly: one mechanism, composed `steps` times."""

@@ -85,10 +85,6 @@ class Dataset(Response):
     capacity: int
     capacity_rows: int
     status: Literal["uploading", "ready"] | str
-    part_rows: int
-    """Rows that one part may carry: public, from the schema alone."""
-    parts: int
-    """Parts that the capacity needs: public, whatever is uploaded."""
     created: datetime
 
 

@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import hmac
 from contextlib import suppress
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -43,11 +44,13 @@ def get_dataset(dataset: str, call: ReadCall) -> Dataset:
 @router.put("/{dataset}/parts/{number}", status_code=201, response_model=PartReceipt, openapi_extra=_RAW_BODY)
 async def upload_part(dataset: str, number: int, request: Request, call: WriteCall) -> Response:
     # Authorised before the body is read; the body is read as raw bytes, which no framework spools to a disk.
-    await run_in_threadpool(
-        call.read, lambda session: datasets.may_upload(session, call.principal, dataset, number=number)
+    declared = await run_in_threadpool(
+        call.read, lambda session: datasets.may_upload(session, call.principal, dataset, number=number).resource
     )
+    columns = datasets.schema_of(declared)
     body = await request.body()
-    return await run_in_threadpool(_store_part, call, dataset, number, body, request.headers.get("content-digest"))
+    _check_digest(body, request.headers.get("content-digest"))
+    return await run_in_threadpool(_store_part, call, dataset, number, columns, body)
 
 
 @router.post("/{dataset}/complete", response_model=Dataset)
@@ -60,10 +63,8 @@ def complete_dataset(dataset: str, call: WriteCall) -> Response:
     )
 
 
-def _store_part(call: Call, dataset: str, number: int, body: bytes, declared: str | None) -> Response:
-    _check_digest(body, declared)
-    row = call.read(lambda session: datasets.may_upload(session, call.principal, dataset, number=number))
-    rows = decode_rows(datasets.schema_of(row), body)
+def _store_part(call: Call, dataset: str, number: int, columns: dict[str, Any], body: bytes) -> Response:
+    rows = decode_rows(columns, body)
     return call.once(
         hashlib.sha256(body).digest(),
         lambda session: datasets.add_part(

@@ -18,8 +18,9 @@ from sqlalchemy.orm import Session
 
 from cloister.wire.sources import CreateSource
 from cloister_privacy.errors import PrivacyError
-from cloister_server import budgets, deployment, grants, policy, sources, tenants, vault
-from cloister_server.errors import Invalid, ServerError
+from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
+from cloister_server.audit import denials_kept
+from cloister_server.errors import ServerError
 from cloister_server.grants import Role
 from cloister_server.policy import Principal
 from cloister_server.service import Service
@@ -81,7 +82,7 @@ def tenant_create(name: str, as_json: JSON = False) -> None:
     """Make a tenant, with an encryption key of its own."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
-        made = tenants.create_tenant(session, service.keys, name=_named(name), request_id=_request_id())
+        made = tenants.create_tenant(session, service.keys, name=name, request_id=_request_id())
         return {"id": made.id, "name": made.name}
 
     _run(work, as_json)
@@ -106,9 +107,7 @@ def client_create(
     """Make an OAuth client; its secret is printed this once and kept nowhere."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
-        app, secret = tenants.create_client(
-            session, service.keys, _operator(session, tenant), name=_named(name), role=role
-        )
+        app, secret = tenants.create_client(session, service.keys, _operator(session, tenant), name=name, role=role)
         return {"client_id": app.id, "client_secret": secret, "name": app.name, "role": role}
 
     _run(work, as_json)
@@ -192,8 +191,13 @@ def source_list(tenant: InTenant, as_json: JSON = False) -> None:
     """List a tenant's sources with their budgets."""
 
     def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        operator = _operator(session, tenant)
-        return sources.listed(session, operator, name=None, cursor=None, limit=200).items
+        operator, found, cursor = _operator(session, tenant), [], None
+        while True:
+            page = sources.listed(session, operator, name=None, cursor=cursor, limit=200)
+            found += page.items
+            cursor = page.next
+            if cursor is None:
+                return found
 
     _run(work, as_json)
 
@@ -213,7 +217,7 @@ def _run(work: Callable[[Session, Service], Any], as_json: bool) -> None:
     """One command, one transaction."""
     with _refusals(as_json):
         service = deployment.open_service(load_settings())
-        with writing(service.engine) as session:
+        with denials_kept(service.engine), writing(service.engine) as session:
             answer = work(session, service)
         _show(answer, as_json)
 
@@ -267,16 +271,6 @@ def _request_id() -> str:
     return f"cli_{secrets.token_hex(12)}"
 
 
-def _named(name: str) -> str:
-    if not (
-        1 <= len(name) <= 63
-        and name[0].isalpha()
-        and name.isascii()
-        and name.replace("-", "").replace("_", "").isalnum()
-    ):
-        raise Invalid(f"{name!r} is not a name: a letter first, then letters, digits, - and _, at most 63 characters")
-    return name
-
-
 def main() -> None:
+    processes.refuse_core_dumps()
     cli()

@@ -26,7 +26,7 @@ __all__ = ["main"]
 log = logging.getLogger(__name__)
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-_MODULES = {"api": "cloister_server.api.process", "worker": "cloister_server.work.worker"}
+_MODULES = {"api": "cloister_server.cli.api_process", "worker": "cloister_server.work.worker"}
 _RESTART_S = 0.5
 """The pause before a dead process is started again."""
 _GRACE_S = 8.0
@@ -103,4 +103,5 @@ def _stop(children: list[Popen[bytes]]) -> None:
 
 
 def main() -> None:
+    processes.refuse_core_dumps()
     cli()

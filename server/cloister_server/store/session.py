@@ -53,7 +53,7 @@ def writing(engine: Engine) -> Iterator[Session]:
 
 
 def check_durability(engine: Engine) -> None:
-    """Refuse a database that may forget a committed charge (PRIVACY: nothing refunds a budget by accident)."""
+    """Refuse a database that may forget a committed charge (nothing may refund a budget by accident)."""
     with engine.connect() as connection:
         if engine.dialect.name == "sqlite":
             synchronous = connection.execute(text("PRAGMA synchronous")).scalar_one()

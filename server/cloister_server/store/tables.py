@@ -72,7 +72,6 @@ class Table(DeclarativeBase):
         datetime: _UTC,
         bytes: LargeBinary,
         dict[str, Any]: JSON,
-        list[Any]: JSON,
     }
 
 
@@ -192,7 +191,6 @@ class Dataset(Table):
     part_rows: Mapped[int]
     parts: Mapped[int]
     status: Mapped[str]
-    uploader_id: Mapped[str] = _id(primary=False)
     manifest_id: Mapped[str | None] = mapped_column(String(40))
     created: Mapped[datetime] = mapped_column(default=now)
 
@@ -209,7 +207,7 @@ class Part(Table):
 
 
 class SealedObject(Table):
-    """A wrapped data key. The sealed bytes lie in the blob store under the same id."""
+    """A wrapped data key. What it sealed, if it came to that, lies in the blob store under the same id."""
 
     __tablename__ = "sealed_objects"
     tenant_id: Mapped[str] = _id()
@@ -226,13 +224,14 @@ class Job(Table):
     __tablename__ = "jobs"
     __table_args__ = (
         ForeignKeyConstraint(["tenant_id", "dataset_id"], ["datasets.tenant_id", "datasets.id"]),
+        ForeignKeyConstraint(["tenant_id", "model_id"], ["models.tenant_id", "models.id"]),
         Index("ix_jobs_status", "status"),
     )
     tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
     dataset_id: Mapped[str] = _id(primary=False)
-    model_name: Mapped[str]
+    model_id: Mapped[str] = _id(primary=False)
     principal_id: Mapped[str] = _id(primary=False)
     request_id: Mapped[str]
     spec_id: Mapped[str] = _id(primary=False)

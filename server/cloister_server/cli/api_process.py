@@ -8,7 +8,7 @@ import sys
 import threading
 from typing import Any
 
-from cloister_privacy.accounting import rdp_per_step
+from cloister_privacy.accounting import epsilon_by_pld
 from cloister_server import deployment, logs, processes
 from cloister_server.app import create_app
 from cloister_server.settings import Settings
@@ -26,8 +26,8 @@ def main() -> int:
 
 
 def _warm_up() -> None:
-    """Load the accountant and torch while nobody waits: the first plan would take seconds longer."""
-    rdp_per_step(0.01, 1.0, orders=(2.0,))
+    """Load the accountants and torch while nobody waits: the first plan would take seconds longer."""
+    epsilon_by_pld(0.01, 1.0, steps=1, delta=1e-5)
 
 
 async def _serve_granian(app: Any, settings: Settings) -> None:
