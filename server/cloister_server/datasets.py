@@ -1,7 +1,7 @@
 """Datasets: declared, filled part by part, closed. Knows sealing; refuses to know, or tell, how many rows there are.
 
 Every part has the same sealed size, and a closed dataset has every part that its capacity asks for, empty ones
-included: what lies on the disk follows from public numbers alone.
+included: number and size of what is sealed follow from public numbers alone.
 """
 
 from __future__ import annotations
@@ -25,10 +25,24 @@ from cloister_server.service import Service
 from cloister_server.store.paging import page_of
 from cloister_server.store.tables import Dataset, Part, Source, new_id
 
-__all__ = ["add_part", "complete", "create", "fill", "get", "listed", "may_upload", "part_objects", "schema_of"]
+__all__ = [
+    "add_part",
+    "complete",
+    "create",
+    "fill",
+    "get",
+    "listed",
+    "may_upload",
+    "missing",
+    "part_objects",
+    "schema_of",
+]
 
 MAX_BYTES = 2**36
 """The most a dataset may take on the disk: 64 GiB."""
+
+MAX_PARTS = 2**14
+"""The most parts that a dataset may be cut into: completing it seals every one."""
 
 _SCHEMA: TypeAdapter[dict[str, Any]] = TypeAdapter(Schema)
 
@@ -43,6 +57,8 @@ def create(session: Session, principal: Principal, body: wire.CreateDataset) -> 
         raise Conflict(f"a dataset named {body.name!r} is already there; choose another name")
     slots = part_rows(body.columns)
     rows = body.capacity_rows or body.capacity
+    if rows > slots * MAX_PARTS:
+        raise Invalid(f"a capacity of {rows} rows needs over {MAX_PARTS} parts of {slots} rows; declare a smaller one")
     dataset = Dataset(
         tenant_id=source.tenant_id,
         id=new_id("ds"),
@@ -119,17 +135,19 @@ def add_part(
         outcome="allowed",
         grant_id=authorized.grant_id,
     )
-    return wire.PartReceipt(part=number, rows=count)
+    return wire.PartReceipt(part=number)
 
 
-def fill(session: Session, principal: Principal, service: Service, dataset_id: str) -> bool:
-    """Seal one empty part where the capacity asks for a part that was not uploaded; True while one was missing."""
-    dataset = may_upload(session, principal, dataset_id).resource
-    number = next(_missing(session, dataset), None)
-    if number is None:
-        return False
-    _seal_part(session, service, dataset, number, {})
-    return True
+def missing(session: Session, principal: Principal, dataset_id: str) -> list[int]:
+    """The parts that the capacity asks for and that were not uploaded."""
+    return list(_missing(session, may_upload(session, principal, dataset_id).resource))
+
+
+def fill(session: Session, principal: Principal, service: Service, dataset_id: str, *, number: int) -> None:
+    """Seal one empty part where none was uploaded."""
+    dataset = may_upload(session, principal, dataset_id, number=number).resource
+    if session.get(Part, (dataset.tenant_id, dataset.id, number)) is None:
+        _seal_part(session, service, dataset, number, {})
 
 
 def complete(session: Session, principal: Principal, service: Service, dataset_id: str) -> wire.Dataset:

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from cloister.wire import jobs as wire
 from cloister_server import audit, budgets, grants, plans, policy, vault
-from cloister_server.errors import Conflict, RevisionMoved
+from cloister_server.errors import Conflict, Forbidden, RevisionMoved
 from cloister_server.policy import Principal
 from cloister_server.service import Service
 from cloister_server.store.paging import page_of
@@ -133,8 +133,12 @@ def _claim_model(session: Session, principal: Principal, *, tenant_id: str, name
     """The model that the job will publish to: made where there is none, else the principal must be let publish to it."""
     model = session.scalars(select(Model).where(Model.tenant_id == tenant_id, Model.name == name)).one_or_none()
     if model is not None:
-        policy.authorize(session, principal, "model.publish", model)
-        return model
+        try:
+            return policy.authorize(session, principal, "model.publish", model).resource
+        except Forbidden:
+            raise Conflict(
+                f"the model name {name!r} cannot be used; choose another, or ask its owner for a grant of model.publish"
+            ) from None
     model = Model(tenant_id=tenant_id, id=new_id("mdl"), name=name, champion=0)
     session.add(model)
     session.flush()  # the grants name the row

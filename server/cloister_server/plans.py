@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from sqlalchemy.orm import Session
 
 from cloister.wire.plans import Plan, PlanRequest, TrainingSpec
+from cloister_privacy.errors import PlanImpossible
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.recipes import require_fit, resolve
 from cloister_server import budgets, datasets, policy
@@ -35,4 +38,10 @@ def make(session: Session, principal: Principal, body: PlanRequest) -> Plan:
 def check_spec(dataset: Dataset, source: Source, spec: TrainingSpec) -> DPPlan:
     """The plan of a spec that may come from anyone: it must be about this dataset, in its public numbers."""
     require_fit(spec, columns=datasets.schema_of(dataset), nominal_size=dataset.nominal_size)
-    return DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency)
+    plan = DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency)
+    if not 0 < plan.epsilon() < math.inf:
+        raise PlanImpossible(
+            f"this run's epsilon at delta {plan.delta:g} is {plan.epsilon():g}, which no certificate can state; "
+            "change noise_multiplier, delta or epochs"
+        )
+    return plan

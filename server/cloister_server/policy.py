@@ -29,6 +29,7 @@ __all__ = [
     "operator",
 ]
 
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 _ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
 _PROOF = object()
 
@@ -147,6 +148,8 @@ def find(session: Session, principal: Principal, verb: str, table: type[R], id_o
     Raises NotFound alike where there is none and where the principal may do nothing to it, after the same one statement;
     Forbidden where it may do other things to it. Raises Unavailable where the store cannot be asked.
     """
+    if not (_ID.fullmatch(id_or_name) or _NAME.fullmatch(id_or_name)):
+        raise _NotVisible(table.__name__.lower(), Denial(principal, verb, id_or_name, "neither an id nor a name"))
     row_of = table.__table__.c
     visible = visible_to(principal, table)
     if "name" in row_of and not _ID.fullmatch(id_or_name):

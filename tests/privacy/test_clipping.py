@@ -219,3 +219,19 @@ def test_a_pass_that_leaves_a_layer_out_or_takes_it_twice_is_refused(uses: int, 
     with pytest.raises(UncoveredParameter, match=message):
         gradients(torch.ones(2, 3)).sum().backward()
         gradients.write(1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e10, 1e20, 3e38])
+def test_no_example_exceeds_the_clip_however_large_its_gradient(scale: float) -> None:
+    torch.manual_seed(0)
+    for clip in (1e-6, 1.0):
+        for _ in range(20):
+            network = nn.Sequential(nn.Linear(64, 2))
+            clipped = ClippedGradients(network)
+            inputs = (torch.rand(1, 64) * scale).requires_grad_()
+            nn.functional.cross_entropy(clipped(inputs), torch.randint(2, (1,)), reduction="sum").backward()
+            clipped.write(clip)
+            gradients = [
+                parameter.grad.double().norm() for parameter in network.parameters() if parameter.grad is not None
+            ]
+            assert torch.stack(gradients).norm() <= clip * (1 + 1e-5)

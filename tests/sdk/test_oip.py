@@ -91,3 +91,10 @@ def test_a_name_that_comes_twice_is_refused() -> None:
     tensor = {"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}
     with pytest.raises(MalformedTensor, match="twice"):
         decode_inputs(InferRequest.model_validate({"inputs": [tensor, tensor]}))
+
+
+@pytest.mark.parametrize("data", [["x" * 1_000_000, "y"], [[], []] * 1000, [1.0] * 1000, [[1.0], "x"], [None, 1.0]])
+def test_data_that_is_not_the_shape_s_numbers_is_refused_before_memory_is_taken_for_it(data: list[object]) -> None:
+    request = InferRequest.model_validate({"inputs": [{"name": "x", "shape": [2], "datatype": "FP32", "data": data}]})
+    with pytest.raises(MalformedTensor):
+        decode_inputs(request)

@@ -21,7 +21,7 @@ from cloister_server.policy import Principal
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store.session import writing
-from databases import DatabaseURLs, postgres_copy
+from databases import DatabaseURLs, new_postgres_database, postgres_copy
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,9 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Non
 
 
 @pytest.fixture(scope="session")
-def postgres_template(
-    postgres: str, migrated_postgres: DatabaseURLs, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, DatabaseURLs]:
+def postgres_template(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DatabaseURLs]:
     """A deployment on PostgreSQL that others are copied from."""
-    urls = postgres_copy(postgres, migrated_postgres)
+    urls = new_postgres_database(postgres)
     return _template(tmp_path_factory.mktemp("postgres"), urls), urls
 
 
@@ -91,9 +89,19 @@ def _template(root: Path, urls: DatabaseURLs | None) -> Path:
     return root
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+_ON_BOTH = {"test_idempotency", "test_oauth", "test_policy"}
+"""The tests whose answer is a database's; each costs a database on PostgreSQL, and the others run on SQLite alone."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "service" in metafunc.fixturenames:
+        is_on_both = metafunc.module.__name__.rpartition(".")[2] in _ON_BOTH
+        metafunc.parametrize("service", ["sqlite", "postgres"] if is_on_both else ["sqlite"], indirect=True)
+
+
+@pytest.fixture
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
-    """A deployment of this test's own, as `cloister-admin init` left it, on SQLite and on PostgreSQL."""
+    """A deployment of this test's own, as `cloister-admin init` left it."""
     root, template = request.getfixturevalue(f"{request.param}_template")
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     urls = None if template is None else postgres_copy(request.getfixturevalue("postgres"), template)

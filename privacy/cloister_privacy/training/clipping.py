@@ -18,11 +18,15 @@ from cloister_privacy.training.guard import guard
 __all__ = ["ClippedGradients"]
 
 
+_LARGEST_INPUT, _LEAST_FACTOR = 1e15, 1e-30
+"""An example counts as zero where what enters a layer is larger than this, or its gradient would be scaled by less."""
+
+
 class ClippedGradients(GradSampleModule):  # type: ignore[misc]  # Opacus has no types
     """Wraps a network: after the backward pass of a summed loss, `write(clip)` puts the clipped sum into every `p.grad`.
 
     Each example contributes a vector of norm at most `clip` (1 + 1e-5) over all parameters together. A contribution that is
-    not finite counts as zero, silently: an error would tell of the row.
+    not finite, or astronomically large, counts as zero, silently: an error would tell of the row.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -45,17 +49,18 @@ class ClippedGradients(GradSampleModule):  # type: ignore[misc]  # Opacus has no
         if sum(len(list(layer.parameters())) for layer in factors) != len(list(self.parameters())):
             raise UncoveredParameter("a layer took no part in the pass, so its gradient is unknown; leave it out")
         # In float64: squares of float32 numbers neither overflow nor vanish.
-        norms = torch.stack(
-            [
-                _norms(inputs, has_one=layer.bias is not None) * _norms(backs)
-                for layer, (inputs, backs) in factors.items()
-            ]
-        ).norm(dim=0)
-        is_finite = norms.isfinite()
-        scales = torch.where(is_finite, (clip / norms).clamp(max=1), 0).to(torch.float32).unsqueeze(1)
+        entering = torch.stack(
+            [_norms(inputs, has_one=layer.bias is not None) for layer, (inputs, _) in factors.items()]
+        )
+        coming_back = torch.stack([_norms(backs) for _, backs in factors.values()])
+        norms = (entering * coming_back).norm(dim=0)
+        factor = (clip / norms).clamp(max=1)
+        # Beyond these limits float32 would round subnormal numbers above the clip. False for what is not finite, too.
+        is_sane = (entering <= _LARGEST_INPUT).all(dim=0) & (factor >= _LEAST_FACTOR) & norms.isfinite()
+        scales = torch.where(is_sane, factor, 0).to(torch.float32).unsqueeze(1)
         for layer, (inputs, backs) in factors.items():
-            clipped = torch.where(is_finite.unsqueeze(1), backs, 0) * scales
-            layer.weight.grad = clipped.T @ torch.where(is_finite.unsqueeze(1), inputs, 0)
+            clipped = torch.where(is_sane.unsqueeze(1), backs, 0) * scales
+            layer.weight.grad = clipped.T @ torch.where(is_sane.unsqueeze(1), inputs, 0)
             if layer.bias is not None:
                 layer.bias.grad = clipped.sum(0)
 

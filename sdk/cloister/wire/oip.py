@@ -136,6 +136,7 @@ def _decode(tensor: TensorJSON) -> NDArray[Any]:
         raise MalformedTensor(
             f"tensor {tensor.name!r} has datatype {tensor.datatype!r}; known here: {', '.join(_DTYPES)}"
         )
+    _check_leaves(tensor)
     try:
         array = np.asarray(tensor.data)
     except (ValueError, OverflowError):
@@ -150,6 +151,27 @@ def _decode(tensor: TensorJSON) -> NDArray[Any]:
         raise MalformedTensor(f"tensor {tensor.name!r} holds data that is not {tensor.datatype}")
     _check_finite(tensor.name, converted)
     return converted.reshape(tensor.shape)
+
+
+def _check_leaves(tensor: TensorJSON) -> None:
+    """Numbers, and as many as the shape says, before numpy takes memory for whatever it is that was sent."""
+    wanted, found = math.prod(tensor.shape), 0
+    waiting = [tensor.data]
+    while waiting:
+        items = waiting.pop()
+        for item in items:
+            if isinstance(item, list):
+                waiting.append(item)
+            elif type(item) in (int, float, bool):
+                found += 1
+            else:
+                raise MalformedTensor(f"tensor {tensor.name!r} holds data that is not {tensor.datatype}")
+        if found > wanted or len(waiting) > wanted:
+            break
+    if found != wanted:
+        raise MalformedTensor(
+            f"tensor {tensor.name!r} holds {'more' if found > wanted else 'fewer'} elements than the {wanted} of its shape"
+        )
 
 
 def _check_finite(name: str, array: NDArray[Any]) -> None:

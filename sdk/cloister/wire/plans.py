@@ -76,7 +76,7 @@ class TrainingSpec(Request):
     steps: Annotated[int, Field(ge=1, le=10_000_000)]
     noise_multiplier: _Sigma
     clip: PositiveFloat
-    delta: Probability
+    delta: Annotated[Probability, Field(le=0.1)]
     optimizer: Optimizer
 
 

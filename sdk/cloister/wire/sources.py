@@ -89,7 +89,6 @@ class Dataset(Response):
 
 
 class PartReceipt(Response):
-    """What the uploader hears of an accepted part; `rows` is the uploader's own number."""
+    """What the uploader hears of an accepted part. Its answer is kept for retries, so it says nothing of the rows."""
 
     part: int
-    rows: int

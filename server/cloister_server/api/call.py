@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from cloister_server import vault
 from cloister_server.audit import denials_kept
 from cloister_server.errors import IdempotencyMismatch, Unauthenticated
 from cloister_server.policy import Principal
@@ -26,12 +27,13 @@ from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import IdempotencyKey
 
-__all__ = ["Call", "Cursor", "Limit", "ReadCall", "WriteCall"]
+__all__ = ["Call", "Cursor", "Limit", "NameQuery", "ReadCall", "WriteCall"]
 
 T = TypeVar("T")
 
 Cursor = Annotated[str | None, Query(max_length=128)]
 Limit = Annotated[int, Query(ge=1, le=200)]
+NameQuery = Annotated[str | None, Query(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$")]
 
 
 class _Raced(Exception):
@@ -65,15 +67,18 @@ class Call:
         """
         if self.idempotency_key is None:
             return _response(_answer(self.write(work)), status)
-        digest = hashlib.sha256(body if isinstance(body, bytes) else body.model_dump_json().encode()).hexdigest()
+        content = body if isinstance(body, bytes) else body.model_dump_json().encode()
         try:
-            return self._once(self.idempotency_key, digest, work, status)
+            return self._once(self.idempotency_key, content, work, status)
         except _Raced:
-            return self._once(self.idempotency_key, digest, work, status)
+            return self._once(self.idempotency_key, content, work, status)
 
-    def _once(self, key: str, digest: str, work: Callable[[Session], BaseModel], status: int) -> Response:
+    def _once(self, key: str, content: bytes, work: Callable[[Session], BaseModel], status: int) -> Response:
         place = (self.principal.tenant_id, self.principal.id, self.route, key)
         with denials_kept(self.service.engine), writing(self.service.engine) as session:
+            # Keyed: a plain hash of rows would let whoever reads the database try out what they are.
+            pepper = vault.signing_key(session, self.service.keys, "pepper").secret
+            digest = hmac.new(pepper, content, hashlib.sha256).hexdigest()
             stored = session.get(IdempotencyKey, place)
             if stored is not None:
                 return _replay(stored, digest)

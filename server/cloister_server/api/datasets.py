@@ -7,21 +7,28 @@ import binascii
 import hashlib
 import hmac
 from contextlib import suppress
+from functools import partial
+from threading import Lock
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from cloister.wire.jobs import Page
 from cloister.wire.rows import decode_rows
 from cloister.wire.sources import CreateDataset, Dataset, PartReceipt
 from cloister_server import datasets
-from cloister_server.api.call import Call, Cursor, Limit, ReadCall, WriteCall
-from cloister_server.errors import BadRequest, Conflict
+from cloister_server.api.call import Call, Cursor, Limit, NameQuery, ReadCall, WriteCall
+from cloister_server.errors import BadRequest, Conflict, Unavailable
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+
+_FILLING = Lock()
+_FILL_WAIT_S = 2.0
+"""Sealing empty parts takes long for a large capacity: it may hold one of the API's threads, and not all of them."""
 
 _RAW_BODY = {"requestBody": {"required": True, "content": {"application/vnd.cloister.rows": {}}}}
 
@@ -32,7 +39,7 @@ def create_dataset(body: CreateDataset, call: WriteCall) -> Response:
 
 
 @router.get("")
-def list_datasets(call: ReadCall, name: str | None = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
+def list_datasets(call: ReadCall, name: NameQuery = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
     return call.read(lambda session: datasets.listed(session, call.principal, name=name, cursor=cursor, limit=limit))
 
 
@@ -74,10 +81,19 @@ def _store_part(call: Call, dataset: str, number: int, columns: dict[str, Any], 
 
 
 def _fill(call: Call, dataset: str) -> None:
-    """Seal the empty parts one transaction at a time, so that nobody waits behind all of them."""
-    with suppress(Conflict):  # complete already: `once` replays the answer, or refuses in words
-        while call.write(lambda session: datasets.fill(session, call.principal, call.service, dataset)):
-            pass
+    """Seal the empty parts one transaction at a time, so that nobody waits behind all of them; one dataset at a time."""
+    if not _FILLING.acquire(timeout=_FILL_WAIT_S):
+        raise Unavailable("another large dataset is being completed; retry in a while")
+    try:
+        with suppress(Conflict):  # complete already: `once` replays the answer, or refuses in words
+            for number in call.read(lambda session: datasets.missing(session, call.principal, dataset)):
+                call.write(partial(_fill_one, call, dataset, number))
+    finally:
+        _FILLING.release()
+
+
+def _fill_one(call: Call, dataset: str, number: int, session: Session) -> None:
+    datasets.fill(session, call.principal, call.service, dataset, number=number)
 
 
 def _check_digest(body: bytes, declared: str | None) -> None:

@@ -16,7 +16,7 @@ router = APIRouter(tags=["discovery"])
 
 
 @router.get("/healthz")
-def is_up() -> dict[str, Any]:
+async def is_up() -> dict[str, Any]:
     return {"status": "up"}
 
 

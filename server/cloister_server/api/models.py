@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Path
 
 from cloister.wire.jobs import Model, ModelVersion, Page
 from cloister_server import models
-from cloister_server.api.call import Cursor, Limit, ReadCall
+from cloister_server.api.call import Cursor, Limit, NameQuery, ReadCall
 
 __all__ = ["router"]
 
@@ -14,7 +16,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-def list_models(call: ReadCall, name: str | None = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
+def list_models(call: ReadCall, name: NameQuery = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
     return call.read(lambda session: models.listed(session, call.principal, name=name, cursor=cursor, limit=limit))
 
 
@@ -29,5 +31,5 @@ def list_versions(model: str, call: ReadCall) -> Page:
 
 
 @router.get("/{model}/versions/{version}")
-def get_version(model: str, version: int, call: ReadCall) -> ModelVersion:
+def get_version(model: str, version: Annotated[int, Path(ge=0, lt=2**31)], call: ReadCall) -> ModelVersion:
     return call.read(lambda session: models.get_version(session, call.principal, model, version))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import tuple_
@@ -44,6 +44,9 @@ def page_of(
 def _position(cursor: str) -> tuple[datetime, str]:
     created, _, row_id = cursor.partition("~")
     try:
-        return datetime.fromisoformat(created), row_id
-    except ValueError:
+        at = datetime.fromisoformat(created)
+        if at.tzinfo is None or not row_id.isidentifier():
+            raise ValueError
+        return at.astimezone(UTC), row_id
+    except (ValueError, OverflowError):
         raise Invalid("this cursor is of no page; pass `next` of the page before as it was given") from None

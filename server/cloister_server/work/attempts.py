@@ -21,7 +21,7 @@ from cloister_server.service import Service
 from cloister_server.store.session import writing
 from cloister_server.store.tables import Attempt, Dataset, Job
 
-__all__ = ["GRACE_S", "run_attempt"]
+__all__ = ["GRACE_S", "abandon", "run_attempt"]
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,15 @@ def run_attempt(
         return "over" if _conclude(service, tenant_id, job_id) else "again"
 
 
+def abandon(service: Service, tenant_id: str, job_id: str) -> None:
+    """Fail a job that cannot be run or published for a reason that trying again does not mend; what it opened is charged."""
+    path = service.settings.data_dir / "locks" / f"{job_id}.lock"
+    with processes.locked(path, wait_s=30, what=f"job {job_id}"), writing(service.engine) as session:
+        job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
+        if job.status not in FINAL:
+            _close(session, job, "failed", error_code="internal")
+
+
 def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> None:
     while process.poll() is None and not stopping.is_set():
         try:
@@ -90,20 +99,20 @@ def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
             sealed = vault.open_object(session, service.keys, service.blobs, tenant_id=tenant_id, object_id=job.spec_id)
             spec = TrainingSpec.model_validate_json(sealed)
             job.version = models.publish(session, service, job, attempt=attempts[0], spec=spec)
-            _close(session, service, job, "done")
+            _close(session, job, "done")
         elif job.cancel_requested or outcome == "cancelled":
-            _close(session, service, job, "cancelled")
+            _close(session, job, "cancelled")
         elif outcome in ("budget", "diverged", "internal"):
-            _close(session, service, job, "failed", error_code=outcome)
+            _close(session, job, "failed", error_code=outcome)
         elif len(attempts) == MAX_DEATHS and all(a.outcome is None and a.from_step == job.steps_done for a in attempts):
-            _close(session, service, job, "failed", error_code="gave_up")
+            _close(session, job, "failed", error_code="gave_up")
         is_over, checkpoint_id = job.status in FINAL, job.checkpoint_id
     if is_over and checkpoint_id is not None:
         service.blobs.delete(tenant_id, checkpoint_id)  # nobody resumes a job that is over
     return is_over
 
 
-def _close(session: Session, service: Service, job: Job, status: str, *, error_code: str | None = None) -> None:
+def _close(session: Session, job: Job, status: str, *, error_code: str | None = None) -> None:
     charged = budgets.settle(session, job)
     job.status, job.error_code = status, error_code
     log.info("job.over", extra={"job_id": job.id, "status": status, "charged": charged})

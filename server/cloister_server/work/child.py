@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from cloister.wire.plans import TrainingSpec
 from cloister.wire.rows import open_form
@@ -22,6 +23,7 @@ from cloister_privacy.errors import TrainingDiverged
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.sealing import open_sealed, seal
 from cloister_server import budgets, datasets, logs, processes
+from cloister_server.errors import Unavailable
 from cloister_server.settings import Settings
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.session import new_engine, reading, writing
@@ -59,6 +61,10 @@ def main() -> int:
         attempt.end("budget")
     except TrainingDiverged:
         attempt.end("diverged")
+    except (SQLAlchemyError, Unavailable) as error:
+        # No outcome: this attempt counts as died, and the next goes on from the checkpoint once the database is back.
+        log.error("attempt.interrupted", extra={"job_id": attempt.job_id, "error": type(error).__name__})
+        return 1
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.name}:{place.lineno}"

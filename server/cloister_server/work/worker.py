@@ -17,14 +17,16 @@ from typing import Any
 from dbos import DBOS, SetWorkflowID
 from dbos._serialization import Serializer
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 
 from cloister.wire.jobs import FINAL
 from cloister_server import deployment, logs, processes
+from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store.session import reading
 from cloister_server.store.tables import Job
-from cloister_server.work.attempts import GRACE_S, run_attempt
+from cloister_server.work.attempts import GRACE_S, abandon, run_attempt
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,12 @@ def main() -> int:
         settings.data_dir / "locks" / "worker.lock", wait_s=10, what="the worker of this data directory"
     ):
         service = deployment.open_service(settings, root_key=bytes.fromhex(message["root_key"]))
-        _run(service, stopping)
+        try:
+            _run(service, stopping)
+        except BaseException as error:
+            log.error("worker.failed", extra={"error": type(error).__name__})
+            logging.shutdown()
+            os._exit(1)  # DBOS's threads would live on, without our lock; the supervisor starts the next worker
     return 0
 
 
@@ -81,10 +88,14 @@ def _run(service: Service, stopping: threading.Event) -> None:
         try:
             with running:
                 return run_attempt(service, tenant_id, job_id, stopping=stopping)
-        except Exception as error:
+        except (SQLAlchemyError, Unavailable, StartRefused) as error:
             # A step never raises: its error would be stored, and who knows what it says.
             log.error("attempt.not_run", extra={"job_id": job_id, "error": type(error).__name__})
             return "again"
+        except Exception as error:
+            log.error("attempt.impossible", extra={"job_id": job_id, "error": type(error).__name__})
+            abandon(service, tenant_id, job_id)
+            return "over"
 
     @DBOS.workflow(name="train", max_recovery_attempts=1_000_000)
     def train(tenant_id: str, job_id: str) -> str:
@@ -103,12 +114,15 @@ def _run(service: Service, stopping: threading.Event) -> None:
     log.info("worker.ready")
     enqueued: set[str] = set()
     while not stopping.wait(_SWEEP_S):
-        waiting = _waiting(service)
-        for tenant_id, job_id in waiting:
-            if job_id not in enqueued:
-                with SetWorkflowID(job_id):
-                    queue.enqueue(train, tenant_id, job_id)
-        enqueued = {job_id for _, job_id in waiting}
+        try:
+            waiting = _waiting(service)
+            for tenant_id, job_id in waiting:
+                if job_id not in enqueued:
+                    with SetWorkflowID(job_id):
+                        queue.enqueue(train, tenant_id, job_id)
+            enqueued = {job_id for _, job_id in waiting}
+        except Exception as error:  # the database was away: look again
+            log.error("worker.sweep_failed", extra={"error": type(error).__name__})
     log.info("worker.stopping")
     running.wait_for_none(GRACE_S + 1)
     # Not DBOS.destroy(): it waits for workflows, and these are meant to go on in the next worker.
