@@ -221,14 +221,14 @@ def test_a_pass_that_leaves_a_layer_out_or_takes_it_twice_is_refused(uses: int, 
         gradients.write(1.0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e10, 1e20, 3e38])
+@pytest.mark.parametrize("scale", [1.0, 1e20, 3e37, 1e38])
 def test_no_example_exceeds_the_clip_however_large_its_gradient(scale: float) -> None:
     torch.manual_seed(0)
     for clip in (1e-6, 1.0):
-        for _ in range(20):
-            network = nn.Sequential(nn.Linear(64, 2))
+        for _ in range(40):
+            network = nn.Sequential(nn.Linear(256, 2, bias=False))
             clipped = ClippedGradients(network)
-            inputs = (torch.rand(1, 64) * scale).requires_grad_()
+            inputs = torch.full((1, 256), float(torch.rand(())) * scale, requires_grad=True)
             nn.functional.cross_entropy(clipped(inputs), torch.randint(2, (1,)), reduction="sum").backward()
             clipped.write(clip)
             gradients = [
