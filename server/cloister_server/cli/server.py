@@ -6,6 +6,7 @@ A process that dies is started again; all of them die with the supervisor, by wh
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -85,7 +86,7 @@ def _check_port(settings: Settings) -> None:
             pass
     except OSError as error:
         raise StartRefused(
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); stop what does, or set CLOISTER_PORT"
+            f"cannot listen on {settings.host}:{settings.port} ({os.strerror(error.errno or 0)}); stop what does, or set CLOISTER_PORT"
         ) from None
 
 

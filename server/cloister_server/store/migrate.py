@@ -41,9 +41,11 @@ def upgrade(settings: Settings) -> None:
             "give CLOISTER_DATABASE_URL a user of its own (init creates it)"
         )
     _migrate(owner)
-    with owner.begin() as connection:
-        _set_runtime_role(connection, str(runtime.username), str(runtime.password or ""))
-    owner.dispose()
+    try:
+        with owner.begin() as connection:
+            _set_runtime_role(connection, str(runtime.username), str(runtime.password or ""))
+    finally:
+        owner.dispose()
     _migrate_workflows(settings, str(runtime.username))
 
 
@@ -63,10 +65,12 @@ def check_current(engine: Engine) -> None:
 
 def _migrate(engine: Engine) -> None:
     config = _config()
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-    engine.dispose()
+    try:
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    finally:
+        engine.dispose()
 
 
 def _migrate_workflows(settings: Settings, role: str) -> None:
@@ -79,14 +83,20 @@ def _migrate_workflows(settings: Settings, role: str) -> None:
 
 def _set_runtime_role(connection: Connection, role: str, password: str) -> None:
     quote = connection.dialect.identifier_preparer.quote
-    exists = connection.scalar(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role})
-    literal = connection.scalar(text("SELECT quote_literal(:password)"), {"password": password})
-    verb = "ALTER" if exists else "CREATE"
-    connection.exec_driver_sql(
-        f"{verb} ROLE {quote(role)} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOBYPASSRLS PASSWORD {literal}".replace(
-            "%", "%%"
+    found = connection.execute(
+        text(
+            "SELECT rolsuper OR rolcreaterole OR rolcreatedb OR rolbypassrls AS is_mighty FROM pg_roles WHERE rolname = :role"
+        ),
+        {"role": role},
+    ).one_or_none()
+    if found is not None and found.is_mighty:
+        raise StartRefused(
+            f"the runtime role {role!r} is a superuser, or may create roles or databases, or passes by row security; "
+            "name a role in CLOISTER_DATABASE_URL that may do none of it (init creates it)"
         )
-    )
+    literal = connection.scalar(text("SELECT quote_literal(:password)"), {"password": password})
+    verb = "CREATE" if found is None else "ALTER"
+    connection.exec_driver_sql(f"{verb} ROLE {quote(role)} LOGIN PASSWORD {literal}".replace("%", "%%"))
     connection.exec_driver_sql(f"GRANT USAGE ON SCHEMA public TO {quote(role)}")
     connection.exec_driver_sql(f"GRANT SELECT ON alembic_version TO {quote(role)}")
     for table in Table.metadata.tables:
