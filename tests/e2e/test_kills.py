@@ -30,8 +30,8 @@ MODULES = {
     "worker": "cloister_server.work.worker",
     "child": "cloister_server.work.child",
 }
-STEPS = 200
-LIFE_S = 6.0
+STEPS = 120
+LIFE_S = 5.0
 """About how long a job takes here, its child's start included: instants are drawn from it."""
 
 
@@ -65,7 +65,7 @@ def test_sigterm_ends_everything_in_time_and_the_job_goes_on_at_the_next_start(
     try:
         app = _begin(deployment)
         job = _start_job(deployment, app, digits)
-        _until(lambda: len(_trace(deployment)) > 40, "the job never got going")
+        _until(lambda: len(_trace(deployment)) > 30, "the job never got going")
         before = time.monotonic()
         deployment.stop(timeout_s=10)
         assert time.monotonic() - before < 10
