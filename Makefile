@@ -28,7 +28,7 @@ demo: install ## Start a server, train privately on real data, predict, be refus
 	@$(BIN)/python examples/demo.py
 
 test: install ## Run the tests (SQLite and a real PostgreSQL from pip; no service needed)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-long: install ## Run the long tests too: every kill, Fashion-MNIST (SHORT=1: a shortened run for CI)
 	SHORT=$(SHORT) $(BIN)/python -m pytest -m long
