@@ -25,7 +25,7 @@ _MOMENTUM = 0.9
 _NOISE_WALK: dict[Loss, float] = {"cross_entropy": 0.016, "mean_squared_error": 0.003}
 """The learning rate lets the noise of all steps move a weight by about this, before momentum makes it ten times as much."""
 
-_LARGEST_RATE: dict[Loss, float] = {"cross_entropy": 1.0, "mean_squared_error": 0.1}
+_LARGEST_RATE: dict[Loss, float] = {"cross_entropy": 1.0, "mean_squared_error": 0.05}
 _REGRESSION = 0.07
 """Of that rate where values are predicted: nothing squashes the last layer, so every unit of noise reaches the output."""
 

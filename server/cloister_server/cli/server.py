@@ -61,7 +61,7 @@ def _supervise(settings: Settings) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stopping.set())
     with processes.locked(
-        settings.data_dir / "locks" / "serve.lock", wait_s=10, what=f"the data directory {settings.data_dir}"
+        settings.data_dir / "locks" / "serve.lock", wait_s=5, what=f"the data directory {settings.data_dir}"
     ) as lock:
         root_key = deployment.unlock(settings)
         deployment.open_service(settings, root_key=root_key).engine.dispose()  # refuse here what every child would
