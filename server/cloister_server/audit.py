@@ -6,16 +6,18 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from cloister_server.policy import Denied, Principal
+from cloister_server.policy import Authorized, Denied
+from cloister_server.principal import Principal
 from cloister_server.store.session import writing
 from cloister_server.store.tables import AuditRow, new_id
 
-__all__ = ["denials_kept", "keep_denial", "record"]
+__all__ = ["allowed", "denials_kept", "keep_denial"]
 
 log = logging.getLogger(__name__)
 
@@ -23,22 +25,9 @@ _NAMING = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What a caller gives as an id or a name is kept only if it looks like one: a path may hold anything."""
 
 
-def record(
-    session: Session, principal: Principal, *, verb: str, resource_id: str, outcome: str, grant_id: str | None
-) -> None:
-    """Write one row of the log in the caller's transaction: it is there if, and only if, what it tells of happened."""
-    session.add(
-        AuditRow(
-            tenant_id=principal.tenant_id,
-            id=new_id("aud"),
-            principal_id=principal.id,
-            verb=verb,
-            resource_id=resource_id,
-            outcome=outcome,
-            grant_id=grant_id,
-            request_id=principal.request_id,
-        )
-    )
+def allowed(session: Session, authorized: Authorized[Any], verb: str, resource_id: str) -> None:
+    """Tell of a deed in the transaction that does it: it is in the log if, and only if, it happened."""
+    session.add(_row(authorized.principal, verb, resource_id, outcome="allowed", grant_id=authorized.grant_id))
 
 
 @contextmanager
@@ -62,16 +51,22 @@ def keep_denial(engine: Engine, denied: Denied) -> None:
     resource_id = denial.resource_id if _NAMING.fullmatch(denial.resource_id) else "(neither an id nor a name)"
     try:
         with writing(engine) as session:
-            record(
-                session,
-                denial.principal,
-                verb=denial.verb,
-                resource_id=resource_id,
-                outcome=f"denied: {denial.reason}",
-                grant_id=None,
-            )
+            session.add(_row(denial.principal, denial.verb, resource_id, outcome=f"denied: {denial.reason}"))
     except SQLAlchemyError as error:
         log.error(
             "audit.denial_not_written",
             extra={"error": type(error).__name__, "request_id": denial.principal.request_id},
         )
+
+
+def _row(principal: Principal, verb: str, resource_id: str, *, outcome: str, grant_id: str | None = None) -> AuditRow:
+    return AuditRow(
+        tenant_id=principal.tenant_id,
+        id=new_id("aud"),
+        principal_id=principal.id,
+        verb=verb,
+        resource_id=resource_id,
+        outcome=outcome,
+        grant_id=grant_id,
+        request_id=principal.request_id,
+    )

@@ -20,7 +20,8 @@ from cloister.wire.jobs import Page
 from cloister.wire.rows import RowsRefused, part_rows, row_bytes, seal_form
 from cloister_server import audit, grants, policy, vault
 from cloister_server.errors import Conflict, Invalid
-from cloister_server.policy import Authorized, Principal
+from cloister_server.policy import Authorized
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.paging import page_of
 from cloister_server.store.tables import Dataset, Part, Source, new_id
@@ -75,14 +76,7 @@ def create(session: Session, principal: Principal, body: wire.CreateDataset) -> 
     session.add(dataset)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, dataset)
-    audit.record(
-        session,
-        principal,
-        verb="dataset.create",
-        resource_id=dataset.id,
-        outcome="allowed",
-        grant_id=authorized.grant_id,
-    )
+    audit.allowed(session, authorized, "dataset.create", dataset.id)
     return view(dataset)
 
 
@@ -90,9 +84,9 @@ def get(session: Session, principal: Principal, id_or_name: str) -> wire.Dataset
     return view(policy.find(session, principal, "dataset.read", Dataset, id_or_name).resource)
 
 
-def listed(session: Session, principal: Principal, *, name: str | None, cursor: str | None, limit: int) -> Page:
+def listed(session: Session, principal: Principal, *, cursor: str | None, limit: int) -> Page:
     """The datasets that the principal may see."""
-    return page_of(session, principal, Dataset, name=name, cursor=cursor, limit=limit, view=view)
+    return page_of(session, principal, Dataset, cursor=cursor, limit=limit, view=view)
 
 
 def may_upload(
@@ -127,14 +121,7 @@ def add_part(
             details={"part_exists": True},
         )
     _seal_part(session, service, dataset, number, rows)
-    audit.record(
-        session,
-        principal,
-        verb="dataset.upload",
-        resource_id=dataset.id,
-        outcome="allowed",
-        grant_id=authorized.grant_id,
-    )
+    audit.allowed(session, authorized, "dataset.upload", dataset.id)
     return wire.PartReceipt(part=number)
 
 
@@ -173,14 +160,7 @@ def complete(session: Session, principal: Principal, service: Service, dataset_i
         kind="manifest",
     )
     dataset.status = "ready"
-    audit.record(
-        session,
-        principal,
-        verb="dataset.complete",
-        resource_id=dataset.id,
-        outcome="allowed",
-        grant_id=authorized.grant_id,
-    )
+    audit.allowed(session, authorized, "dataset.complete", dataset.id)
     return view(dataset)
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from cloister_server import audit, policy
 from cloister_server.errors import Invalid, NotFound
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.store.queries import ANY, VERBS, app_of_id, grants_of
 from cloister_server.store.tables import App, Dataset, Grant, Job, Model, Source, Table, Tenant, new_id
 
@@ -75,14 +75,7 @@ def add(
         )
     grant = _grant(tenant.id, holder.id, verb, resource_id, effect=effect, expires=expires)
     session.add(grant)
-    audit.record(
-        session,
-        principal,
-        verb="grant.add",
-        resource_id=grant.id,
-        outcome="allowed",
-        grant_id=authorized.grant_id,
-    )
+    audit.allowed(session, authorized, "grant.add", grant.id)
     return grant
 
 
@@ -101,14 +94,7 @@ def remove(session: Session, principal: Principal, grant_id: str) -> None:
     if grant is None:
         raise NotFound("grant")
     session.delete(grant)
-    audit.record(
-        session,
-        principal,
-        verb="grant.remove",
-        resource_id=grant_id,
-        outcome="allowed",
-        grant_id=authorized.grant_id,
-    )
+    audit.allowed(session, authorized, "grant.remove", grant_id)
 
 
 def _exists(session: Session, tenant: Tenant, verb: str, resource_id: str) -> bool:

@@ -8,7 +8,8 @@ from sqlalchemy.orm import Session
 from cloister.wire import jobs as wire
 from cloister_server import audit, budgets, grants, plans, policy, vault
 from cloister_server.errors import Conflict, Forbidden, RevisionMoved
-from cloister_server.policy import Principal
+from cloister_server.policy import Authorized
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.paging import page_of
 from cloister_server.store.tables import Dataset, Job, Model, Source, new_id
@@ -57,7 +58,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
         delta=plan.delta,
     )
     budgets.reserve(session, source, job_id=job.id, principal_id=principal.id, event=plan.event())
-    job.model_id = _claim_model(session, principal, tenant_id=dataset.tenant_id, name=body.model).id
+    job.model_id = _claim_model(session, authorized, name=body.model).id
     job.spec_id = vault.seal_object(
         session,
         service.keys,
@@ -69,14 +70,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     session.add(job)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, job)
-    audit.record(
-        session,
-        principal,
-        verb="dataset.train",
-        resource_id=dataset.id,
-        outcome="allowed",
-        grant_id=authorized.grant_id,
-    )
+    audit.allowed(session, authorized, "dataset.train", dataset.id)
     return view(job)
 
 
@@ -86,7 +80,7 @@ def get(session: Session, principal: Principal, job_id: str) -> wire.Job:
 
 def listed(session: Session, principal: Principal, *, cursor: str | None, limit: int) -> wire.Page:
     """The jobs that the principal may see."""
-    return page_of(session, principal, Job, name=None, cursor=cursor, limit=limit, view=view)
+    return page_of(session, principal, Job, cursor=cursor, limit=limit, view=view)
 
 
 def cancel(session: Session, principal: Principal, job_id: str) -> wire.Job:
@@ -105,9 +99,7 @@ def cancel(session: Session, principal: Principal, job_id: str) -> wire.Job:
             # No attempt ever started, so nothing was opened and nothing runs: the reservation is free at once.
             budgets.settle(session, job)
             job.status = "cancelled"
-        audit.record(
-            session, principal, verb="job.cancel", resource_id=job.id, outcome="allowed", grant_id=authorized.grant_id
-        )
+        audit.allowed(session, authorized, "job.cancel", job.id)
     return view(job)
 
 
@@ -129,8 +121,9 @@ def view(job: Job) -> wire.Job:
     )
 
 
-def _claim_model(session: Session, principal: Principal, *, tenant_id: str, name: str) -> Model:
+def _claim_model(session: Session, authorized: Authorized[Dataset], *, name: str) -> Model:
     """The model that the job will publish to: made where there is none, else the principal must be let publish to it."""
+    principal, tenant_id = authorized.principal, authorized.resource.tenant_id
     model = session.scalars(select(Model).where(Model.tenant_id == tenant_id, Model.name == name)).one_or_none()
     if model is not None:
         try:
@@ -143,5 +136,5 @@ def _claim_model(session: Session, principal: Principal, *, tenant_id: str, name
     session.add(model)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, model)
-    audit.record(session, principal, verb="model.create", resource_id=model.id, outcome="allowed", grant_id=None)
+    audit.allowed(session, authorized, "model.create", model.id)
     return model

@@ -16,7 +16,8 @@ from cloister.wire.plans import TrainingSpec
 from cloister_privacy.plan import DPPlan
 from cloister_server import policy, vault
 from cloister_server.errors import NotFound
-from cloister_server.policy import Authorized, Principal
+from cloister_server.policy import Authorized
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.paging import page_of
 from cloister_server.store.tables import Attempt, Job, Model, ModelVersion, Source, now
@@ -31,9 +32,9 @@ def get(session: Session, principal: Principal, id_or_name: str) -> wire.Model:
     return view(policy.find(session, principal, "model.read", Model, id_or_name).resource)
 
 
-def listed(session: Session, principal: Principal, *, name: str | None, cursor: str | None, limit: int) -> wire.Page:
+def listed(session: Session, principal: Principal, *, cursor: str | None, limit: int) -> wire.Page:
     """The models that the principal may see."""
-    return page_of(session, principal, Model, name=name, cursor=cursor, limit=limit, view=view)
+    return page_of(session, principal, Model, cursor=cursor, limit=limit, view=view)
 
 
 def versions(session: Session, principal: Principal, id_or_name: str) -> wire.Page:

@@ -11,7 +11,7 @@ from cloister_privacy.errors import PlanImpossible
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.recipes import require_fit, resolve
 from cloister_server import budgets, datasets, policy
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.store.tables import Dataset, Source
 
 __all__ = ["check_spec", "make"]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloister_server.errors import Forbidden, NotFound, ServerError, Unavailable
+from cloister_server.principal import Principal
 from cloister_server.store.queries import OPERATOR_VERBS, VERBS, grants_on, visible_to
 from cloister_server.store.tables import Table, Tenant
 
@@ -22,11 +23,9 @@ __all__ = [
     "Denial",
     "Denied",
     "Deny",
-    "Principal",
     "authorize",
     "decide",
     "find",
-    "operator",
 ]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
@@ -34,16 +33,6 @@ _ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
 _PROOF = object()
 
 R = TypeVar("R", bound=Table)
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who asks: an app of a tenant, or the operator at the deployment itself, who has no token and never comes by HTTP."""
-
-    tenant_id: str
-    id: str
-    kind: Literal["app", "operator"]
-    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +96,6 @@ class _NotVisible(Denied, NotFound):
 
 
 _UNREACHABLE = Deny("the policy store could not be asked")
-
-
-def operator(tenant_id: str, *, request_id: str) -> Principal:
-    """The operator, acting in one tenant. For the administrator's CLI alone."""
-    return Principal(tenant_id=tenant_id, id="operator", kind="operator", request_id=request_id)
 
 
 def decide(session: Session, principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Allow | Deny:

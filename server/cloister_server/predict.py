@@ -21,7 +21,7 @@ from cloister.wire.columns import CategoryColumn, InputColumn, TensorColumn
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs, encode_outputs
 from cloister_server import models
 from cloister_server.errors import BadRequest, Invalid, NotFound, TooLarge
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import reading
 from cloister_server.store.tables import Model, ModelVersion

@@ -9,7 +9,7 @@ from cloister.wire import sources as wire
 from cloister.wire.jobs import Page
 from cloister_server import audit, budgets, grants, policy
 from cloister_server.errors import Conflict
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.store.paging import page_of
 from cloister_server.store.tables import Source, Tenant, new_id
 
@@ -29,9 +29,7 @@ def create(
     session.add(source)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, source)
-    audit.record(
-        session, principal, verb="source.create", resource_id=source.id, outcome="allowed", grant_id=authorized.grant_id
-    )
+    audit.allowed(session, authorized, "source.create", source.id)
     return view(session, source)
 
 
@@ -40,11 +38,9 @@ def get(session: Session, principal: Principal, id_or_name: str) -> wire.Source:
     return view(session, policy.find(session, principal, "source.read", Source, id_or_name).resource)
 
 
-def listed(session: Session, principal: Principal, *, name: str | None, cursor: str | None, limit: int) -> Page:
+def listed(session: Session, principal: Principal, *, cursor: str | None, limit: int) -> Page:
     """The sources that the principal may see."""
-    return page_of(
-        session, principal, Source, name=name, cursor=cursor, limit=limit, view=lambda row: view(session, row)
-    )
+    return page_of(session, principal, Source, cursor=cursor, limit=limit, view=lambda row: view(session, row))
 
 
 def view(session: Session, source: Source) -> wire.Source:

@@ -11,7 +11,7 @@ from cloister_server import audit, grants, policy, vault
 from cloister_server.errors import Conflict, Invalid, NotFound
 from cloister_server.grants import Role
 from cloister_server.oauth import client_secrets
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.store import queries
 from cloister_server.store.tables import App, Tenant, new_id
 
@@ -29,14 +29,7 @@ def create_tenant(session: Session, keys: KeyProvider, *, name: str, request_id:
         raise Conflict(f"a tenant named {name!r} is already there; choose another name")
     session.add(tenant)
     vault.new_tenant_key(session, keys, tenant.id)
-    audit.record(
-        session,
-        principal,
-        verb="tenant.create",
-        resource_id=tenant.id,
-        outcome="allowed",
-        grant_id=authorized.grant_id,
-    )
+    audit.allowed(session, authorized, "tenant.create", tenant.id)
     return tenant
 
 
@@ -53,14 +46,7 @@ def create_client(
     app = App(tenant_id=tenant.id, id=client_id, name=name, secret_mac=client_secrets.mac(pepper, client_id, secret))
     session.add(app)
     grants.grant_role(session, app, role)
-    audit.record(
-        session,
-        principal,
-        verb="client.create",
-        resource_id=app.id,
-        outcome="allowed",
-        grant_id=authorized.grant_id,
-    )
+    audit.allowed(session, authorized, "client.create", app.id)
     return app, secret
 
 
@@ -86,7 +72,7 @@ def find_tenant(session: Session, id_or_name: str) -> Tenant:
 
 def operator_of(tenant: Tenant, *, request_id: str) -> Principal:
     """The operator at work in this tenant: for the CLI alone, which whoever holds the keys can run."""
-    return policy.operator(tenant.id, request_id=request_id)
+    return Principal.operator(tenant.id, request_id=request_id)
 
 
 def _checked(name: str) -> str:

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from cloister_server import deployment, tenants
 from cloister_server.app import create_app
 from cloister_server.grants import Role
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store.session import writing

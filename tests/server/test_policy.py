@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 
 from cloister_server import audit, grants, policy
 from cloister_server.errors import Forbidden, Invalid, NotFound, Unavailable
-from cloister_server.policy import Allow, Authorized, Deny, Principal
+from cloister_server.policy import Allow, Authorized, Deny
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.queries import ANY, OPERATOR_VERBS, VERBS, visible_to
 from cloister_server.store.session import reading, writing
@@ -211,7 +212,7 @@ def test_a_proof_is_made_by_policy_alone(service: Service) -> None:
 
 @pytest.mark.parametrize("verb", [*VERBS, "tenant.administer"])
 def test_an_operator_may_administer_and_reads_nobodys_data(service: Service, verb: str) -> None:
-    operator = policy.operator(HERE, request_id="request-of-a-test")
+    operator = Principal.operator(HERE, request_id="request-of-a-test")
     with reading(service.engine) as session:
         here = policy.decide(session, operator, verb, tenant_id=HERE, resource_id="x")
         there = policy.decide(session, operator, verb, tenant_id=THERE, resource_id="x")
@@ -267,7 +268,7 @@ def test_a_row_is_visible_if_and_only_if_some_verb_on_it_is_allowed(service: Ser
 
 def test_a_creators_grants_name_the_row_and_a_sources_go_to_its_owner(service: Service) -> None:
     source, model = put(service, Source), put(service, Model)
-    operator = policy.operator(HERE, request_id="request-of-a-test")
+    operator = Principal.operator(HERE, request_id="request-of-a-test")
     with writing(service.engine) as session:
         grants.grant_to_creator(session, operator, source)
         grants.grant_to_creator(session, WHO, model)
@@ -280,7 +281,7 @@ def test_a_creators_grants_name_the_row_and_a_sources_go_to_its_owner(service: S
 
 def test_a_grant_that_could_never_match_is_refused(service: Service, make_client: Callable[..., Any]) -> None:
     client = make_client()
-    operator = policy.operator(client.tenant_id, request_id="request-of-a-test")
+    operator = Principal.operator(client.tenant_id, request_id="request-of-a-test")
     with writing(service.engine) as session:
         for verb, resource_id in (("model.fly", ANY), ("model.read", new_id("mdl")), ("model.*", ANY)):
             with pytest.raises(Invalid):

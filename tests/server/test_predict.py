@@ -17,7 +17,8 @@ from cloister.wire.architecture import Architecture, Encode, Linear
 from cloister.wire.columns import CategoryColumn, NumberColumn
 from cloister.wire.plans import SGD, TrainingSpec
 from cloister_privacy.plan import DPPlan
-from cloister_server import grants, models, policy, vault
+from cloister_server import grants, models, vault
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Model, ModelVersion, new_id
@@ -96,7 +97,7 @@ def publish(service: Service, tenant_id: str, weights: bytes, *, name: str = "ki
 
 
 def grant(service: Service, published: Published, to: Any, verb: str) -> str:
-    operator = policy.operator(published.tenant_id, request_id="request-of-a-test")
+    operator = Principal.operator(published.tenant_id, request_id="request-of-a-test")
     with writing(service.engine) as session:
         return grants.add(session, operator, to=to.id, verb=verb, resource_id=published.id).id
 
@@ -359,7 +360,7 @@ def test_a_network_is_opened_once_and_authorised_on_every_request(
     assert http.post(f"{path}/versions/1/infer", json=REQUEST, headers=headers).status_code == 200
     assert opened == [2, 1]
     with writing(service.engine) as session:
-        operator = policy.operator(published.tenant_id, request_id="request-of-a-test")
+        operator = Principal.operator(published.tenant_id, request_id="request-of-a-test")
         grants.remove(session, operator, held)
     refused(http.post(f"{path}/infer", json=REQUEST, headers=headers), 404, "not_found")
     assert opened == [2, 1]

@@ -22,18 +22,17 @@ from sqlalchemy.orm import Session
 from cloister_server import vault
 from cloister_server.audit import denials_kept
 from cloister_server.errors import IdempotencyMismatch, Unauthenticated
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import IdempotencyKey
 
-__all__ = ["Call", "Cursor", "Limit", "NameQuery", "ReadCall", "WriteCall"]
+__all__ = ["Call", "Cursor", "Limit", "ReadCall", "WriteCall"]
 
 T = TypeVar("T")
 
 Cursor = Annotated[str | None, Query(max_length=128)]
 Limit = Annotated[int, Query(ge=1, le=200)]
-NameQuery = Annotated[str | None, Query(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,62}$")]
 
 
 class _Raced(Exception):

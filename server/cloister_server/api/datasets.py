@@ -19,7 +19,7 @@ from cloister.wire.jobs import Page
 from cloister.wire.rows import decode_rows
 from cloister.wire.sources import CreateDataset, Dataset, PartReceipt
 from cloister_server import datasets
-from cloister_server.api.call import Call, Cursor, Limit, NameQuery, ReadCall, WriteCall
+from cloister_server.api.call import Call, Cursor, Limit, ReadCall, WriteCall
 from cloister_server.errors import BadRequest, Conflict, Unavailable
 
 __all__ = ["router"]
@@ -39,8 +39,8 @@ def create_dataset(body: CreateDataset, call: WriteCall) -> Response:
 
 
 @router.get("")
-def list_datasets(call: ReadCall, name: NameQuery = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
-    return call.read(lambda session: datasets.listed(session, call.principal, name=name, cursor=cursor, limit=limit))
+def list_datasets(call: ReadCall, cursor: Cursor = None, limit: Limit = 50) -> Page:
+    return call.read(lambda session: datasets.listed(session, call.principal, cursor=cursor, limit=limit))
 
 
 @router.get("/{dataset}")

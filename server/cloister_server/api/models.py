@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path
 
 from cloister.wire.jobs import Model, ModelVersion, Page
 from cloister_server import models
-from cloister_server.api.call import Cursor, Limit, NameQuery, ReadCall
+from cloister_server.api.call import Cursor, Limit, ReadCall
 
 __all__ = ["router"]
 
@@ -16,8 +16,8 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 @router.get("")
-def list_models(call: ReadCall, name: NameQuery = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
-    return call.read(lambda session: models.listed(session, call.principal, name=name, cursor=cursor, limit=limit))
+def list_models(call: ReadCall, cursor: Cursor = None, limit: Limit = 50) -> Page:
+    return call.read(lambda session: models.listed(session, call.principal, cursor=cursor, limit=limit))
 
 
 @router.get("/{model}")

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from cloister.wire.jobs import Page
 from cloister.wire.sources import CreateSource, Source
 from cloister_server import sources
-from cloister_server.api.call import Cursor, Limit, NameQuery, ReadCall, WriteCall
+from cloister_server.api.call import Cursor, Limit, ReadCall, WriteCall
 
 __all__ = ["router"]
 
@@ -20,8 +20,8 @@ def create_source(body: CreateSource, call: WriteCall) -> Response:
 
 
 @router.get("")
-def list_sources(call: ReadCall, name: NameQuery = None, cursor: Cursor = None, limit: Limit = 50) -> Page:
-    return call.read(lambda session: sources.listed(session, call.principal, name=name, cursor=cursor, limit=limit))
+def list_sources(call: ReadCall, cursor: Cursor = None, limit: Limit = 50) -> Page:
+    return call.read(lambda session: sources.listed(session, call.principal, cursor=cursor, limit=limit))
 
 
 @router.get("/{source}")

@@ -22,7 +22,7 @@ from cloister_server import budgets, deployment, grants, policy, processes, sour
 from cloister_server.audit import denials_kept
 from cloister_server.errors import ServerError
 from cloister_server.grants import Role
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
 from cloister_server.store.session import reading, writing
@@ -193,7 +193,7 @@ def source_list(tenant: InTenant, as_json: JSON = False) -> None:
     def work(session: Session, _: Service) -> list[dict[str, Any]]:
         operator, found, cursor = _operator(session, tenant), [], None
         while True:
-            page = sources.listed(session, operator, name=None, cursor=cursor, limit=200)
+            page = sources.listed(session, operator, cursor=cursor, limit=200)
             found += page.items
             cursor = page.next
             if cursor is None:

@@ -24,7 +24,7 @@ from sqlalchemy import Engine
 from cloister_server import vault
 from cloister_server.errors import Unauthenticated
 from cloister_server.oauth.server import ALGORITHM, TYPE
-from cloister_server.policy import Principal
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.queries import app_of_id
 from cloister_server.store.session import reading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import TypeVar
 
 from sqlalchemy import tuple_
 from sqlalchemy.orm import Session
@@ -12,25 +12,26 @@ from sqlalchemy.orm import Session
 from cloister.wire._model import Response
 from cloister.wire.jobs import Page
 from cloister_server.errors import Invalid
+from cloister_server.principal import Principal
 from cloister_server.store.queries import visible_to
+from cloister_server.store.tables import Dataset, Job, Model, Source
 
 __all__ = ["page_of"]
+
+R = TypeVar("R", Dataset, Job, Model, Source)
 
 
 def page_of(
     session: Session,
-    principal: Any,
-    table: Any,
+    principal: Principal,
+    table: type[R],
     *,
-    name: str | None,
     cursor: str | None,
     limit: int,
-    view: Callable[[Any], Response],
+    view: Callable[[R], Response],
 ) -> Page:
     """Up to `limit` visible rows after the cursor, as the wire shows them. Raises Invalid on a cursor of no page."""
     rows = visible_to(principal, table)
-    if name is not None:
-        rows = rows.where(table.name == name)
     if cursor is not None:
         rows = rows.where(tuple_(table.created, table.id) > _position(cursor))
     found = list(session.scalars(rows.order_by(table.created, table.id).limit(limit + 1)))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, and_, case, exists, false, or_, select
 from sqlalchemy.orm import Session, aliased
 
+from cloister_server.principal import Principal
 from cloister_server.store.tables import App, Dataset, Grant, Job, Model, SigningKey, Source, Table, Tenant, now
 
 __all__ = [
     "ANY",
     "OPERATOR_VERBS",
     "VERBS",
-    "Holder",
     "app_of_id",
     "app_of_name",
     "apps_of",
@@ -56,18 +56,7 @@ OPERATOR_VERBS: Mapping[str, type[Table]] = {
 R = TypeVar("R", bound=Table)
 
 
-class Holder(Protocol):
-    """Who holds grants, as a query needs to know it."""
-
-    @property
-    def tenant_id(self) -> str: ...
-    @property
-    def id(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-
-
-def visible_to(principal: Holder, table: type[R]) -> Select[R]:
+def visible_to(principal: Principal, table: type[R]) -> Select[R]:
     """The rows on which the principal may do at least one verb, in whatever tenant, as the decision query would say."""
     row = table.__table__.c
     if principal.kind == "operator":
@@ -96,7 +85,7 @@ def visible_to(principal: Holder, table: type[R]) -> Select[R]:
     return select(table).where(row.tenant_id.in_(granting), is_allowed.correlate(table))
 
 
-def grants_on(principal: Holder, verb: str, *, tenant_id: str, resource_id: str) -> Select[str, str]:
+def grants_on(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[str, str]:
     """Id and effect of the one grant that decides: a deny, where there is one, goes before every allow."""
     return (
         select(Grant.id, Grant.effect)
