@@ -38,6 +38,8 @@ _MAIN_WEIGHT = 0.899
 _OTHER_WEIGHT = 0.1  # shared equally; 0.001 of delta is kept for overflowing steps
 
 _LARGEST_PLD = 300.0
+_MOST_PLD_STEPS = 200_000
+"""Beyond, composing takes tens of seconds, for a figure that is only displayed."""
 
 # The noise multipliers that the wire's plans allow.
 LEAST_NOISE_MULTIPLIER = 0.3
@@ -83,11 +85,11 @@ def costs_at_most(epsilon: float, sampling_rate: float, noise_multiplier: float,
 def epsilon_by_pld(sampling_rate: float, noise_multiplier: float, *, steps: int, delta: float) -> float:
     """The same epsilon by privacy-loss distributions, pessimistically rounded: tighter, displayed, never deciding.
 
-    Beyond epsilon 300, where neither promises anything and its arithmetic overflows, the figure is RDP's.
+    Beyond epsilon 300, where neither promises anything and its arithmetic overflows, and beyond 200,000 steps, the figure is RDP's.
     Raises AccountantsDisagree where it exceeds RDP by more than its discretisation explains (0.1 % and 1e-6).
     """
     by_rdp = epsilon_by_rdp(sampling_rate, noise_multiplier, steps=steps, delta=delta)
-    if by_rdp == 0 or by_rdp > _LARGEST_PLD:
+    if by_rdp == 0 or by_rdp > _LARGEST_PLD or steps > _MOST_PLD_STEPS:
         return by_rdp
     from dp_accounting.pld import privacy_loss_distribution  # slow to import
 

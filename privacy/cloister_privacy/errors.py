@@ -8,7 +8,9 @@
     ├── AccountingError
     │   └── AccountantsDisagree
     ├── ArchitectureRefused
+    │   ├── ClippingNotExact
     │   ├── CrossExampleLayer
+    │   ├── InPlaceLayer
     │   └── UncoveredParameter
     ├── WeightsRefused
     ├── InputRefused
@@ -28,7 +30,9 @@ __all__ = [
     "ArchitectureRefused",
     "BatchLargerThanNominal",
     "CheckpointRefused",
+    "ClippingNotExact",
     "CrossExampleLayer",
+    "InPlaceLayer",
     "InputRefused",
     "PlanError",
     "PlanImpossible",
@@ -76,6 +80,14 @@ class ArchitectureRefused(PrivacyError):
 
 class CrossExampleLayer(ArchitectureRefused):
     """A layer that mixes the examples of a batch, so that clipping one of them bounds nothing."""
+
+
+class ClippingNotExact(ArchitectureRefused):
+    """The engine's clipped sum is not the sum of clipped gradients, as tried on synthetic examples."""
+
+
+class InPlaceLayer(ArchitectureRefused):
+    """A layer that overwrites its input."""
 
 
 class UncoveredParameter(ArchitectureRefused):

@@ -1,4 +1,4 @@
-"""Fills the blanks of a plan request, from public facts only: the schema, nominal_size and the source's delta. Sees no rows.
+"""Fills the blanks of a plan request, from public facts only: schema, declared sizes, unit and guarantee. Sees no rows.
 
 The constants were chosen on public data (Fashion-MNIST, Adult, handwritten digits, diabetes), on splits kept back from training.
 """
@@ -9,7 +9,7 @@ import math
 
 from cloister.wire.architecture import Architecture, Encode, Layer, Linear, Loss, Tanh
 from cloister.wire.columns import CategoryColumn, Column, InputColumn, NumberColumn, TensorColumn
-from cloister.wire.plans import SGD, PlanRequest, Privacy, TrainingSpec
+from cloister.wire.plans import SGD, Guarantee, PlanRequest, Privacy, TrainingSpec
 from cloister_privacy.architecture import check, encoded_width
 from cloister_privacy.errors import ArchitectureRefused, PlanImpossible
 from cloister_privacy.plan import DPPlan
@@ -33,10 +33,19 @@ _MOST_STEPS = 10_000_000
 _WIDTH_LIMIT = 2**20
 
 
-def resolve(request: PlanRequest, *, columns: dict[str, Column], nominal_size: int, delta: float) -> TrainingSpec:
-    """The run that a request means, without a blank left in it; `delta` is the source's.
+def resolve(
+    request: PlanRequest,
+    *,
+    columns: dict[str, Column],
+    nominal_size: int,
+    capacity: int,
+    delta: float,
+    unit: str = "row",
+    guarantee: Guarantee | None = None,
+) -> TrainingSpec:
+    """The run that a request means, without a blank left in it; `delta`, `unit` and `guarantee` are the source's.
 
-    The same request, schema, nominal size and delta always give the same spec. Raises PlanError or ArchitectureRefused.
+    The same request and public facts always give the same spec. Raises PlanError or ArchitectureRefused.
     """
     inputs, (output, loss) = _inputs(request, columns), _goal(request.target, columns)
     architecture = Architecture(
@@ -47,32 +56,47 @@ def resolve(request: PlanRequest, *, columns: dict[str, Column], nominal_size: i
         loss=loss,
     )
     check(architecture)
-    plan = _plan(request, nominal_size=nominal_size, delta=delta)
+    plan = _plan(request, nominal_size=nominal_size, capacity=capacity, delta=delta, unit=unit)
     return TrainingSpec(
         dataset=request.dataset,
         architecture=architecture,
         nominal_size=plan.nominal_size,
+        capacity=plan.capacity,
+        rows_per_unit=plan.rows_per_unit,
         batch_size=plan.batch_size,
         steps=plan.steps,
         noise_multiplier=plan.noise_multiplier,
         clip=plan.clip,
         delta=plan.delta,
+        guarantee=guarantee,
         optimizer=request.optimizer or SGD(learning_rate=_learning_rate(plan, loss), momentum=_MOMENTUM),
     )
 
 
-def require_fit(spec: TrainingSpec, *, columns: dict[str, Column], nominal_size: int) -> None:
+def require_fit(
+    spec: TrainingSpec,
+    *,
+    columns: dict[str, Column],
+    nominal_size: int,
+    capacity: int,
+    unit: str = "row",
+    guarantee: Guarantee | None = None,
+) -> None:
     """Refuse a spec, however it came about, that is not of this dataset. Raises PlanError or ArchitectureRefused."""
     declared = {**spec.architecture.inputs, spec.architecture.target: spec.architecture.output}
     for name, column in declared.items():
         if columns.get(name) != column:
             raise ArchitectureRefused(f"{name!r} is not a column of the dataset as the spec declares it; plan again")
-    if spec.nominal_size != nominal_size:
-        raise PlanImpossible(
-            f"the spec's nominal_size {spec.nominal_size} is not the dataset's {nominal_size}; plan again"
-        )
+    for name, given, asked in (
+        ("nominal_size", spec.nominal_size, nominal_size),
+        ("capacity", spec.capacity, capacity),
+    ):
+        if given != asked:
+            raise PlanImpossible(f"the spec's {name} {given} is not the dataset's {asked}; plan again")
+    if spec.guarantee != guarantee:
+        raise PlanImpossible("the spec's guarantee is not what the source promises now; plan again")
     check(spec.architecture)
-    DPPlan.of(spec)
+    DPPlan.of(spec, unit=unit)
 
 
 def _inputs(request: PlanRequest, columns: dict[str, Column]) -> dict[str, InputColumn]:
@@ -125,7 +149,7 @@ def _layers(inputs: dict[str, InputColumn], output: InputColumn) -> tuple[Layer,
     )
 
 
-def _plan(request: PlanRequest, *, nominal_size: int, delta: float) -> DPPlan:
+def _plan(request: PlanRequest, *, nominal_size: int, capacity: int, delta: float, unit: str) -> DPPlan:
     privacy = request.privacy or Privacy(epsilon=_EPSILON)
     batch_size = request.batch_size
     if batch_size is None:
@@ -135,11 +159,14 @@ def _plan(request: PlanRequest, *, nominal_size: int, delta: float) -> DPPlan:
         raise PlanImpossible(f"this is over {_MOST_STEPS} steps; lower epochs or raise batch_size")
     plan = DPPlan(
         nominal_size=nominal_size,
+        capacity=capacity,
         batch_size=batch_size,
         steps=math.ceil(epochs_steps),
         noise_multiplier=privacy.noise_multiplier or 1.0,
         clip=privacy.clip,
         delta=privacy.delta or delta,
+        rows_per_unit=request.rows_per_unit or 1,
+        unit=unit,
     )
     return plan if privacy.epsilon is None else plan.calibrated_to(privacy.epsilon)
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cloister._errors import TimedOut as TimedOut
     from cloister._errors import TooLarge as TooLarge
     from cloister._errors import UnexpectedAnswer as UnexpectedAnswer
+    from cloister._errors import UploadDiffers as UploadDiffers
     from cloister._handles import AsyncJob as AsyncJob
     from cloister._handles import AsyncModel as AsyncModel
     from cloister._handles import Job as Job
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from cloister.wire.columns import NumberColumn as Number
     from cloister.wire.columns import TensorColumn as Tensor
     from cloister.wire.columns import UnitColumn as Unit
+    from cloister.wire.jobs import ModelSchema as ModelSchema
     from cloister.wire.plans import SGD as SGD
     from cloister.wire.plans import Adam as Adam
     from cloister.wire.plans import Privacy as DP  # noqa: N814 (DP is its public name)
@@ -84,6 +86,7 @@ _ERRORS = [
     "TimedOut",
     "TooLarge",
     "UnexpectedAnswer",
+    "UploadDiffers",
 ]
 
 _HOME: dict[str, tuple[str, str]] = {
@@ -98,6 +101,7 @@ _HOME: dict[str, tuple[str, str]] = {
     **{name: ("cloister.wire.columns", f"{name}Column") for name in ("Bytes", "Category", "Number", "Tensor", "Unit")},
     **{name: ("cloister.wire.plans", name) for name in ("SGD", "Adam")},
     **{name: ("cloister.wire.sources", name) for name in ("Budget", "Dataset", "Source")},
+    "ModelSchema": ("cloister.wire.jobs", "ModelSchema"),
     "DP": ("cloister.wire.plans", "Privacy"),
     "Plan": ("cloister._plans", "Plan"),
 }

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Generator
 import httpx2
 from pydantic import SecretStr, TypeAdapter
 
-from cloister._errors import UnexpectedAnswer, from_answer
+from cloister._errors import APIError, AuthenticationFailed, UnexpectedAnswer, from_answer
 
 __all__ = ["ClientCredentials"]
 
@@ -86,12 +86,25 @@ class ClientCredentials(httpx2.Auth):
         except ValueError:
             body = None
         if answer.status_code >= 400:
-            raise from_answer(answer.status_code, body, dict(answer.headers))
+            refusal = from_answer(answer.status_code, body, dict(answer.headers))
+            raise _in_our_words(refusal) if refusal.code == "invalid_client" else refusal
         try:
             token, life_s = _TEXT.validate_python(body["access_token"]), float(body["expires_in"])
         except (KeyError, TypeError, ValueError):
             raise UnexpectedAnswer("the token endpoint gave no token; is this the URL of a Cloister server?") from None
         self._token, self._renew_at = token, time.monotonic() + max(1.0, life_s - _RENEW_S)
+
+
+def _in_our_words(refusal: APIError) -> AuthenticationFailed:
+    """Whoever uses the SDK has given an id and a secret, and knows nothing of how they are sent."""
+    return AuthenticationFailed(
+        "the server knows no client of this id with this secret; check client_id and client_secret "
+        "(CLOISTER_CLIENT_ID, CLOISTER_CLIENT_SECRET), or ask its operator for a new client",
+        status=refusal.status,
+        code=refusal.code,
+        request_id=refusal.request_id,
+        details=refusal.details,
+    )
 
 
 def _signed(request: httpx2.Request, token: SecretStr) -> httpx2.Request:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from cloister._auth import ClientCredentials
-from cloister._errors import ConfigurationError, valid
+from cloister._errors import ConfigurationError, InvalidArgument, valid
 from cloister._handles import AsyncJob, Job
 from cloister._http import AsyncSender, Sender, check_url
-from cloister._operations import Operations
+from cloister._operations import Operations, id_or_blank
 from cloister._plans import Plan
 from cloister._resources import (
     AsyncDatasets,
@@ -89,10 +89,13 @@ class Cloister:
         batch_size: int | None = None,
         epochs: float | None = None,
         optimizer: Optimizer | None = None,
+        rows_per_unit: int | None = None,
     ) -> Plan:
-        """What a run would cost; free. What is left out is filled by a public recipe."""
-        request = _plan_request(dataset, target, features, layers, privacy, batch_size, epochs, optimizer)
-        return self._sender.run(self._operations.plan(request))
+        """What a run would cost; free. `dataset`: itself, its id or its name. What is left out is filled by a public recipe."""
+        request = _plan_request(
+            dataset, target, features, layers, privacy, batch_size, epochs, optimizer, rows_per_unit
+        )
+        return self._sender.run(self._operations.plan(request, dataset))
 
     def train(self, plan: Plan, *, model: str, require_revision: bool = False) -> Job:
         """Reserve the plan's whole cost and queue the run. Raises BudgetExceeded, or RevisionMoved where it is required."""
@@ -103,7 +106,10 @@ class Cloister:
         )
 
     def certificate_keys(self) -> dict[str, bytes]:
-        """The public keys that certificates are signed with; pin them out of band."""
+        """The public keys that certificates are signed with, by key id, 32 raw bytes each; pin them out of band.
+
+        To keep them as JSON: `{name: key.hex() for name, key in keys.items()}`, which `verify` reads as it is.
+        """
         return self._sender.run(self._operations.certificate_keys())
 
     def close(self) -> None:
@@ -149,10 +155,13 @@ class AsyncCloister:
         batch_size: int | None = None,
         epochs: float | None = None,
         optimizer: Optimizer | None = None,
+        rows_per_unit: int | None = None,
     ) -> Plan:
         """As `Cloister.plan`."""
-        request = _plan_request(dataset, target, features, layers, privacy, batch_size, epochs, optimizer)
-        return await self._sender.run(self._operations.plan(request))
+        request = _plan_request(
+            dataset, target, features, layers, privacy, batch_size, epochs, optimizer, rows_per_unit
+        )
+        return await self._sender.run(self._operations.plan(request, dataset))
 
     async def train(self, plan: Plan, *, model: str, require_revision: bool = False) -> AsyncJob:
         """As `Cloister.train`."""
@@ -182,10 +191,13 @@ def _plan_request(
     batch_size: int | None,
     epochs: float | None,
     optimizer: Optimizer | None,
+    rows_per_unit: int | None,
 ) -> PlanRequest:
+    if isinstance(features, str):
+        raise InvalidArgument(f"features is a sequence of names; give [{features!r}]")
     return valid(
         PlanRequest,
-        dataset=dataset if isinstance(dataset, str) else dataset.id,
+        dataset=id_or_blank(dataset, "ds"),
         target=target,
         features=None if features is None else tuple(features),
         layers=None if layers is None else tuple(layers),
@@ -193,6 +205,7 @@ def _plan_request(
         batch_size=batch_size,
         epochs=epochs,
         optimizer=optimizer,
+        rows_per_unit=rows_per_unit,
     )
 
 

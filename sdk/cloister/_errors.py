@@ -1,7 +1,8 @@
 """Everything the SDK raises.
 
 CloisterError
-├── ConfigurationError      the client cannot be made: no URL, no credentials, plain HTTP to another host
+├── InvalidCertificate      a certificate that proves nothing
+├── ConfigurationError      the client cannot be made, or is closed: no URL, no credentials, plain HTTP to another host
 ├── InvalidArgument         an argument that no server would accept; nothing was sent (also a ValueError)
 ├── RowsNotFit              rows that the declared schema does not allow; they were not sent
 ├── ConnectionFailed        no answer came
@@ -16,6 +17,7 @@ CloisterError
     ├── PermissionDenied    403
     ├── NotFound            404: not there, or not shared with you
     ├── Conflict            409
+    │   ├── UploadDiffers
     │   ├── BudgetExceeded
     │   └── RevisionMoved
     ├── TooLarge            413
@@ -24,7 +26,7 @@ CloisterError
     ├── RateLimited         429
     └── ServerFault         5xx
 
-`InvalidCertificate` (cloister.wire.certificate) stands alone: it is raised offline.
+`InvalidCertificate` is raised offline, by cloister.wire.certificate; the root is cloister.wire's too.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+
+from cloister.wire._errors import CloisterError, InvalidArgument
+from cloister.wire._model import in_words
 
 __all__ = [
     "APIError",
@@ -60,23 +65,17 @@ __all__ = [
     "TimedOut",
     "TooLarge",
     "UnexpectedAnswer",
+    "UploadDiffers",
     "from_answer",
+    "name_the_job",
     "valid",
 ]
 
 M = TypeVar("M", bound=BaseModel)
 
 
-class CloisterError(Exception):
-    """The root of everything the SDK raises about a server."""
-
-
 class ConfigurationError(CloisterError):
-    """The client cannot be made safely from what it was given."""
-
-
-class InvalidArgument(CloisterError, ValueError):
-    """An argument that no server would accept; nothing was sent."""
+    """The client cannot be made safely from what it was given, or it is closed."""
 
 
 class RowsNotFit(CloisterError):
@@ -180,6 +179,10 @@ class RevisionMoved(Conflict):
     """The source's ledger moved since the plan was made; plan again."""
 
 
+class UploadDiffers(Conflict):
+    """An earlier upload of this name was cut short, and what it sent is not what these rows would be."""
+
+
 class TooLarge(APIError):
     """413."""
 
@@ -206,10 +209,12 @@ class RowsRefused(InvalidRequest):
         return None if row is None else self.first_row + int(row)
 
     def __str__(self) -> str:
-        told = super().__str__()
-        if self.row is None or not self.first_row:
-            return told
-        return f"{told} (that is row {self.row} of the data: this part begins with row {self.first_row})"
+        problem = self.details.get("problem")
+        if self.row is None or problem is None:
+            return super().__str__()
+        column = f", column {self.column!r}" if self.column is not None else ""
+        known = f"[{self.status} {self.code}" + (f", request {self.request_id}]" if self.request_id else "]")
+        return f"row {self.row} of the data{column}: {problem}; correct the rows and upload them again {known}"
 
 
 class RateLimited(APIError):
@@ -240,13 +245,16 @@ _BY_STATUS: dict[int, type[APIError]] = {
 def valid(model: type[M], /, **fields: Any) -> M:
     """A request's body. Raises InvalidArgument, naming each field that is wrong and never its value."""
     try:
-        return model(**fields)
+        return model.model_validate(fields)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, each['loc'])) or 'together'}: {each['msg']}"
-            for each in error.errors(include_input=False, include_url=False, include_context=False)
-        ]
-    raise InvalidArgument(f"nothing was sent; {'; '.join(problems)}")
+        words = in_words(error)
+    raise InvalidArgument(f"nothing was sent; {words}")
+
+
+def name_the_job(error: CloisterError, job: str) -> CloisterError:
+    """The same error; its words also say which job was being watched, and how to watch it again."""
+    error.args = (f"{error}; this was while watching job {job}: client.jobs.get({job!r}) finds it again",)
+    return error
 
 
 def from_answer(status: int, body: Any, headers: Mapping[str, str]) -> APIError:

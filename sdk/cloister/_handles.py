@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister._errors import InvalidArgument
 from cloister._http import AsyncSender, Sender
 from cloister._operations import Operations
 from cloister._progress import Progress
 from cloister.wire import jobs as wire
-from cloister.wire.certificate import Certificate, InvalidCertificate, verify
+from cloister.wire.certificate import Certificate, InvalidCertificate, Keys, verify
 
 __all__ = ["AsyncJob", "AsyncModel", "Job", "Model"]
 
@@ -68,7 +67,9 @@ class Job(_JobState):
     def wait(self, *, progress: bool = False, timeout_s: float | None = None) -> Model:
         """Watch until the job is over; the model version it published.
 
-        Ctrl-C stops watching and not the job. Raises JobFailed, JobCancelled, or StillRunning after `timeout_s`.
+        Ctrl-C stops watching and not the job. While the server is away (a restart, say) it goes on asking: until
+        `timeout_s`, or for a minute without an answer where there is none. Raises JobFailed, JobCancelled, StillRunning
+        after `timeout_s`, or what kept it from watching; every error names the job.
         """
         bar = Progress(wanted=progress)
 
@@ -79,13 +80,12 @@ class Job(_JobState):
         try:
             done = self._sender.run(self._operations.watch(self.id, show=show, timeout_s=timeout_s))
         except KeyboardInterrupt:
+            bar.close()  # before the hint, which would be drawn over
             self._say_how_to_return()
             raise
         finally:
             bar.close()
-        return Model(
-            self._sender, self._operations, self._sender.run(self._operations.version(done.model, done.version))
-        )
+        return Model(self._sender, self._operations, done)
 
     def cancel(self) -> Job:
         """Ask the job to stop at its next chunk boundary. Steps that ran stay charged; nothing is published."""
@@ -115,10 +115,14 @@ class AsyncJob(_JobState):
 
         try:
             done = await self._sender.run(self._operations.watch(self.id, show=show, timeout_s=timeout_s))
+        except asyncio.CancelledError:  # which is how Ctrl-C arrives here
+            bar.close()
+            if progress:
+                self._say_how_to_return()
+            raise
         finally:
             bar.close()
-        seen = await self._sender.run(self._operations.version(done.model, done.version))
-        return AsyncModel(self._sender, self._operations, seen)
+        return AsyncModel(self._sender, self._operations, done)
 
     async def cancel(self) -> AsyncJob:
         """As `Job.cancel`."""
@@ -150,7 +154,7 @@ class _ModelState:
         """The signed envelope; `cloister.verify(model.certificate, keys)` opens it offline."""
         return self._seen.certificate
 
-    def verify(self, keys: Mapping[str, bytes]) -> Certificate:
+    def verify(self, keys: Keys) -> Certificate:
         """The certificate's statement, signed by one of `keys` and about this very version. Raises InvalidCertificate.
 
         Offline: `keys` are those that were pinned from `client.certificate_keys()`, or got from the operator.
@@ -173,16 +177,22 @@ class Model(_ModelState):
         super().__init__(operations, seen)
         self._sender = sender
 
-    def predict(self, x: Any) -> NDArray[Any]:
+    def schema(self) -> wire.ModelSchema:
+        """What this version reads and predicts: `inputs`, `target`, `output`, and `classes`, which the indices stand for."""
+        return self._sender.run(self._operations.schema(self.id, self.version))
+
+    def predict(self, x: Any, *, decoded: bool = False) -> NDArray[Any]:
         """int64 indices of the predicted categories, or float32 values; one per row.
 
-        `x` is one array where the model reads one input, else a dict with an array per input.
+        `x` is one array where the model reads one input, else a dict with an array per input; always with a row axis. A
+        category is given as in an upload: as its text, or as its index in an array of integers. `decoded` gives the
+        categories themselves, as text, for their indices.
         """
-        return _answer(self._sender.run(self._operations.predict(self.id, self.version, x)))
+        return self._sender.run(self._operations.predict(self.id, self.version, x, decoded=decoded))
 
     def predict_proba(self, x: Any) -> NDArray[np.float32]:
-        """Probabilities, [rows, categories]."""
-        return _probabilities(self._sender.run(self._operations.predict(self.id, self.version, x)))
+        """Probabilities, [rows, categories], in the order of `schema().classes`."""
+        return self._sender.run(self._operations.predict_proba(self.id, self.version, x))
 
 
 class AsyncModel(_ModelState):
@@ -192,20 +202,14 @@ class AsyncModel(_ModelState):
         super().__init__(operations, seen)
         self._sender = sender
 
-    async def predict(self, x: Any) -> NDArray[Any]:
+    async def schema(self) -> wire.ModelSchema:
+        """As `Model.schema`."""
+        return await self._sender.run(self._operations.schema(self.id, self.version))
+
+    async def predict(self, x: Any, *, decoded: bool = False) -> NDArray[Any]:
         """As `Model.predict`."""
-        return _answer(await self._sender.run(self._operations.predict(self.id, self.version, x)))
+        return await self._sender.run(self._operations.predict(self.id, self.version, x, decoded=decoded))
 
     async def predict_proba(self, x: Any) -> NDArray[np.float32]:
         """As `Model.predict_proba`."""
-        return _probabilities(await self._sender.run(self._operations.predict(self.id, self.version, x)))
-
-
-def _answer(outputs: dict[str, NDArray[Any]]) -> NDArray[Any]:
-    return outputs["index"] if "index" in outputs else outputs["value"]
-
-
-def _probabilities(outputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-    if "probabilities" not in outputs:
-        raise InvalidArgument("this model predicts a number and has no probabilities; call predict")
-    return outputs["probabilities"]
+        return await self._sender.run(self._operations.predict_proba(self.id, self.version, x))

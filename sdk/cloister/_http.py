@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import itertools
 import random
+import re
 import time
 import uuid
 from collections.abc import Generator, Mapping
@@ -29,12 +30,14 @@ from cloister._errors import (
     from_answer,
 )
 
-__all__ = ["Answer", "Ask", "AsyncSender", "Operation", "Pause", "Sender", "asked", "check_url"]
+__all__ = ["Answer", "Ask", "AsyncSender", "Operation", "Pause", "Sender", "asked", "check_url", "is_passing"]
 
 T = TypeVar("T")
 
 _RETRIED = frozenset({408, 429, 502, 503, 504})
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 8.0
+_API_PATH = re.compile(r"/(v1|v2|oauth)(/.*)?$")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
 _LONGEST_RETRY_AFTER_S = 60.0
 """Whoever is told to come back later than this decides for themselves: the error carries `retry_after_s`."""
 
@@ -82,6 +85,11 @@ def asked(ask: Ask, *, max_retries: int) -> Operation[dict[str, Any]]:
     raise AssertionError("unreachable")
 
 
+def is_passing(failure: CloisterError) -> bool:
+    """Whether the server is away or busy, and may well answer a later attempt."""
+    return isinstance(failure, ConnectionFailed) or (isinstance(failure, APIError) and failure.status in _RETRIED)
+
+
 def _identified(ask: Ask) -> Ask:
     """The same ask with a request id and, if it writes, an idempotency key: one of each over all retries."""
     headers = {"X-Request-Id": uuid.uuid4().hex, **ask.headers}
@@ -93,6 +101,8 @@ def _identified(ask: Ask) -> Ask:
 def _accepted(answer: Answer) -> dict[str, Any]:
     if answer.status >= 400:
         raise from_answer(answer.status, answer.body, answer.headers)
+    if answer.status == 204:
+        return {}
     if not 200 <= answer.status < 300:
         raise UnexpectedAnswer(
             f"the server answered {answer.status} and points elsewhere, where no token is sent; give the URL it points to"
@@ -106,11 +116,10 @@ def _accepted(answer: Answer) -> dict[str, Any]:
 
 def _pause_s(failure: APIError | ConnectionFailed, attempt: int) -> float | None:
     """How long to wait before the next attempt; None where another would be refused too, or only welcome much later."""
-    if isinstance(failure, APIError):
-        if failure.status not in _RETRIED:
-            return None
-        if failure.retry_after_s is not None:
-            return failure.retry_after_s if failure.retry_after_s <= _LONGEST_RETRY_AFTER_S else None
+    if not is_passing(failure):
+        return None
+    if isinstance(failure, APIError) and failure.retry_after_s is not None:
+        return failure.retry_after_s if failure.retry_after_s <= _LONGEST_RETRY_AFTER_S else None
     longest = min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S)
     return random.uniform(longest / 2, longest)  # noqa: S311 (jitter)
 
@@ -127,6 +136,9 @@ def check_url(url: str, *, allow_insecure: bool) -> str:
         raise ConfigurationError(
             f"{url!r} is not the base URL of a server; give http(s)://host[:port][/path], e.g. https://cloister.example"
         )
+    if _API_PATH.search(parsed.path):
+        base = _API_PATH.sub("", url)
+        raise ConfigurationError(f"{url!r} is not the base URL of a server but a path of its API; give {base!r}")
     if parsed.scheme == "http" and not allow_insecure and not _is_loopback(parsed.host):
         raise ConfigurationError(
             f"{url!r} is plain HTTP to another machine, where secrets and rows could be read on the way; use https, or pass "
@@ -174,6 +186,8 @@ class Sender:
         self._http.close()
 
     def _send(self, ask: Ask) -> Answer | CloisterError:
+        if self._http.is_closed:
+            return _closed()
         try:
             return _read(self._http.send(_request(self._http, ask)))
         except CloisterError as refusal:  # the token endpoint's
@@ -212,6 +226,8 @@ class AsyncSender:
         await self._http.aclose()
 
     async def _send(self, ask: Ask) -> Answer | CloisterError:
+        if self._http.is_closed:
+            return _closed()
         try:
             return _read(await self._http.send(_request(self._http, ask)))
         except CloisterError as refusal:  # the token endpoint's
@@ -243,10 +259,28 @@ def _read(response: httpx2.Response) -> Answer:
     return Answer(response.status_code, body, dict(response.headers))
 
 
+def _closed() -> ConfigurationError:
+    return ConfigurationError("this client is closed; make another, and keep it open for as long as it is used")
+
+
 def _failure(error: httpx2.RequestError) -> ConnectionFailed:
-    host, request_id = error.request.url.host, error.request.headers.get("x-request-id", "")
+    url, request_id = error.request.url, error.request.headers.get("x-request-id", "")
     named = f" [request {request_id}]" if request_id else ""
+    place = f"{url.host}:{url.port or _DEFAULT_PORTS.get(url.scheme)}"
     if isinstance(error, httpx2.TimeoutException):
-        return TimedOut(f"{host} did not answer in time; retry later, or raise timeout_s{named}")
+        return TimedOut(
+            f"{place} did not answer in time: the server may be down or busy; retry later, or raise timeout_s{named}"
+        )
     told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return ConnectionFailed(f"{host} could not be reached ({told}); check the URL and the network{named}")
+    return ConnectionFailed(f"{place} could not be reached ({told}): {_likely(error, url.scheme)}{named}")
+
+
+def _likely(error: httpx2.RequestError, scheme: str) -> str:
+    """What most often lies behind an error of this kind, and what to do."""
+    if scheme == "https" and "CERTIFICATE_VERIFY" in str(error):
+        return "its TLS certificate is not trusted on this machine; ask the operator which authority signed it"
+    if scheme == "https" and "SSL" in str(error):
+        return "what listens there may speak plain HTTP; if so, the URL begins with http://"
+    if scheme == "http" and isinstance(error, httpx2.RemoteProtocolError):
+        return "what listens there may be down, or speak TLS; if it does, the URL begins with https://"
+    return "the server may be down, or the URL or the network wrong"

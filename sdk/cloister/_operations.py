@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,21 +15,26 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from cloister import _errors
-from cloister._http import Ask, Operation, Pause, asked
+from cloister._http import Ask, Operation, Pause, asked, is_passing
+from cloister._inputs import model_inputs
 from cloister._plans import Plan
-from cloister._uploads import RowData, known_length, windows
+from cloister._uploads import RowData, checked, windows
 from cloister.wire import oip
-from cloister.wire.jobs import FINAL, Job, Model, ModelVersion, Page, StartJob
+from cloister.wire.jobs import FINAL, Job, Model, ModelSchema, ModelVersion, Page, StartJob
 from cloister.wire.plans import PlanRequest
 from cloister.wire.rows import encode_rows
 from cloister.wire.sources import CreateDataset, CreateSource, Dataset, Source
 
-__all__ = ["Operations"]
+__all__ = ["Operations", "id_or_blank"]
 
 M = TypeVar("M", bound=BaseModel)
 
 _FIRST_POLL_S, _SLOWEST_POLL_S = 0.2, 2.0
+_LONGEST_SILENCE_S = 60.0
+"""How long a watcher without a time limit of its own goes on asking a server that does not answer."""
+
 _ELEMENTS_A_REQUEST = 500_000
+_ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
 _SEGMENT = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 """A name or an id, which is all that may become a part of a path."""
 
@@ -38,7 +44,7 @@ class Operations:
 
     def __init__(self, *, max_retries: int) -> None:
         self._max_retries = max_retries
-        self._inputs_of: dict[tuple[str, int], list[oip.TensorMetadata]] = {}  # a version's inputs never change
+        self._schemas: dict[tuple[str, int], ModelSchema] = {}  # a version's schema never changes
 
     def create_source(self, body: CreateSource) -> Operation[Source]:
         return _told(Source, (yield from self._ask("POST", "/v1/sources", body)))
@@ -53,25 +59,30 @@ class Operations:
         page = _told(Page, (yield from self._ask("GET", f"/v1/{kind}", params=params)))
         return [_told(model, item) for item in page.items], page.next
 
-    def upload(self, body: CreateDataset, data: RowData) -> Operation[Dataset]:
-        """Declare, send part by part, close. An upload that was cut short is taken up where it stopped."""
-        length = known_length(body.columns, data)
-        room = body.capacity_rows or body.capacity
-        if length is not None and length > room:
-            raise _errors.RowsNotFit(
-                f"there are more rows ({length}) than the declared capacity ({room}); declare more"
-            )
+    def upload(
+        self, body: CreateDataset, data: RowData, *, source: Source | str, ignore_undeclared: bool
+    ) -> Operation[Dataset]:
+        """Check all rows, declare, send part by part, close. An upload that was cut short is taken up where it stopped."""
+        most_rows = body.capacity_rows or body.capacity
+        for _ in checked(body.columns, data, most_rows=most_rows, ignore_undeclared=ignore_undeclared):
+            yield Pause(0)  # an event loop has other things to do between two windows
+        body = body.model_copy(update={"source": (yield from self._id("sources", source, Source))})
         dataset = yield from self._declare(body)
         first_row = 0
-        for number, rows in enumerate(windows(body.columns, data)):
+        for number, rows in enumerate(windows(body.columns, data, ignore_undeclared=ignore_undeclared)):
             count = len(next(iter(rows.values())))
-            if first_row + count > room:
-                raise _errors.RowsNotFit(f"there are more rows than the declared capacity ({room}); declare more")
-            yield from self._send_part(dataset.id, number, encode_rows(body.columns, rows), first_row=first_row)
+            if first_row + count > most_rows:
+                raise _errors.RowsNotFit("the file has grown while it was read; upload what does not change")
+            yield from self._send_part(dataset, number, encode_rows(body.columns, rows), first_row=first_row)
             first_row += count
         return _told(Dataset, (yield from self._ask("POST", f"/v1/datasets/{dataset.id}/complete")))
 
-    def plan(self, body: PlanRequest) -> Operation[Plan]:
+    def delete_dataset(self, dataset: Dataset | str) -> Operation[None]:
+        found = yield from self._id("datasets", dataset, Dataset)
+        yield from self._ask("DELETE", f"/v1/datasets/{found}")
+
+    def plan(self, body: PlanRequest, dataset: Dataset | str) -> Operation[Plan]:
+        body = body.model_copy(update={"dataset": (yield from self._id("datasets", dataset, Dataset))})
         return _told(Plan, (yield from self._ask("POST", "/v1/plans", body)))
 
     def start(self, body: StartJob) -> Operation[Job]:
@@ -80,22 +91,27 @@ class Operations:
     def cancel(self, job: str) -> Operation[Job]:
         return _told(Job, (yield from self._ask("POST", f"/v1/jobs/{job}/cancel")))
 
-    def watch(self, job: str, *, show: Callable[[Job], None], timeout_s: float | None) -> Operation[Job]:
-        """Poll a job until it is over, telling `show` of each look at it. Raises JobFailed, JobCancelled, StillRunning."""
-        waited_s, pause_s = 0.0, _FIRST_POLL_S
+    def watch(self, job: str, *, show: Callable[[Job], None], timeout_s: float | None) -> Operation[ModelVersion]:
+        """Poll a job until it is over, telling `show` of each look at it; the version that it published.
+
+        Raises JobFailed, JobCancelled, StillRunning, or what kept it from looking; each names the job.
+        """
+        until = None if timeout_s is None else monotonic() + timeout_s
+        pause_s = _FIRST_POLL_S
         while True:
-            state = yield from self.get("jobs", job, Job)
+            state = yield from self._look(f"/v1/jobs/{job}", Job, job=job, until=until)
             show(state)
             if state.status in FINAL:
-                return _concluded(state)
-            if timeout_s is not None and waited_s >= timeout_s:
+                _check_done(state)
+                path = f"/v1/models/{state.model}/versions/{state.version or 0}"
+                return (yield from self._look(path, ModelVersion, job=job, until=until))
+            left_s = pause_s if until is None else until - monotonic()
+            if left_s <= 0:
                 raise _errors.StillRunning(
                     f"job {job} is {state.status} after {timeout_s:g} s and goes on; client.jobs.get({job!r}).wait() waits again"
                 )
-            if timeout_s is not None:
-                pause_s = min(pause_s, timeout_s - waited_s)
-            yield Pause(pause_s)
-            waited_s, pause_s = waited_s + pause_s, min(pause_s * 1.3, _SLOWEST_POLL_S)
+            yield Pause(min(pause_s, left_s))
+            pause_s = min(pause_s * 1.3, _SLOWEST_POLL_S)
 
     def version(self, model: str, version: int | None) -> Operation[ModelVersion]:
         """A version of a model; the champion where none is named."""
@@ -104,24 +120,31 @@ class Operations:
             version = (yield from self.get("models", model, Model)).champion or 0
         return _told(ModelVersion, (yield from self._ask("GET", f"/v1/models/{_segment(model)}/versions/{version}")))
 
-    def predict(self, model: str, version: int, x: Any) -> Operation[dict[str, NDArray[Any]]]:
-        """The outputs for these rows, asked for in requests of bearable size."""
-        path = f"/v2/models/{model}/versions/{version}"
-        if (model, version) not in self._inputs_of:
-            self._inputs_of[model, version] = _told(oip.ModelMetadata, (yield from self._ask("GET", path))).inputs
-        inputs = _inputs(x, self._inputs_of[model, version])
-        count = len(next(iter(inputs.values())))
-        width = sum(array[:1].size for array in inputs.values())
-        size = max(1, _ELEMENTS_A_REQUEST // max(1, width))
-        answers = []
-        for start in range(0, max(1, count), size):
-            body = oip.encode_request({name: array[start : start + size] for name, array in inputs.items()})
-            answer = _told(oip.InferResponse, (yield from self._ask("POST", f"{path}/infer", body)))
-            try:
-                answers.append(oip.decode_outputs(answer))
-            except oip.MalformedTensor as error:
-                raise _errors.UnexpectedAnswer(f"the prediction cannot be read: {error}") from None
-        return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+    def schema(self, model: str, version: int) -> Operation[ModelSchema]:
+        """What a version reads and predicts; asked for once."""
+        if (model, version) not in self._schemas:
+            answer = yield from self._ask("GET", f"/v1/models/{model}/versions/{version}/schema")
+            self._schemas[model, version] = _told(ModelSchema, answer)
+        return self._schemas[model, version]
+
+    def predict(self, model: str, version: int, x: Any, *, decoded: bool) -> Operation[NDArray[Any]]:
+        """Indices or values; the categories themselves where they are asked for."""
+        outputs = yield from self._infer(model, version, x)
+        if "index" not in outputs:
+            return outputs["value"]
+        indices, classes = outputs["index"], (yield from self.schema(model, version)).classes
+        if not decoded or classes is None:
+            return indices
+        if ((indices < 0) | (indices >= len(classes))).any():
+            raise _errors.UnexpectedAnswer("the prediction is an index that stands for none of the model's classes")
+        texts: NDArray[Any] = np.asarray(classes)[indices]
+        return texts
+
+    def predict_proba(self, model: str, version: int, x: Any) -> Operation[NDArray[np.float32]]:
+        outputs = yield from self._infer(model, version, x)
+        if "probabilities" not in outputs:
+            raise _errors.InvalidArgument("this model predicts a number and has no probabilities; call predict")
+        return outputs["probabilities"]
 
     def certificate_keys(self) -> Operation[dict[str, bytes]]:
         """Key id -> raw Ed25519 public key. Pin them out of band: whoever serves a forged certificate can serve a forged key."""
@@ -144,26 +167,84 @@ class Operations:
         json_body = body.model_dump(mode="json", exclude_none=True) if isinstance(body, BaseModel) else body
         return (yield from asked(Ask(method, path, params or {}, json_body), max_retries=self._max_retries))
 
+    def _id(self, kind: str, given: Any, model: type[M]) -> Operation[str]:
+        """The id of a thing given as itself, as its id or as its name."""
+        if not isinstance(given, str):
+            return str(given.id)
+        if _ID.fullmatch(given):
+            return given
+        answer = yield from self._ask("GET", f"/v1/{kind}/{_segment(given)}")
+        _told(model, answer)
+        return str(answer["id"])
+
+    def _look(self, path: str, model: type[M], *, job: str, until: float | None) -> Operation[M]:
+        """One look for a watcher, which outlives a server that is away: until then, or for the longest silence."""
+        until, pause_s = monotonic() + _LONGEST_SILENCE_S if until is None else until, _FIRST_POLL_S
+        while True:
+            try:
+                return _told(model, (yield from asked(Ask("GET", path), max_retries=0)))
+            except _errors.CloisterError as failure:
+                left_s = until - monotonic()
+                if not is_passing(failure) or left_s <= 0:
+                    raise _errors.name_the_job(failure, job) from None
+                told_s = failure.retry_after_s if isinstance(failure, _errors.APIError) else None
+            yield Pause(min(told_s or pause_s, left_s))
+            pause_s = min(pause_s * 1.3, _SLOWEST_POLL_S)
+
+    def _infer(self, model: str, version: int, x: Any) -> Operation[dict[str, NDArray[Any]]]:
+        """The outputs for these rows, asked for in requests of bearable size."""
+        inputs = model_inputs((yield from self.schema(model, version)).inputs, x)
+        count = len(next(iter(inputs.values())))
+        width = sum(array[:1].size for array in inputs.values())
+        size = max(1, _ELEMENTS_A_REQUEST // max(1, width))
+        answers = []
+        for start in range(0, max(1, count), size):
+            body = oip.encode_request({name: array[start : start + size] for name, array in inputs.items()})
+            path = f"/v2/models/{model}/versions/{version}/infer"
+            answer = _told(oip.InferResponse, (yield from self._ask("POST", path, body)))
+            try:
+                answers.append(oip.decode_outputs(answer))
+            except oip.MalformedTensor as error:
+                raise _errors.UnexpectedAnswer(f"the prediction cannot be read: {error}") from None
+        return {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
+
     def _declare(self, body: CreateDataset) -> Operation[Dataset]:
         try:
             return _told(Dataset, (yield from self._ask("POST", "/v1/datasets", body)))
-        except _errors.Conflict:
+        except _errors.Conflict as conflict:
+            refusal = conflict
+        try:
             found = yield from self.get("datasets", body.name, Dataset)
-            declared = body.model_copy(update={"capacity_rows": body.capacity_rows or body.capacity})
-            there = declared.model_copy(update={name: getattr(found, name) for name in CreateDataset.model_fields})
-            if there != declared or found.status != "uploading":
-                raise
-            return found
+        except (_errors.NotFound, _errors.PermissionDenied):
+            raise refusal from None
+        declared = body.model_copy(update={"capacity_rows": body.capacity_rows or body.capacity})
+        there = declared.model_copy(update={name: getattr(found, name) for name in CreateDataset.model_fields})
+        if found.status != "uploading":
+            raise refusal
+        if there != declared:
+            differ = [name for name in CreateDataset.model_fields if getattr(there, name) != getattr(declared, name)]
+            raise _errors.Conflict(
+                f"{refusal.message}: an upload that was not completed, with another declaration ({', '.join(differ)}); "
+                f"{_delete_first(found)}",
+                **_known(refusal),
+            )
+        return found
 
-    def _send_part(self, dataset: str, number: int, content: bytes, *, first_row: int) -> Operation[None]:
+    def _send_part(self, dataset: Dataset, number: int, content: bytes, *, first_row: int) -> Operation[None]:
         digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
         headers = {"Content-Digest": f"sha-256=:{digest}:", "Content-Type": "application/vnd.cloister.rows"}
-        ask = Ask("PUT", f"/v1/datasets/{dataset}/parts/{number}", content=content, headers=headers)
+        ask = Ask("PUT", f"/v1/datasets/{dataset.id}/parts/{number}", content=content, headers=headers)
         try:
             yield from asked(ask, max_retries=self._max_retries)
         except _errors.Conflict as refusal:
             if not refusal.details.get("part_exists"):
                 raise
+            if refusal.details.get("same_content") is False:
+                raise _errors.UploadDiffers(
+                    f"an earlier upload of {dataset.name!r} was cut short, and holds other rows than these from row "
+                    f"{first_row} on; {_delete_first(dataset)}",
+                    **_known(refusal),
+                ) from None
         except _errors.RowsRefused as refusal:
             refusal.first_row = first_row
             raise
@@ -187,9 +268,34 @@ def _segment(id_or_name: str) -> str:
     return id_or_name
 
 
-def _concluded(job: Job) -> Job:
+def id_or_blank(given: Any, prefix: str) -> str:
+    """The id where it is known; where a name is given, a blank of the id's form, until the name is looked up."""
+    if isinstance(given, str):
+        return given if _ID.fullmatch(given) else f"{prefix}_{_segment(given) and '0' * 32}"
+    if not isinstance(getattr(given, "id", None), str):
+        raise _errors.InvalidArgument(
+            f"a {type(given).__name__} names nothing here; give the thing itself, its id or its name"
+        )
+    return str(given.id)
+
+
+def _delete_first(dataset: Dataset) -> str:
+    return f"delete it with client.datasets.delete({dataset.name!r}), then upload again"
+
+
+def _known(refusal: _errors.APIError) -> dict[str, Any]:
+    """What a refusal in other words keeps of the server's own."""
+    return {
+        "status": refusal.status,
+        "code": refusal.code,
+        "request_id": refusal.request_id,
+        "details": refusal.details,
+    }
+
+
+def _check_done(job: Job) -> None:
     if job.status == "done":
-        return job
+        return
     kind = _errors.JobCancelled if job.status == "cancelled" else _errors.JobFailed
     raise kind(
         job.error or f"it was {job.status} and published nothing",
@@ -197,40 +303,3 @@ def _concluded(job: Job) -> Job:
         code=job.error_code,
         request_id=job.request_id,
     )
-
-
-def _inputs(x: Any, declared: list[oip.TensorMetadata]) -> dict[str, NDArray[Any]]:
-    """The caller's array or arrays as the model's inputs."""
-    names = [each.name for each in declared]
-    if not isinstance(x, Mapping):
-        if len(names) != 1:
-            raise _errors.RowsNotFit(f"this model reads {', '.join(names)}; give a dict with an array for each")
-        x = {names[0]: x}
-    if x.keys() != set(names):
-        raise _errors.RowsNotFit(
-            f"this model reads {', '.join(names)}, and was given {', '.join(map(str, x)) or 'nothing'}"
-        )
-    inputs = {each.name: _input(each, x[each.name]) for each in declared}
-    if len({len(array) for array in inputs.values()}) != 1:
-        raise _errors.RowsNotFit("the inputs have different numbers of rows; give as many of each")
-    return inputs
-
-
-def _input(declared: oip.TensorMetadata, values: Any) -> NDArray[Any]:
-    """One input in the model's own type. Nothing is rounded to a whole number on the way."""
-    name, row_shape = declared.name, tuple(declared.shape[1:])
-    try:
-        given = np.asarray(values)
-        with np.errstate(over="ignore", invalid="ignore"):
-            array = given.astype(np.int64 if declared.datatype == "INT64" else np.float32)
-    except (ValueError, TypeError):
-        raise _errors.RowsNotFit(
-            f"input {name!r} holds what is not a number; a category is given by its index"
-        ) from None
-    if not array.ndim or array.shape[1:] != row_shape:
-        raise _errors.RowsNotFit(f"input {name!r} has shape {array.shape}; the model reads rows of shape {row_shape}")
-    if not np.isfinite(array).all() or (array.dtype.kind == "i" and not np.array_equal(array, given)):
-        raise _errors.RowsNotFit(
-            f"input {name!r} holds values that are no finite {declared.datatype}; remove those rows"
-        )
-    return array

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from cloister._errors import valid
 from cloister._handles import AsyncJob, AsyncModel, Job, Model
 from cloister._http import AsyncSender, Sender
-from cloister._operations import Operations
+from cloister._operations import Operations, id_or_blank
 from cloister._uploads import RowData
 from cloister.wire import jobs as wire
 from cloister.wire.columns import Column
@@ -108,19 +108,29 @@ class Datasets(_Sync):
         nominal_size: int,
         capacity: int,
         capacity_rows: int | None = None,
+        ignore_undeclared: bool = False,
     ) -> Dataset:
         """Stream rows to the server, about 4 MiB at a time, and close the dataset.
 
         `data`: column name -> array or path of a `.npy` file; or the path of a `.csv` or `.csv.gz` in UTF-8 whose header
         names the columns. Integers in a category's column are indices, text is one of the declared values. `nominal_size`
-        and `capacity` are public numbers, what you would tell a stranger: never the number of rows itself. Called again
-        with the same rows after an interruption, it goes on where the server stands.
-        Raises RowsNotFit before anything wrong is sent, RowsRefused if the server finds more.
+        and `capacity` are public numbers, what you would tell a stranger: never the number of rows itself. `source`:
+        itself, its id or its name. A column that is not declared is an error, or with `ignore_undeclared` left out. In a
+        CSV, blanks around names, numbers, categories and user ids are no part of them.
+
+        All rows are checked here before anything is sent: RowsNotFit leaves no dataset behind. Called again with the same
+        rows after an interruption, it goes on where the server stands; raises UploadDiffers where what was sent before
+        was not the same. Raises RowsRefused if the server finds more.
         """
         body = _declaration(name, source, columns, nominal_size, capacity, capacity_rows)
-        return self._sender.run(self._operations.upload(body, data))
+        return self._sender.run(self._operations.upload(body, data, source=source, ignore_undeclared=ignore_undeclared))
+
+    def delete(self, dataset: Dataset | str) -> None:
+        """Delete a dataset whose upload was not completed, so that its name is free again. Frees no budget."""
+        return self._sender.run(self._operations.delete_dataset(dataset))
 
     def get(self, id_or_name: str) -> Dataset:
+        """One dataset's public declaration."""
         return self._sender.run(self._operations.get("datasets", id_or_name, Dataset))
 
     def list(self) -> Iterator[Dataset]:
@@ -141,10 +151,17 @@ class AsyncDatasets(_Async):
         nominal_size: int,
         capacity: int,
         capacity_rows: int | None = None,
+        ignore_undeclared: bool = False,
     ) -> Dataset:
         """As `Datasets.upload`."""
         body = _declaration(name, source, columns, nominal_size, capacity, capacity_rows)
-        return await self._sender.run(self._operations.upload(body, data))
+        return await self._sender.run(
+            self._operations.upload(body, data, source=source, ignore_undeclared=ignore_undeclared)
+        )
+
+    async def delete(self, dataset: Dataset | str) -> None:
+        """As `Datasets.delete`."""
+        return await self._sender.run(self._operations.delete_dataset(dataset))
 
     async def get(self, id_or_name: str) -> Dataset:
         """As `Datasets.get`."""
@@ -159,6 +176,7 @@ class Jobs(_Sync):
     """Training runs, found again by id."""
 
     def get(self, job: str) -> Job:
+        """A job to watch, cancel or wait for again."""
         return Job(self._sender, self._operations, self._sender.run(self._operations.get("jobs", job, wire.Job)))
 
     def list(self) -> Iterator[Job]:
@@ -216,7 +234,7 @@ def _declaration(
 ) -> CreateDataset:
     return valid(
         CreateDataset,
-        source=source if isinstance(source, str) else source.id,
+        source=id_or_blank(source, "src"),
         name=name,
         columns=dict(columns),
         nominal_size=nominal_size,

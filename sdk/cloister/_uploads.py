@@ -5,92 +5,143 @@ from __future__ import annotations
 import csv
 import gzip
 import itertools
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Union
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cloister._errors import RowsNotFit
-from cloister.wire.columns import (
-    UNIT_ID_BYTES,
-    BytesColumn,
-    CategoryColumn,
-    Column,
-    NumberColumn,
-    TensorColumn,
-    UnitColumn,
-)
-from cloister.wire.rows import Rows, part_rows
+from cloister._convert import convert
+from cloister._errors import InvalidArgument, RowsNotFit
+from cloister.wire.columns import BytesColumn, CategoryColumn, Column, TensorColumn
+from cloister.wire.rows import Rows, RowsRefused, check_rows, part_rows
 
-__all__ = ["RowData", "known_length", "windows"]
+__all__ = ["RowData", "checked", "windows"]
 
-RowData = Union[Mapping[str, Any], str, Path]  # noqa: UP007 (an alias that exists at run time)
+RowData = Union[Mapping[str, Any], str, "os.PathLike[str]"]
 """Column name -> array or path of a `.npy` file; or the path of a `.csv` or `.csv.gz` with a header line."""
 
+_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
-def windows(columns: Mapping[str, Column], data: RowData) -> Iterator[Rows]:
+
+def windows(columns: Mapping[str, Column], data: RowData, *, ignore_undeclared: bool = False) -> Iterator[Rows]:
     """The rows, `part_rows` at a time, as `encode_rows` wants them. Raises RowsNotFit, naming the column and the row."""
     size = part_rows(columns)
+    start = 0
     if isinstance(data, Mapping):
-        arrays = _arrays(columns, data)
-        for start in range(0, known_length(columns, data) or 0, size):
+        arrays = _arrays(columns, data, ignore_undeclared=ignore_undeclared)
+        for start in range(0, _length(arrays), size):
             yield _window(columns, {name: array[start : start + size] for name, array in arrays.items()}, start)
         return
-    start = 0
-    for table in _csv_tables(columns, Path(data), size):
-        yield _window(columns, table, start)
+    if not isinstance(data, str | os.PathLike):
+        raise InvalidArgument(
+            f"data is a {type(data).__name__}; give a dict with an array for each column (of a data frame: dict(frame)), "
+            "or the path of a .csv or .csv.gz file, which is opened here"
+        )
+    as_read = {name: _without_blanks(name, column) for name, column in columns.items()}
+    for table in _csv_tables(as_read, Path(data), size, ignore_undeclared=ignore_undeclared):
+        yield _window(as_read, table, start)
         start += size
 
 
-def known_length(columns: Mapping[str, Column], data: RowData) -> int | None:
-    """The number of rows where it is known without reading them all; all columns must agree."""
-    if not isinstance(data, Mapping):
-        return None
-    lengths = {name: len(array) for name, array in _arrays(columns, data).items()}
+def checked(
+    columns: Mapping[str, Column], data: RowData, *, most_rows: int, ignore_undeclared: bool = False
+) -> Iterator[None]:
+    """Go through all rows once, a window at a step, with the checks that the server will make. Raises RowsNotFit.
+
+    What is refused here never reaches the server, so that no dataset of the name is left behind.
+    """
+    if isinstance(data, Mapping):
+        _check_room(_length(_arrays(columns, data, ignore_undeclared=ignore_undeclared)), most_rows)
+    start = 0
+    for rows in windows(columns, data, ignore_undeclared=ignore_undeclared):
+        count = len(next(iter(rows.values())))
+        _check_room(start + count, most_rows)
+        try:
+            check_rows(columns, rows)
+        except RowsRefused as refusal:
+            row = start + (refusal.row or 0)
+            raise RowsNotFit(f"column {refusal.column!r} row {row}: {refusal.problem}") from None
+        start += count
+        yield
+
+
+def _check_room(count: int, most_rows: int) -> None:
+    if count > most_rows:
+        raise RowsNotFit(f"there are more rows than the declared capacity ({most_rows}); declare more")
+
+
+def _length(arrays: Mapping[str, Any]) -> int:
+    lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) != 1:
         raise RowsNotFit(f"the columns have different lengths: {lengths}; every row needs all of them")
     return next(iter(lengths.values()))
 
 
-def _arrays(columns: Mapping[str, Column], data: Mapping[str, Any]) -> dict[str, Any]:
-    _check_names(columns, list(data))
+def _arrays(columns: Mapping[str, Column], data: Mapping[str, Any], *, ignore_undeclared: bool) -> dict[str, Any]:
+    _check_names(columns, list(data), ignore_undeclared=ignore_undeclared)
     return {name: _open(name, data[name]) for name in columns}
 
 
-def _check_names(columns: Mapping[str, Column], names: list[str]) -> None:
+def _check_names(columns: Mapping[str, Column], names: list[str], *, ignore_undeclared: bool) -> None:
     missing, unknown = [name for name in columns if name not in names], [name for name in names if name not in columns]
-    if missing or unknown or len(set(names)) != len(names):
+    twice = any(names.count(name) > 1 for name in columns)
+    if missing or twice or (unknown and not ignore_undeclared):
+        hint = "; ignore_undeclared=True leaves those out" if unknown and not missing else ""
         raise RowsNotFit(
             "the data must hold each declared column once, and no other; "
             f"declared: {', '.join(columns)}; missing: {', '.join(missing) or 'none'}; "
-            f"not declared: {', '.join(map(str, unknown)) or 'none'}"
+            f"not declared: {', '.join(map(str, unknown)) or 'none'}{hint}"
         )
 
 
 def _open(name: str, given: Any) -> Any:
-    if isinstance(given, str | Path):
+    if isinstance(given, str | os.PathLike):
         if Path(given).suffix != ".npy":
             raise RowsNotFit(f"column {name!r}: {given} is not a .npy file; give an array or a .npy file per column")
         try:
-            return np.load(given, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
+            opened = np.load(given, mmap_mode="r", allow_pickle=False)
+        except OSError as error:
+            raise RowsNotFit(f"column {name!r}: {given} cannot be opened: {error.strerror or error}") from None
+        except (ValueError, EOFError) as error:
             raise RowsNotFit(f"column {name!r}: {given} cannot be read as plain numbers: {error}") from None
-    return given if hasattr(given, "__len__") and hasattr(given, "__getitem__") else list(given)
+        given = opened if isinstance(opened, np.ndarray) else None
+    try:
+        sliced = given if hasattr(given, "__len__") and hasattr(given, "__getitem__") else list(given)
+        len(sliced)
+    except TypeError:
+        raise RowsNotFit(f"column {name!r} is no array of rows; give one value, or one tensor, per row") from None
+    return sliced
 
 
-def _csv_tables(columns: Mapping[str, Column], path: Path, size: int) -> Iterator[dict[str, list[str]]]:
-    """Up to `size` rows at a time, as text. Blank lines are no rows."""
+def _without_blanks(name: str, column: Column) -> Column:
+    """A column as a CSV spells its values: blanks around a category are no part of it, in the file or as declared."""
+    if not isinstance(column, CategoryColumn) or all(value == value.strip() for value in column.values):
+        return column
+    values = tuple(value.strip() for value in column.values)
+    if len(set(values)) != len(values):
+        raise RowsNotFit(
+            f"column {name!r} declares categories that differ by blanks alone, which a CSV cannot tell apart; give arrays"
+        )
+    return column.model_copy(update={"values": values})
+
+
+def _csv_tables(
+    columns: Mapping[str, Column], path: Path, size: int, *, ignore_undeclared: bool
+) -> Iterator[dict[str, list[str]]]:
+    """Up to `size` rows at a time, as text. Blank lines are no rows; undeclared columns are not kept."""
     tensors = [name for name, column in columns.items() if isinstance(column, TensorColumn)]
     if tensors:
         raise RowsNotFit(f"a CSV carries numbers, categories and text; give arrays for {', '.join(tensors)}")
     try:
         with _text(path) as stream:
-            lines = csv.reader(stream, strict=True)
+            lines = csv.reader(stream, strict=True, skipinitialspace=True)
             header = [name.strip() for name in next(lines, [])]
-            _check_names(columns, header)
+            _check_delimiter(path, header)
+            _check_names(columns, header, ignore_undeclared=ignore_undeclared)
+            place = {name: header.index(name) for name in columns}
             rows = enumerate(line for line in lines if line)
             while window := list(itertools.islice(rows, size)):
                 for row, line in window:
@@ -98,9 +149,23 @@ def _csv_tables(columns: Mapping[str, Column], path: Path, size: int) -> Iterato
                         raise RowsNotFit(
                             f"{path.name} row {row}: {len(line)} values, and the header names {len(header)}"
                         )
-                yield dict(zip(header, map(list, zip(*(line for _, line in window), strict=True)), strict=True))
+                yield {
+                    name: _values(column, [line[place[name]] for _, line in window]) for name, column in columns.items()
+                }
     except (csv.Error, UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise RowsNotFit(f"{path.name} cannot be read as a CSV in UTF-8: {error}") from None
+    except OSError as error:
+        raise RowsNotFit(f"{path} cannot be opened: {error.strerror or error}") from None
+
+
+def _check_delimiter(path: Path, header: list[str]) -> None:
+    for delimiter, called in _DELIMITERS.items():
+        if len(header) == 1 and delimiter in header[0]:
+            raise RowsNotFit(f"{path.name} separates its columns by {called}; a CSV separates them by commas")
+
+
+def _values(column: Column, texts: list[str]) -> list[str]:
+    return texts if isinstance(column, BytesColumn) else [text.strip() for text in texts]
 
 
 def _text(path: Path) -> IO[str]:
@@ -113,113 +178,5 @@ def _text(path: Path) -> IO[str]:
 def _window(columns: Mapping[str, Column], table: Mapping[str, Any], start: int) -> Rows:
     rows: Rows = {}
     for name, column in columns.items():
-        rows |= _convert(name, column, table[name], start)
+        rows |= convert(name, column, table[name], start)
     return rows
-
-
-def _convert(name: str, column: Column, values: Any, start: int) -> Rows:
-    match column:
-        case TensorColumn():
-            array = _array(name, values, start, shape=tuple(column.shape))
-            return {name: _cast(name, array, column.dtype, start)}
-        case NumberColumn():
-            return {name: _cast(name, _array(name, values, start, shape=()), "float32", start)}
-        case CategoryColumn():
-            return {name: _indices(name, column, _array(name, values, start, shape=()), start)}
-        case BytesColumn():
-            return _byte_strings(
-                name, [_bytes(name, v, start + row) for row, v in enumerate(values)], column.max_length, start
-            )
-        case UnitColumn():
-            return _byte_strings(
-                name, [_user_id(name, v, start + row) for row, v in enumerate(values)], UNIT_ID_BYTES, start
-            )
-
-
-def _array(name: str, values: Any, start: int, *, shape: tuple[int, ...]) -> NDArray[Any]:
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise RowsNotFit(
-            f"column {name!r}, from row {start}: the rows have different shapes; all must be {shape}"
-        ) from None
-    if array.shape[1:] != shape:
-        raise RowsNotFit(f"column {name!r} has rows of shape {array.shape[1:]}; the schema says {shape}")
-    return array
-
-
-def _cast(name: str, array: NDArray[Any], dtype: str, start: int) -> NDArray[Any]:
-    """Numbers, or text that spells them, in the schema's type; what a float32 cannot hold becomes infinite, and is refused."""
-    if array.dtype.kind not in "biufUSO":
-        raise RowsNotFit(f"column {name!r} holds {array.dtype}, and numbers are declared; convert it first")
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = array.astype(dtype) if array.dtype.kind in "biuf" else array.astype(np.float64).astype(dtype)
-    except (ValueError, TypeError):
-        row = next(row for row, value in enumerate(array) if not _is_numeric(value))
-        raise RowsNotFit(
-            f"column {name!r} row {start + row}: {array[row : row + 1].tolist()[0]!r} is not a number"
-        ) from None
-    if dtype == "uint8" and not np.array_equal(cast, array.astype(np.float64)):
-        raise RowsNotFit(f"column {name!r} is declared uint8 and holds other numbers; declare it float32, or round it")
-    return cast
-
-
-def _is_numeric(value: Any) -> bool:
-    try:
-        np.asarray(value).astype(np.float64)
-    except (ValueError, TypeError):
-        return False
-    return True
-
-
-def _indices(name: str, column: CategoryColumn, values: NDArray[Any], start: int) -> NDArray[Any]:
-    """Integers are indices; everything else is looked up among the declared values."""
-    if values.dtype.kind in "iu":
-        if any(value.isdecimal() and int(value) != index for index, value in enumerate(column.values)):
-            raise RowsNotFit(
-                f"column {name!r} holds integers, and its declared values are integers in another order: is 1 the value '1' or "
-                "the second value? Give the values as text"
-            )
-        wrong = (values < 0) | (values >= len(column.values))
-        indices = np.where(wrong, 0, values).astype(np.int32)
-    else:
-        position = {value: index for index, value in enumerate(column.values)}
-        indices = np.array([position.get(_spelled(value), -1) for value in values.tolist()], dtype=np.int32)
-        wrong = indices < 0
-    if wrong.any():
-        row = int(wrong.argmax())
-        told = values[row : row + 1].tolist()[0]
-        raise RowsNotFit(f"column {name!r} row {start + row}: {told!r} is not one of the declared categories")
-    return indices
-
-
-def _spelled(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def _bytes(name: str, value: Any, row: int) -> bytes:
-    if isinstance(value, str):
-        return value.encode()
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    raise RowsNotFit(f"column {name!r} row {row}: a {type(value).__name__} is neither text nor bytes; convert it first")
-
-
-def _user_id(name: str, value: Any, row: int) -> bytes:
-    """Whole numbers are ids too, by their decimal digits: as a CSV would spell them."""
-    encoded = _bytes(name, str(value) if isinstance(value, int | np.integer) else value, row)
-    if not encoded:
-        raise RowsNotFit(f"column {name!r} row {row}: no user id; every row must say whose it is")
-    return encoded
-
-
-def _byte_strings(name: str, strings: list[bytes], width: int, start: int) -> Rows:
-    array = np.zeros((len(strings), width), dtype=np.uint8)
-    for row, string in enumerate(strings):
-        if len(string) > width:
-            raise RowsNotFit(
-                f"column {name!r} row {start + row}: {len(string)} bytes, and at most {width} are declared"
-            )
-        array[row, : len(string)] = np.frombuffer(string, dtype=np.uint8)
-    return {name: array, f"{name}.length": np.array([len(string) for string in strings], dtype=np.int32)}

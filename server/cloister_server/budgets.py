@@ -1,11 +1,13 @@
 """The privacy ledger: reserve, open chunks, settle. Knows SQL and the filter's arithmetic; nothing of HTTP or torch.
 
 Every balance is derived from append-only rows. A job is charged the larger of what it reserved and what its attempts
-opened until it is settled, and what they opened afterwards.
+opened until it is settled, and what they opened afterwards. Two conditions admit: the filter's, and that overflowing
+steps of all jobs together add at most a thousandth to delta, which the filter's weights leave free.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from sqlalchemy.orm import Session
 from cloister.wire.plans import Event, Quote
 from cloister.wire.sources import Budget
 from cloister_privacy.accounting import Filter, epsilon_by_rdp, largest, rdp_per_step
+from cloister_privacy.overflow import log_weight
 from cloister_server.errors import BudgetExceeded, ServerError
 from cloister_server.store.tables import Job, LedgerEntry, Source
 
@@ -31,6 +34,9 @@ __all__ = [
     "settle",
 ]
 
+_OVERFLOW_SHARE = 1e-3
+"""Of a source's delta: what overflowing steps may add to it. The filter's weights sum to 0.999."""
+
 
 class StaleAttempt(ServerError):
     """A newer attempt has taken the job over, or the job is over: this one must stop and may write nothing."""
@@ -46,11 +52,15 @@ class Cancelled(ServerError):
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """A source's filter and what it has used, at one revision. `filter` is None before the first event."""
+    """A source's filter and what it has used, at one revision. `filter` is None before the first event.
+
+    `overflow` is what overflowing steps may add to delta, at the source's present epsilon.
+    """
 
     revision: int
     filter: Filter | None
     used: tuple[float, ...]
+    overflow: float
 
 
 def balance(session: Session, source: Source) -> Budget:
@@ -66,7 +76,7 @@ def quote(session: Session, source: Source, event: Event) -> Quote:
     filter_ = account.filter or _first_filter(source, event)
     used = account.used or (0.0,) * len(filter_.orders)
     cost = _cost(_rdp_per_step(filter_, event), event.steps)
-    fits = filter_.admits(used, cost)
+    fits = filter_.admits(used, cost) and _holds_overflow(source, account.overflow, event.overflow)
     before, left_now = _spent_and_left(source, account.filter, account.used)
     after, left_after = _spent_and_left(source, filter_, _add(used, cost))
     return Quote(
@@ -98,6 +108,8 @@ def reserve(session: Session, source: Source, *, job_id: str, principal_id: str,
     per_step = _rdp_per_step(filter_, event)
     if not filter_.admits(used, _cost(per_step, event.steps)):
         raise _refusal(source, account, event)
+    if not _holds_overflow(source, account.overflow, event.overflow):
+        raise _overflow_refusal(source, account, event)
     revision = account.revision
     if account.filter is None:
         revision += 1
@@ -112,7 +124,8 @@ def reserve(session: Session, source: Source, *, job_id: str, principal_id: str,
     session.add(
         _entry(
             source, revision + 1, "reserve", principal_id,
-            job_id=job_id, steps=event.steps, event={**event.model_dump(), "rdp_per_step": per_step},
+            job_id=job_id, steps=event.steps, overflow=event.overflow,
+            event={**event.model_dump(), "rdp_per_step": per_step, "cap": source.epsilon},
         )
     )  # fmt: skip
 
@@ -137,7 +150,10 @@ def open_chunk(session: Session, *, tenant_id: str, job_id: str, attempt: int, f
     account = _account(session, source)
     if extra > 0:
         assert account.filter is not None  # noqa: S101 (a reserved job's source is frozen)
-        if not account.filter.admits(account.used, _cost(tuple(reserved.event["rdp_per_step"]), extra)):
+        if not (
+            account.filter.admits(account.used, _cost(tuple(reserved.event["rdp_per_step"]), extra))
+            and _holds_overflow(source, account.overflow, _overflow(source, reserved, extra))
+        ):
             raise ChunkRefused(
                 "steps lost in a crash must be paid for again and do not fit what is left of the budget; ask an owner "
                 "to raise it, then start a new job"
@@ -206,7 +222,7 @@ def _revision(session: Session, source: Source) -> int:
 def _account(session: Session, source: Source) -> _Account:
     frozen = session.scalars(_of_source(source, "freeze")).one_or_none()
     if frozen is None:
-        return _Account(_revision(session, source), None, ())
+        return _Account(_revision(session, source), None, (), 0.0)
     filter_ = Filter(
         epsilon=source.epsilon,
         delta=source.delta,
@@ -217,11 +233,12 @@ def _account(session: Session, source: Source) -> _Account:
     by_job = select(LedgerEntry.job_id, func.sum(LedgerEntry.steps)).group_by(LedgerEntry.job_id)
     opened = {job: int(n) for job, n in session.execute(by_job.where(*in_source, LedgerEntry.kind == "chunk"))}
     settled = {job: int(n) for job, n in session.execute(by_job.where(*in_source, LedgerEntry.kind == "settle"))}
-    used = (0.0,) * len(filter_.orders)
+    used, overflow = (0.0,) * len(filter_.orders), 0.0
     for reserved in session.scalars(_of_source(source, "reserve")):
         charged = settled.get(reserved.job_id, max(reserved.steps, opened.get(reserved.job_id, 0)))
         used = _add(used, _cost(tuple(reserved.event["rdp_per_step"]), charged))
-    return _Account(_revision(session, source), filter_, used)
+        overflow += _overflow(source, reserved, charged)
+    return _Account(_revision(session, source), filter_, used, overflow)
 
 
 def _first_filter(source: Source, event: Event) -> Filter:
@@ -239,6 +256,18 @@ def _rdp_per_step(filter_: Filter, event: Event) -> tuple[float, ...]:
 
 def _cost(per_step: tuple[float, ...], steps: int) -> tuple[float, ...]:
     return tuple(rho * steps for rho in per_step)
+
+
+def _overflow(source: Source, reserved: LedgerEntry, steps: int) -> float:
+    """What `steps` steps of a job may add to delta by overflowing, at the source's present epsilon; never less than when reserved."""
+    if reserved.overflow == 0:
+        return 0.0
+    raised = log_weight(source.epsilon) - log_weight(reserved.event["cap"])
+    return reserved.overflow * steps / reserved.steps * math.exp(min(max(0.0, raised), 700.0))
+
+
+def _holds_overflow(source: Source, used: float, more: float) -> bool:
+    return more >= 0 and used + more <= _OVERFLOW_SHARE * source.delta  # False for what is not a number, too
 
 
 def _add(used: tuple[float, ...], more: tuple[float, ...]) -> tuple[float, ...]:
@@ -277,4 +306,14 @@ def _refusal(source: Source, account: _Account, event: Event) -> BudgetExceeded:
             "largest_epsilon": fit.epsilon if fit else None,
             "owners": [source.owner_id],
         },
+    )
+
+
+def _overflow_refusal(source: Source, account: _Account, event: Event) -> BudgetExceeded:
+    """The filter would admit the run, but overflowing steps might add too much to delta."""
+    room = max(0.0, _OVERFLOW_SHARE * source.delta - account.overflow)
+    return BudgetExceeded(
+        f"steps of this run that draw more units than there are slots may add {event.overflow:.3g} to delta, and source "
+        f"{source.name!r} has {room:.3g} left for that; plan with a smaller delta, which gives every step more slots",
+        details={"overflow": event.overflow, "overflow_left": room, "owners": [source.owner_id]},
     )

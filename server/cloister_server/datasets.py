@@ -6,12 +6,13 @@ included: number and size of what is sealed follow from public numbers alone.
 
 from __future__ import annotations
 
+import hmac
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from cloister.wire import sources as wire
@@ -19,7 +20,7 @@ from cloister.wire.columns import Schema, UnitColumn
 from cloister.wire.jobs import Page
 from cloister.wire.rows import RowsRefused, part_rows, row_bytes, seal_form
 from cloister_server import audit, grants, policy, vault
-from cloister_server.errors import Conflict, Invalid
+from cloister_server.errors import Conflict, Invalid, NotFound
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -31,6 +32,7 @@ __all__ = [
     "complete",
     "create",
     "fill",
+    "forget",
     "get",
     "listed",
     "may_upload",
@@ -108,19 +110,20 @@ def may_upload(
 def add_part(
     session: Session, principal: Principal, service: Service, *, dataset_id: str, number: int, rows: dict[str, Any]
 ) -> wire.PartReceipt:
-    """Seal one part of validated rows under its own key. A part that is there already is a Conflict."""
+    """Seal one part of validated rows under its own key.
+
+    A part that is there already is a Conflict; whoever uploaded it, and nobody else, is told whether it holds the same.
+    """
     authorized = may_upload(session, principal, dataset_id, number=number)
     dataset = authorized.resource
     count = len(next(iter(rows.values())))
     slots = _slots(dataset, number)
     if count > slots:
         raise RowsRefused(None, slots, f"part {number} takes at most {slots} rows within the declared capacity")
-    if session.get(Part, (dataset.tenant_id, dataset.id, number)) is not None:
-        raise Conflict(
-            f"part {number} is stored already and is never overwritten; go on with the next part",
-            details={"part_exists": True},
-        )
-    _seal_part(session, service, dataset, number, rows)
+    stored = session.get(Part, (dataset.tenant_id, dataset.id, number))
+    if stored is not None:
+        raise _stored_already(session, principal, service, dataset, stored, rows)
+    _seal_part(session, principal, service, dataset, number, rows)
     audit.allowed(session, authorized, "dataset.upload", dataset.id)
     return wire.PartReceipt(part=number)
 
@@ -134,13 +137,15 @@ def fill(session: Session, principal: Principal, service: Service, dataset_id: s
     """Seal one empty part where none was uploaded."""
     dataset = may_upload(session, principal, dataset_id, number=number).resource
     if session.get(Part, (dataset.tenant_id, dataset.id, number)) is None:
-        _seal_part(session, service, dataset, number, {})
+        _seal_part(session, principal, service, dataset, number, {})
 
 
 def complete(session: Session, principal: Principal, service: Service, dataset_id: str) -> wire.Dataset:
     """Close the dataset: its manifest is sealed, and it takes no more rows. Every part must be there."""
     authorized = may_upload(session, principal, dataset_id)
-    dataset = authorized.resource
+    dataset = _locked(session, authorized.resource)
+    if dataset.status != "uploading":
+        raise Conflict("the dataset was completed by another request at the same moment; go on, it is ready")
     if next(_missing(session, dataset), None) is not None:
         raise Conflict("a part went missing while the dataset was being completed; retry")
     parts = session.scalars(
@@ -162,6 +167,29 @@ def complete(session: Session, principal: Principal, service: Service, dataset_i
     dataset.status = "ready"
     audit.allowed(session, authorized, "dataset.complete", dataset.id)
     return view(dataset)
+
+
+def forget(session: Session, principal: Principal, service: Service, dataset_id: str) -> wire.Dataset:
+    """Delete a dataset that was never completed, with its parts, their keys and the grants on it. Raises Conflict on any other.
+
+    No job ever read it, so no ledger knows of it, and nothing is refunded. Answers the dataset as it was.
+    """
+    authorized = policy.find(session, principal, "dataset.upload", Dataset, dataset_id)
+    dataset = _locked(session, authorized.resource)
+    if dataset.status != "uploading":
+        raise Conflict(
+            "the dataset is complete, and only an upload that was not completed can be deleted; "
+            "declare a new one under the same source and train on that"
+        )
+    answer = view(dataset).model_copy(update={"status": "deleted"})
+    of_dataset = (Part.tenant_id == dataset.tenant_id, Part.dataset_id == dataset.id)
+    objects = session.scalars(select(Part.object_id).where(*of_dataset)).all()
+    vault.forget_objects(session, service.blobs, objects, tenant_id=dataset.tenant_id)
+    session.execute(delete(Part).where(*of_dataset))
+    grants.forget_resource(session, dataset)
+    session.delete(dataset)
+    audit.allowed(session, authorized, "dataset.delete", dataset.id)
+    return answer
 
 
 def part_objects(session: Session, service: Service, dataset: Dataset) -> list[str]:
@@ -219,7 +247,49 @@ def _missing(session: Session, dataset: Dataset) -> Iterator[int]:
     return (number for number in range(dataset.parts) if number not in there)
 
 
-def _seal_part(session: Session, service: Service, dataset: Dataset, number: int, rows: dict[str, Any]) -> None:
-    body = seal_form(schema_of(dataset), rows, _slots(dataset, number))
-    object_id = vault.seal_object(session, service.keys, service.blobs, body, tenant_id=dataset.tenant_id, kind="part")
-    session.add(Part(tenant_id=dataset.tenant_id, dataset_id=dataset.id, number=number, object_id=object_id))
+def _locked(session: Session, dataset: Dataset) -> Dataset:
+    """The dataset as it is now, for this transaction alone: one of two that complete or delete it waits for the other."""
+    key = (dataset.tenant_id, dataset.id)
+    found = session.get(Dataset, key, populate_existing=True, with_for_update=True)
+    if found is None:
+        raise NotFound("dataset")
+    return found
+
+
+def _seal_part(
+    session: Session, principal: Principal, service: Service, dataset: Dataset, number: int, rows: dict[str, Any]
+) -> None:
+    tenant_id, body = dataset.tenant_id, seal_form(schema_of(dataset), rows, _slots(dataset, number))
+    object_id = vault.seal_object(session, service.keys, service.blobs, body, tenant_id=tenant_id, kind="part")
+    mac = vault.content_mac(session, service.keys, body, tenant_id=tenant_id, object_id=object_id)
+    session.add(
+        Part(
+            tenant_id=tenant_id,
+            dataset_id=dataset.id,
+            number=number,
+            object_id=object_id,
+            uploader_id=principal.id,
+            content_mac=mac,
+        )
+    )
+
+
+def _stored_already(
+    session: Session, principal: Principal, service: Service, dataset: Dataset, part: Part, rows: dict[str, Any]
+) -> Conflict:
+    """The refusal of a part that is there. Told to others, 'the same' would let them try out what the rows are."""
+    if part.content_mac is None or part.uploader_id != principal.id:
+        return Conflict(
+            f"part {part.number} is stored already, by another client, and is never overwritten; "
+            "let that client go on, or delete the dataset and upload it again"
+        )
+    body = seal_form(schema_of(dataset), rows, _slots(dataset, part.number))
+    mac = vault.content_mac(session, service.keys, body, tenant_id=dataset.tenant_id, object_id=part.object_id)
+    is_same = hmac.compare_digest(part.content_mac, mac)
+    return Conflict(
+        f"part {part.number} is stored already, with the same content; go on with the next part"
+        if is_same
+        else f"part {part.number} is stored already, with other content, and is never overwritten; "
+        "delete the dataset and upload it again",
+        details={"part_exists": True, "same_content": is_same},
+    )

@@ -23,7 +23,7 @@ from cloister_server.store.blobs import Blobs
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import check_durability, new_engine, reading, writing
 
-__all__ = ["check_ready", "initialise", "open_service", "unlock"]
+__all__ = ["check_initialised", "check_ready", "initialise", "open_service", "unlock"]
 
 _PURPOSES: tuple[vault.Purpose, ...] = ("token", "certificate", "pepper")
 
@@ -60,6 +60,12 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
     return open_service(settings, root_key=keys.root_key)
 
 
+def check_initialised(settings: Settings) -> None:
+    """Raise StartRefused where `init` has not run. Makes nothing: asked before whatever would make the data directory."""
+    if not settings.data_dir.is_dir() or not _has_database(settings):
+        raise StartRefused(f"{settings.data_dir} holds no deployment: not initialised; run `cloister-admin init`")
+
+
 def unlock(settings: Settings) -> bytes:
     """The root key, by the key file or by a passphrase asked for at the terminal. Raises StartRefused."""
     if not settings.key_dir.is_dir():
@@ -74,8 +80,7 @@ def unlock(settings: Settings) -> bytes:
 def open_service(settings: Settings, *, root_key: bytes | None = None) -> Service:
     """Everything a process needs, every part of it checked. Raises StartRefused and says which is not sound, and why."""
     _check_apart(settings)
-    if not settings.data_dir.is_dir() or not _has_database(settings):
-        raise StartRefused(f"{settings.data_dir} holds no deployment: not initialised; run `cloister-admin init`")
+    check_initialised(settings)
     try:
         keys = LocalKeyProvider(settings.key_dir, root_key=unlock(settings) if root_key is None else root_key)
     except KeyProviderError as error:

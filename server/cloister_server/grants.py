@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal
@@ -9,19 +10,35 @@ from typing import Any, Literal
 from sqlalchemy.orm import Session
 
 from cloister_server import audit, policy
-from cloister_server.errors import Invalid, NotFound
+from cloister_server.errors import Invalid, NotFound, ServerError
 from cloister_server.principal import Principal
-from cloister_server.store.queries import ANY, VERBS, app_of_id, grants_of
+from cloister_server.store import queries
+from cloister_server.store.queries import ANY, VERBS
 from cloister_server.store.tables import App, Dataset, Grant, Job, Model, Source, Table, Tenant, new_id
 
-__all__ = ["ROLES", "Role", "add", "grant_role", "grant_to_creator", "listed", "remove"]
+__all__ = [
+    "ROLES",
+    "NoSuch",
+    "Role",
+    "add",
+    "find_app",
+    "forget_holder",
+    "forget_resource",
+    "grant_role",
+    "grant_to_creator",
+    "listed",
+    "names",
+    "remove",
+    "remove_all",
+]
 
-Role = Literal["steward", "trainer", "predictor"]
+Role = Literal["steward", "trainer", "predictor", "none"]
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "steward": tuple(VERBS),
     "trainer": ("dataset.read", "dataset.train"),
     "predictor": ("model.read", "model.predict"),
+    "none": (),
 }
 """What `client create --role` grants, each on every resource of the tenant, those to come included."""
 
@@ -31,6 +48,19 @@ _CREATOR: Mapping[type[Table], tuple[str, ...]] = {
     Job: ("job.read", "job.cancel"),
     Model: ("model.read", "model.predict", "model.publish"),
 }
+
+
+_ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
+"""What looks like an id is one, and never a name."""
+
+
+class NoSuch(NotFound):
+    """What the operator named is not there; in the operator's words, from whom nothing is hidden."""
+
+    def __init__(self, kind: str, given: str) -> None:
+        ServerError.__init__(
+            self, f"there is no {kind} {given!r} here; `cloister-admin {kind} list` shows what there is"
+        )
 
 
 def grant_to_creator(session: Session, principal: Principal, row: Source | Dataset | Job | Model) -> None:
@@ -46,6 +76,16 @@ def grant_role(session: Session, app: App, role: Role) -> None:
         session.add(_grant(app.tenant_id, app.id, verb, ANY))
 
 
+def forget_resource(session: Session, row: Dataset) -> None:
+    """Delete all grants on a resource that is being deleted: its id names nothing from here on."""
+    queries.forget_grants_on(session, tenant_id=row.tenant_id, resource_id=row.id)
+
+
+def forget_holder(session: Session, app: App) -> None:
+    """Delete all grants, in whatever tenant, of an app that is being removed."""
+    queries.forget_grants_to(session, app.id)
+
+
 def add(
     session: Session,
     principal: Principal,
@@ -58,22 +98,19 @@ def add(
 ) -> Grant:
     """Let an app, of any tenant, do one verb to one resource of this tenant (or to any, '*'); or deny it.
 
-    Raises Invalid where the verb or the resource is not there, NotFound where the app is not: a grant that never
-    matches would be a false comfort.
+    `to` and `resource_id` may be names as well. Raises NoSuch or Invalid where the app, the verb or the resource is not there: a
+    grant that never matches would be a false comfort.
     """
     tenant = session.get_one(Tenant, principal.tenant_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
-    holder = app_of_id(session, to)
-    if holder is None:
-        raise NotFound("client")
-    if verb not in VERBS:
-        raise Invalid(f"there is no verb {verb!r}; grant one of {', '.join(VERBS)}")
-    if resource_id != ANY and not _exists(session, tenant, verb, resource_id):
+    holder, covered = find_app(session, tenant, to), _resource_id(session, tenant, verb, resource_id)
+    if covered is None:
+        kind = VERBS[verb].__name__.lower()
         raise Invalid(
-            f"{verb!r} is decided on a {VERBS[verb].__name__.lower()}, and the tenant has none of this id; "
-            f"give its id, or '{ANY}' for any"
+            f"{verb!r} is decided on a {kind}, and the tenant has no {kind} {resource_id!r}; give one by its id"
+            f"{'' if VERBS[verb] is Job else ' or name'}, or '{ANY}' for any"
         )
-    grant = _grant(tenant.id, holder.id, verb, resource_id, effect=effect, expires=expires)
+    grant = _grant(tenant.id, holder.id, verb, covered, effect=effect, expires=expires)
     session.add(grant)
     audit.allowed(session, authorized, "grant.add", grant.id)
     return grant
@@ -83,7 +120,19 @@ def listed(session: Session, principal: Principal, *, to: str | None = None) -> 
     """The grants on a tenant's resources, oldest first: all, or one app's."""
     tenant = session.get_one(Tenant, principal.tenant_id)
     policy.authorize(session, principal, "tenant.administer", tenant)
-    return list(session.scalars(grants_of(tenant.id, to)))
+    holder_id = None if to is None else find_app(session, tenant, to).id
+    return list(session.scalars(queries.grants_of(tenant.id, holder_id)))
+
+
+def names(session: Session, principal: Principal) -> dict[str, str]:
+    """Id -> name of the holders and the resources of the tenant's grants; `TENANT/NAME` for holders of another tenant."""
+    tenant = session.get_one(Tenant, principal.tenant_id)
+    policy.authorize(session, principal, "tenant.administer", tenant)
+    return {
+        tenant.id: tenant.name,
+        **queries.names_of_resources(session, tenant.id),
+        **queries.names_of_holders(session, tenant.id),
+    }
 
 
 def remove(session: Session, principal: Principal, grant_id: str) -> None:
@@ -92,16 +141,60 @@ def remove(session: Session, principal: Principal, grant_id: str) -> None:
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
     grant = session.get(Grant, (tenant.id, grant_id))
     if grant is None:
-        raise NotFound("grant")
+        raise NoSuch("grant", grant_id)
     session.delete(grant)
     audit.allowed(session, authorized, "grant.remove", grant_id)
 
 
-def _exists(session: Session, tenant: Tenant, verb: str, resource_id: str) -> bool:
+def remove_all(
+    session: Session,
+    principal: Principal,
+    *,
+    to: str,
+    verb: str,
+    resource_id: str,
+    effect: Literal["allow", "deny"] = "allow",
+) -> list[str]:
+    """Take away what `add` of the same words gave, however often; the ids of those grants. Raises NoSuch where there are none."""
+    tenant = session.get_one(Tenant, principal.tenant_id)
+    covered = _resource_id(session, tenant, verb, resource_id) or resource_id
+    found = [
+        grant.id
+        for grant in listed(session, principal, to=to)
+        if (grant.verb, grant.resource_id, grant.effect) == (verb, covered, effect)
+    ]
+    if not found:
+        raise NoSuch("grant", f"{effect} {to} {verb} {resource_id}")
+    for grant_id in found:
+        remove(session, principal, grant_id)
+    return found
+
+
+def find_app(session: Session, tenant: Tenant, given: str) -> App:
+    """The app of this client id in any tenant, of this name in the tenant, or of `TENANT/NAME`. Raises NoSuch."""
+    if _ID.fullmatch(given):
+        app = queries.app_of_id(session, given)
+    else:
+        of, _, name = given.rpartition("/")
+        there = queries.tenant_of_id_or_name(session, of) if of else tenant
+        app = None if there is None else queries.app_of_name(session, there.id, name)
+    if app is None:
+        raise NoSuch("client", given)
+    return app
+
+
+def _resource_id(session: Session, tenant: Tenant, verb: str, given: str) -> str | None:
+    """The id of the resource of this id or name that the verb is decided on; None where the tenant has none."""
+    if verb not in VERBS:
+        raise Invalid(f"there is no verb {verb!r}; it is one of {', '.join(VERBS)}")
     table = VERBS[verb]
+    if given == ANY:
+        return ANY
     if table is Tenant:
-        return resource_id == tenant.id
-    return session.get(table, (tenant.id, resource_id)) is not None
+        return tenant.id if given in (tenant.id, tenant.name) else None
+    if not _ID.fullmatch(given):
+        return queries.id_of_name(session, table, tenant_id=tenant.id, name=given)
+    return None if session.get(table, (tenant.id, given)) is None else given
 
 
 def _grant(tenant_id: str, holder_id: str, verb: str, resource_id: str, **more: Any) -> Grant:

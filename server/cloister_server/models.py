@@ -25,7 +25,7 @@ from cloister_server.store.tables import Attempt, Job, Model, ModelVersion, Sour
 if TYPE_CHECKING:
     from cloister_privacy.architecture import Network
 
-__all__ = ["find_version", "get", "get_version", "listed", "open_network", "publish", "versions"]
+__all__ = ["find_version", "get", "get_version", "listed", "open_network", "publish", "schema", "versions"]
 
 
 def get(session: Session, principal: Principal, id_or_name: str) -> wire.Model:
@@ -55,6 +55,13 @@ def find_version(
     """The version to answer with (the champion where none is named), if the principal may predict with it."""
     authorized = policy.find(session, principal, "model.predict", Model, id_or_name)
     return authorized, _version(session, authorized.resource, number or authorized.resource.champion)
+
+
+def schema(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> wire.ModelSchema:
+    """What a version reads and predicts, for whoever may predict with it: it is sealed with the weights."""
+    _, row = find_version(session, principal, id_or_name, number)
+    spec = open_network(session, service, row).architecture
+    return wire.ModelSchema(inputs=spec.inputs, target=spec.target, output=spec.output)
 
 
 def open_network(session: Session, service: Service, row: ModelVersion) -> Network:

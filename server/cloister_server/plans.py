@@ -6,7 +6,7 @@ import math
 
 from sqlalchemy.orm import Session
 
-from cloister.wire.plans import Plan, PlanRequest, TrainingSpec
+from cloister.wire.plans import Guarantee, Plan, PlanRequest, TrainingSpec
 from cloister_privacy.errors import PlanImpossible
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.recipes import require_fit, resolve
@@ -21,7 +21,15 @@ def make(session: Session, principal: Principal, body: PlanRequest) -> Plan:
     """Fill the request's blanks by the public recipe and quote the event that training it would be charged."""
     dataset = policy.find(session, principal, "dataset.train", Dataset, body.dataset).resource
     source = session.get_one(Source, (dataset.tenant_id, dataset.source_id))
-    spec = resolve(body, columns=datasets.schema_of(dataset), nominal_size=dataset.nominal_size, delta=source.delta)
+    spec = resolve(
+        body,
+        columns=datasets.schema_of(dataset),
+        nominal_size=dataset.nominal_size,
+        capacity=dataset.capacity,
+        delta=source.delta,
+        unit=source.unit,
+        guarantee=_guarantee(source),
+    )
     plan = check_spec(dataset, source, spec)
     event = plan.event()
     return Plan(
@@ -37,7 +45,14 @@ def make(session: Session, principal: Principal, body: PlanRequest) -> Plan:
 
 def check_spec(dataset: Dataset, source: Source, spec: TrainingSpec) -> DPPlan:
     """The plan of a spec that may come from anyone: it must be about this dataset, in its public numbers."""
-    require_fit(spec, columns=datasets.schema_of(dataset), nominal_size=dataset.nominal_size)
+    require_fit(
+        spec,
+        columns=datasets.schema_of(dataset),
+        nominal_size=dataset.nominal_size,
+        capacity=dataset.capacity,
+        unit=source.unit,
+        guarantee=_guarantee(source),
+    )
     plan = DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency)
     if not 0 < plan.epsilon() < math.inf:
         raise PlanImpossible(
@@ -45,3 +60,7 @@ def check_spec(dataset: Dataset, source: Source, spec: TrainingSpec) -> DPPlan:
             "change noise_multiplier, delta or epochs"
         )
     return plan
+
+
+def _guarantee(source: Source) -> Guarantee:
+    return Guarantee(epsilon=source.epsilon, delta=source.delta)

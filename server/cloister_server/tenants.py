@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
 from cloister.wire._model import Name
 from cloister_privacy.sealing import KeyProvider
 from cloister_server import audit, grants, policy, vault
-from cloister_server.errors import Conflict, Invalid, NotFound
-from cloister_server.grants import Role
+from cloister_server.errors import Conflict, Invalid
+from cloister_server.grants import NoSuch, Role
 from cloister_server.oauth import client_secrets
 from cloister_server.principal import Principal
 from cloister_server.store import queries
-from cloister_server.store.tables import App, Tenant, new_id
+from cloister_server.store.tables import App, Tenant, new_id, now
 
-__all__ = ["apps", "create_client", "create_tenant", "find_tenant", "operator_of", "tenants"]
+__all__ = [
+    "Removed",
+    "apps",
+    "create_client",
+    "create_tenant",
+    "find_tenant",
+    "operator_of",
+    "remove_client",
+    "rotate_client",
+    "tenants",
+]
 
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A client that is no more, and the names of the sources whose owner it was: they need another."""
+
+    client_id: str
+    name: str
+    sources: list[str]
 
 
 def create_tenant(session: Session, keys: KeyProvider, *, name: str, request_id: str) -> Tenant:
@@ -50,6 +71,36 @@ def create_client(
     return app, secret
 
 
+def rotate_client(session: Session, keys: KeyProvider, principal: Principal, id_or_name: str) -> tuple[App, str]:
+    """A new secret for an app of the operator's tenant, which is nowhere but in this answer; the old one is of no use any more.
+
+    Access tokens that the old secret got live on until they expire, ten minutes at most; `remove_client` ends those too.
+    """
+    tenant = session.get_one(Tenant, principal.tenant_id)
+    authorized = policy.authorize(session, principal, "tenant.administer", tenant)
+    app = _own_app(session, tenant, id_or_name)
+    secret = client_secrets.new_secret().get_secret_value()
+    pepper = vault.signing_key(session, keys, "pepper").secret
+    app.secret_mac, app.secret_since = client_secrets.mac(pepper, app.id, secret), now()
+    audit.allowed(session, authorized, "client.rotate", app.id)
+    return app, secret
+
+
+def remove_client(session: Session, principal: Principal, id_or_name: str) -> Removed:
+    """Remove an app of the operator's tenant and all its grants: its tokens are refused within a second.
+
+    What it made stays: its jobs go on, and sources that it owned answer to whoever is granted `source.own` next.
+    """
+    tenant = session.get_one(Tenant, principal.tenant_id)
+    authorized = policy.authorize(session, principal, "tenant.administer", tenant)
+    app = _own_app(session, tenant, id_or_name)
+    removed = Removed(app.id, app.name, queries.sources_of(session, app.id))
+    grants.forget_holder(session, app)
+    session.delete(app)
+    audit.allowed(session, authorized, "client.remove", app.id)
+    return removed
+
+
 def tenants(session: Session) -> list[Tenant]:
     """Every tenant of the deployment, oldest first: for the operator's CLI alone."""
     return list(session.scalars(queries.tenants()))
@@ -66,13 +117,20 @@ def find_tenant(session: Session, id_or_name: str) -> Tenant:
     """The tenant of this id or name, for the operator's CLI alone. Raises NotFound."""
     tenant = queries.tenant_of_id_or_name(session, id_or_name)
     if tenant is None:
-        raise NotFound("tenant")
+        raise NoSuch("tenant", id_or_name)
     return tenant
 
 
 def operator_of(tenant: Tenant, *, request_id: str) -> Principal:
     """The operator at work in this tenant: for the CLI alone, which whoever holds the keys can run."""
     return Principal.operator(tenant.id, request_id=request_id)
+
+
+def _own_app(session: Session, tenant: Tenant, id_or_name: str) -> App:
+    app = grants.find_app(session, tenant, id_or_name)
+    if app.tenant_id != tenant.id:
+        raise NoSuch("client", id_or_name)
+    return app
 
 
 def _checked(name: str) -> str:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
+import logging
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.hashes import SHA512
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from sqlalchemy import select
+from sqlalchemy import delete, event, select
 from sqlalchemy.orm import Session
 
 from cloister.wire.certificate import key_id as certificate_key_id
@@ -30,7 +35,9 @@ __all__ = [
     "Kind",
     "Purpose",
     "SigningSecret",
+    "content_mac",
     "data_key",
+    "forget_objects",
     "new_data_key",
     "new_signing_key",
     "new_tenant_key",
@@ -39,8 +46,13 @@ __all__ = [
     "signing_key",
 ]
 
+log = logging.getLogger(__name__)
+
 SYSTEM_KEY_ID = "system"
 """The key in the provider that wraps the service's own signing keys."""
+
+_AT_ONCE = 500
+"""Ids in one statement: databases bound the parameters of one."""
 
 Kind = Literal["part", "manifest", "spec", "checkpoint", "weights"]
 Purpose = Literal["token", "certificate", "pepper"]
@@ -120,6 +132,35 @@ def open_object(session: Session, keys: KeyProvider, blobs: Blobs, *, tenant_id:
     """The plaintext of an object, in memory only. Raises InvalidSeal where a bit of it was touched."""
     key = data_key(session, keys, tenant_id=tenant_id, object_id=object_id)
     return bytes(open_sealed(blobs.get(tenant_id, object_id), key=key.secret, context=key.context))
+
+
+def content_mac(session: Session, keys: KeyProvider, content: bytes, *, tenant_id: str, object_id: str) -> bytes:
+    """HMAC-SHA256 of an object's plaintext, under a key that its data key derives for this alone.
+
+    Whoever reads the database learns nothing from it, not even which objects hold the same; it dies with the data key.
+    """
+    key = data_key(session, keys, tenant_id=tenant_id, object_id=object_id)
+    info = b"cloister.content/1\n" + key.context.to_bytes()
+    return hmac.digest(HKDF(SHA512(), length=32, salt=None, info=info).derive(key.secret), content, hashlib.sha256)
+
+
+def forget_objects(session: Session, blobs: Blobs, object_ids: Sequence[str], *, tenant_id: str) -> None:
+    """Delete the wrapped keys of objects that nothing names any more and, once that is committed, their blobs.
+
+    A blob that stays, because the process died in between, is bytes that no key opens.
+    """
+    for first in range(0, len(object_ids), _AT_ONCE):
+        some = object_ids[first : first + _AT_ONCE]
+        session.execute(delete(SealedObject).where(SealedObject.tenant_id == tenant_id, SealedObject.id.in_(some)))
+
+    def remove_blobs(_: Session) -> None:
+        for object_id in object_ids:
+            try:
+                blobs.delete(tenant_id, object_id)
+            except OSError as error:
+                log.error("blob.not_deleted", extra={"object_id": object_id, "error": type(error).__name__})
+
+    event.listen(session, "after_commit", remove_blobs, once=True)
 
 
 def new_signing_key(session: Session, keys: KeyProvider, purpose: Purpose) -> SigningSecret:

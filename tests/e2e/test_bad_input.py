@@ -126,6 +126,8 @@ def test_numbers_that_json_does_not_know_are_refused(raw: Raw) -> None:
     ("change", "status", "code"),
     [
         ({"batch_size": 101}, 422, "batch_too_large"),
+        ({"rows_per_unit": 0}, 422, "invalid_request"),
+        ({"rows_per_unit": 2}, 422, "plan_impossible"),
         ({"layers": [{"type": "exec", "code": "1"}]}, 422, "invalid_request"),
         ({"layers": [{"type": "linear", "in_features": 3, "out_features": 10}]}, 422, "invalid_request"),
         ({"target": "nothing"}, 422, "invalid_request"),
@@ -150,7 +152,9 @@ def test_training_before_the_upload_is_complete_is_refused(raw: Raw, dataset: st
     assert answer.status_code == 409 and answer.json()["code"] == "dataset_not_ready"
 
 
-def test_a_plan_by_user_is_refused_by_name_and_rows_without_a_user_at_upload(client: cloister.Cloister) -> None:
+def test_a_plan_by_user_says_so_and_trains_and_rows_without_a_user_are_refused_at_upload(
+    client: cloister.Cloister,
+) -> None:
     source = client.sources.create("users", epsilon=5, delta=1e-5, unit="user")
     columns = {"who": cloister.Unit(), "x": cloister.Number(low=0, high=1), "y": cloister.Category(values=("a", "b"))}
     given = {"x": np.zeros(4, np.float32), "y": np.zeros(4, np.int32)}
@@ -160,9 +164,9 @@ def test_a_plan_by_user_is_refused_by_name_and_rows_without_a_user_at_upload(cli
     data = client.datasets.upload(
         "ok", {**given, "who": ["u1", "u1", "u2", "u3"]}, source=source, columns=columns, **sizes
     )
-    with pytest.raises(cloister.InvalidRequest) as refusal:
-        client.plan(data, target="y")
-    assert refusal.value.code == "unit_not_supported"
+    plan = client.plan(data, target="y", epochs=2)
+    assert (plan.event.unit, plan.training.capacity, plan.training.rows_per_unit) == ("user", 10, 1)
+    assert client.train(plan, model="by-user").wait().predict({"x": given["x"]}).shape == (4,)
 
 
 def test_a_source_is_public_from_its_creation_or_never(client: cloister.Cloister) -> None:

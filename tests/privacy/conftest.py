@@ -43,6 +43,7 @@ def spec_of(architecture: Architecture) -> Callable[..., TrainingSpec]:
             "dataset": DATASET,
             "architecture": architecture,
             "nominal_size": 40,
+            "capacity": 80,
             "batch_size": 10,
             "steps": 6,
             "noise_multiplier": 1.0,

@@ -131,7 +131,9 @@ def test_a_plan_calibrated_to_the_largest_epsilon_is_admitted_as_the_first_one_t
     fit = largest(Q, STEPS, delta=DELTA, filter=(EPSILON, DELTA))
     assert fit is not None
     assert 2.9 < fit.epsilon < EPSILON
-    plan = DPPlan.calibrated(epsilon=fit.epsilon, nominal_size=60000, batch_size=256, steps=STEPS, delta=DELTA)
+    plan = DPPlan.calibrated(
+        epsilon=fit.epsilon, nominal_size=60000, capacity=60000, batch_size=256, steps=STEPS, delta=DELTA
+    )
     budget = frozen(sigma=plan.noise_multiplier)
     assert budget.admits([0.0] * len(budget.orders), run_at(budget.orders, sigma=plan.noise_multiplier))
 
@@ -209,3 +211,8 @@ def test_accountants_that_disagree_are_an_error_by_name(monkeypatch: pytest.Monk
 def test_asking_fewer_orders_answers_the_same(q: float, sigma: float, steps: int, factor: float) -> None:
     epsilon = epsilon_by_rdp(q, sigma, steps=steps, delta=DELTA)
     assert costs_at_most(epsilon * factor, q, sigma, steps=steps, delta=DELTA) == (factor > 1 or epsilon == 0)
+
+
+def test_the_second_figure_of_a_run_of_very_many_steps_is_rdps() -> None:
+    by_rdp = epsilon_by_rdp(0.01, 40.0, steps=1_000_000, delta=1e-5)
+    assert epsilon_by_pld(0.01, 40.0, steps=1_000_000, delta=1e-5) == by_rdp

@@ -119,7 +119,7 @@ def test_a_number_is_predicted_in_its_own_units_and_its_loss_is_told_in_units_of
         network.layers[0].bias.zero_()
     answer = network.predict({"x": np.array([0, 1], dtype=np.float32)})
     assert answer["value"].tolist() == [10, 20]  # the middle of [-10, 30], and a quarter of its range above it
-    loss = network.loss(torch.tensor([10.0, 20.0]), torch.tensor([10.0, 30.0]))
+    loss = network.losses(torch.tensor([10.0, 20.0]), torch.tensor([10.0, 30.0])).sum()
     assert loss.item() == pytest.approx((10 / 40) ** 2)
 
 

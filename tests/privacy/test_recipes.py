@@ -9,7 +9,7 @@ import pytest
 
 from cloister.wire.architecture import Encode, Flatten, Linear, ReLU, Tanh
 from cloister.wire.columns import BytesColumn, CategoryColumn, Column, NumberColumn, TensorColumn
-from cloister.wire.plans import SGD, Adam, PlanRequest, Privacy, TrainingSpec
+from cloister.wire.plans import SGD, Adam, Guarantee, PlanRequest, Privacy, TrainingSpec
 from cloister_privacy import DPPlan
 from cloister_privacy.errors import ArchitectureRefused, BatchLargerThanNominal, PlanImpossible, PrivacyError
 from cloister_privacy.recipes import require_fit, resolve
@@ -22,9 +22,15 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def resolved(nominal_size: int = 60000, **fields: Any) -> TrainingSpec:
+GUARANTEE = Guarantee(epsilon=5.0, delta=1e-6)
+
+
+def resolved(nominal_size: int = 60000, *, unit: str = "row", **fields: Any) -> TrainingSpec:
     request = PlanRequest(**({"dataset": "ds_" + "0" * 32, "target": "label"} | fields))
-    return resolve(request, columns=COLUMNS, nominal_size=nominal_size, delta=1e-6)
+    return resolve(
+        request, columns=COLUMNS, nominal_size=nominal_size, capacity=2 * nominal_size, delta=1e-6, unit=unit,
+        guarantee=GUARANTEE,
+    )  # fmt: skip
 
 
 def test_with_nothing_given_all_readable_columns_meet_one_hidden_layer_at_a_default_epsilon() -> None:
@@ -115,9 +121,32 @@ def test_a_request_that_cannot_be_met_is_refused_by_name(
 
 def test_a_spec_is_held_against_the_dataset_that_it_names(spec_of: Callable[..., TrainingSpec]) -> None:
     spec = resolved()
-    require_fit(spec, columns=COLUMNS, nominal_size=60000)
+    facts: dict[str, Any] = {"columns": COLUMNS, "nominal_size": 60000, "capacity": 120000, "guarantee": GUARANTEE}
+    require_fit(spec, **facts)
     with pytest.raises(PlanImpossible, match="nominal_size 60000 is not the dataset's 60001"):
-        require_fit(spec, columns=COLUMNS, nominal_size=60001)
+        require_fit(spec, **facts | {"nominal_size": 60001})
+    with pytest.raises(PlanImpossible, match="capacity 120000 is not the dataset's 120001"):
+        require_fit(spec, **facts | {"capacity": 120001})
+    for guarantee in (None, Guarantee(epsilon=6.0, delta=1e-6)):
+        with pytest.raises(PlanImpossible, match="guarantee is not what the source promises now"):
+            require_fit(spec, **facts | {"guarantee": guarantee})
     wider = {**COLUMNS, "age": NumberColumn(low=0, high=121)}
     with pytest.raises(ArchitectureRefused, match="'age' is not a column of the dataset as the spec declares it"):
-        require_fit(spec, columns=wider, nominal_size=60000)
+        require_fit(spec, **facts | {"columns": wider})
+
+
+def test_the_declared_sizes_and_the_sources_guarantee_stand_in_the_spec() -> None:
+    spec = resolved(1000)
+    assert (spec.nominal_size, spec.capacity, spec.rows_per_unit, spec.guarantee) == (1000, 2000, 1, GUARANTEE)
+
+
+def test_several_rows_of_a_unit_are_for_users_only() -> None:
+    spec = resolved(unit="user", rows_per_unit=4)
+    assert spec.rows_per_unit == 4
+    facts: dict[str, Any] = {"columns": COLUMNS, "nominal_size": 60000, "capacity": 120000, "guarantee": GUARANTEE}
+    require_fit(spec, **facts, unit="user")
+    with pytest.raises(PlanImpossible, match="a row is the unit"):
+        require_fit(spec, **facts)
+    with pytest.raises(PlanImpossible, match="a row is the unit"):
+        resolved(rows_per_unit=4)
+    assert resolved(rows_per_unit=1) == resolved(), "one row of a unit is the row"

@@ -24,7 +24,7 @@ TEN = CategoryColumn(values=tuple("0123456789"))
 
 def planned(columns: dict[str, Column], *, nominal_size: int, delta: float = 1e-5, **fields: Any) -> TrainingSpec:
     request = PlanRequest(**({"dataset": "ds_" + "0" * 32, "target": "label"} | fields))
-    return resolve(request, columns=columns, nominal_size=nominal_size, delta=delta)
+    return resolve(request, columns=columns, nominal_size=nominal_size, capacity=nominal_size, delta=delta)
 
 
 def trained(spec: TrainingSpec, rows: Mapping[str, np.ndarray]) -> bytes:

@@ -20,6 +20,7 @@ from cloister_privacy.errors import CheckpointRefused, RowsDoNotFit, TrainingDiv
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training import engine, train
 from cloister_privacy.training.examples import Examples
+from cloister_privacy.training.sampler import PoissonSampler
 
 Rows = Mapping[str, np.ndarray]
 
@@ -167,6 +168,10 @@ def test_steps_and_chunks_are_the_plans_whatever_the_number_of_rows(
     assert len(weights or b"") == len(run(spec_of(), rows_of(40)) or b"")
 
 
+def everything(spec: TrainingSpec, examples: Examples) -> PoissonSampler:
+    return PoissonSampler(examples.count, batch_size=spec.batch_size, nominal_size=spec.nominal_size)
+
+
 def steps_of(spec: TrainingSpec, rows: Rows, *, count: int) -> np.ndarray:
     """By how much each of `count` single steps moved every weight, times the divisor: the noisy sum, where the rate is 1."""
     run_ = engine._Run(spec, DPPlan.of(spec), device="cpu")
@@ -174,7 +179,7 @@ def steps_of(spec: TrainingSpec, rows: Rows, *, count: int) -> np.ndarray:
     path = []
     for _ in range(count + 1):
         path.append(torch.cat([weight.detach().flatten().double() for weight in run_.network.parameters()]).numpy())
-        run_.steps(examples, 1)
+        run_.steps(examples, everything(spec, examples), 1)
     return -np.diff(path, axis=0) * spec.batch_size
 
 
@@ -192,7 +197,7 @@ def test_without_any_row_a_step_is_pure_noise_of_the_plans_size_on_every_coordin
 def test_a_step_applies_the_clipped_sum_by_the_declared_batch_whatever_the_micro_batch(
     spec_of: Callable[..., TrainingSpec], rows_of: Callable[[int], Rows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloister_privacy.training.optimizer.gaussian_noise", _no_noise)
+    monkeypatch.setattr("cloister_privacy.training.steps.gaussian_noise", _no_noise)
     spec = spec_of(
         nominal_size=10, batch_size=10, optimizer=SGD(learning_rate=1.0)
     )  # a rate of 1: all rows, every step
@@ -201,8 +206,9 @@ def test_a_step_applies_the_clipped_sum_by_the_declared_batch_whatever_the_micro
     def moved(micro_batch: int) -> np.ndarray:
         run_ = engine._Run(spec, DPPlan.of(spec), device="cpu")
         run_.network.load_state_dict(state)
-        run_._micro_batch = micro_batch
-        run_.steps(Examples(spec.architecture, rows_of(25), device="cpu"), 1)
+        run_._private.micro_batch = micro_batch
+        examples = Examples(spec.architecture, rows_of(25), device="cpu")
+        run_.steps(examples, everything(spec, examples), 1)
         return np.concatenate(
             [(state[name] - weight).numpy(force=True).ravel() for name, weight in run_.network.state_dict().items()]
         )

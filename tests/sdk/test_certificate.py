@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloister.wire._errors import CloisterError, InvalidArgument
 from cloister.wire.certificate import Certificate, InvalidCertificate, key_id, sign, verify
 from cloister.wire.plans import Event
 
@@ -146,7 +147,7 @@ def test_what_was_signed_verifies_in_the_independent_verifier() -> None:
 @named(VECTORS["good"])
 def test_a_good_vector_verifies_in_both(vector: dict[str, Any]) -> None:
     certificate = verify(vector["envelope"], {name: bytes.fromhex(raw) for name, raw in vector["keys"].items()})
-    assert certificate.model_dump(mode="json") == vector["certificate"]
+    assert certificate == Certificate.model_validate(vector["certificate"])
     predicate = independent_verify(vector["envelope"], vector["keys"])
     assert {name: predicate[name] for name in vector["certificate"]} == vector["certificate"]
 
@@ -187,6 +188,43 @@ def test_the_payload_type_is_under_the_signature() -> None:
         verify(dsse(statement(), payload_type="application/json"), KEYS)
     with pytest.raises(InvalidCertificate, match="changed or forged"):
         verify({**dsse(statement(), payload_type="text/plain"), "payloadType": "application/vnd.in-toto+json"}, KEYS)
+
+
+X = base64.urlsafe_b64encode(RAW).decode().rstrip("=")
+JWK = {"kty": "OKP", "crv": "Ed25519", "kid": KEY_ID, "x": X}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [[JWK], {"keys": [JWK]}, {KEY_ID: RAW.hex()}, {KEY_ID: JWK}, ({"kty": "EC", "crv": "P-256", "kid": "t"}, JWK)],
+    ids=["list", "set", "hex", "by id", "among others"],
+)
+def test_keys_are_taken_in_every_form_in_which_they_are_given_out(keys: Any) -> None:
+    envelope = sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID)
+    assert verify(envelope, keys) == CERTIFICATE
+    assert verify(envelope, json.loads(json.dumps(keys))) == CERTIFICATE
+
+
+@pytest.mark.parametrize("keys", ["ed25519:1", b"x", None, 3, [RAW], {KEY_ID: 3}, {KEY_ID: "no hex"}], ids=repr)
+def test_keys_of_no_known_form_are_refused_by_name(keys: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"client\.certificate_keys\(\)"):
+        verify(sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID), keys)
+
+
+@pytest.mark.parametrize("x", [None, "", "AAAA", "!", X[:-4]])
+def test_a_jwk_that_holds_no_key_proves_nothing(x: Any) -> None:
+    with pytest.raises(InvalidCertificate, match="no Ed25519 public key"):
+        verify(sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID), [{**JWK, "x": x}])
+
+
+@pytest.mark.parametrize("envelope", [None, 3, [], Path("certificate.json")], ids=repr)
+def test_what_is_no_envelope_at_all_is_no_certificate(envelope: Any) -> None:
+    with pytest.raises(InvalidCertificate):
+        verify(envelope, KEYS)
+
+
+def test_an_invalid_certificate_hangs_on_the_root_of_the_sdk() -> None:
+    assert issubclass(InvalidCertificate, CloisterError)
 
 
 def test_a_key_that_was_not_given_is_refused_by_its_id() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
+import threading
 import time
 from email.utils import formatdate
 from typing import Any
 
 import httpx2
 import pytest
+from pydantic import ValidationError
 
 import cloister
+from cloister.wire.sources import CreateDataset
 from fake_server import URL, Server, refusal
 
 SOURCE = {
@@ -110,7 +114,7 @@ def test_a_time_out_and_a_lost_connection_are_named_with_host_and_request(server
         server.on("/v1/sources", fault)
         with server.client() as client, pytest.raises(kind, match=words) as told:
             create(client)
-        assert "cloister.example" in str(told.value)
+        assert "cloister.example:443" in str(told.value) and "server may be down" in str(told.value)
         assert server.asked[-1].headers["x-request-id"] in str(told.value)
 
 
@@ -249,6 +253,95 @@ def test_what_is_no_base_url_is_refused(server: Server, url: str, monkeypatch: p
     monkeypatch.delenv("CLOISTER_URL", raising=False)
     with pytest.raises(cloister.ConfigurationError):
         server.client(url=url)
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        (f"{URL}/v1", URL),
+        (f"{URL}/v1/", URL),
+        (f"{URL}/behind/v2/models", f"{URL}/behind"),
+        (f"{URL}/oauth/token", URL),
+    ],
+)
+def test_a_path_of_the_api_is_no_base_url_and_the_right_one_is_named(server: Server, url: str, base: str) -> None:
+    with pytest.raises(cloister.ConfigurationError, match=f"give '{base}'$"):
+        server.client(url=url)
+
+
+def test_a_closed_client_says_so(server: Server) -> None:
+    client = server.client()
+    client.close()
+    with pytest.raises(cloister.ConfigurationError, match="this client is closed"):
+        client.sources.get("people")
+
+    async def journey() -> None:
+        client = server.async_client()
+        await client.close()
+        await client.sources.get("people")
+
+    with pytest.raises(cloister.ConfigurationError, match="this client is closed"):
+        asyncio.run(journey())
+
+
+def test_tls_to_a_port_of_plain_http_says_how_the_url_should_begin() -> None:
+    class Quiet(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as plain:
+        thread = threading.Thread(target=plain.serve_forever)
+        thread.start()
+        try:
+            given = {"client_id": "ap_1", "client_secret": "s", "max_retries": 0}
+            with (
+                cloister.Cloister(f"https://127.0.0.1:{plain.server_port}", **given) as client,
+                pytest.raises(cloister.ConnectionFailed, match="http://") as told,
+            ):
+                client.sources.get("people")
+        finally:
+            plain.shutdown()
+            thread.join()
+    assert f"127.0.0.1:{plain.server_port}" in str(told.value)
+
+
+def test_a_name_with_a_blank_is_refused_in_words(server: Server) -> None:
+    with server.client() as client, pytest.raises(cloister.InvalidArgument) as told:
+        client.sources.create("My People", epsilon=1, delta=1e-5)
+    assert "a letter first, then letters, digits, _ and -" in str(told.value) and "^" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (cloister.DP, "DP: give exactly one of epsilon and noise_multiplier"),
+        (lambda: cloister.DP(epsilon=0), "DP: epsilon: .*greater than 0"),
+        (lambda: cloister.Number(low=1, high=0), r"Number: low \(1.0\) must be below high \(0.0\)"),
+        (lambda: cloister.Number(low=1), "Number: high: must be given"),
+        (lambda: cloister.Number(low=1, high=2, hihg=2), "Number: hihg: is not known here"),
+        (lambda: cloister.Category(values=(0, 1)), "^Category: values.0: must be text, in quotes; values.1: [^;]*$"),
+        (lambda: cloister.Category(values=("a",)), "Category: values: .*at least 2"),
+        (lambda: cloister.Tensor(shape=(0,), low=0, high=1), "Tensor: shape.0"),
+        (lambda: cloister.Linear(in_features=0, out_features=1), "Linear: in_features"),
+        (lambda: cloister.Adam(learning_rate=-1), "Adam: learning_rate"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_in_words_by_a_cloister_error(make: Any, words: str) -> None:
+    with pytest.raises(cloister.InvalidArgument, match=words) as told:
+        make()
+    assert isinstance(told.value, cloister.CloisterError) and isinstance(told.value, ValueError)
+    assert told.value.__cause__ is None and "pydantic" not in str(told.value)
+
+
+def test_the_wire_still_tells_the_place_of_each_wrong_field() -> None:
+    given = {"source": "src_" + "0" * 32, "name": "d", "nominal_size": 1, "capacity": 1}
+    columns = {"x": {"type": "number", "low": 1, "high": 0}, "y": {"type": "category", "values": [0]}}
+    with pytest.raises(ValidationError) as told:
+        CreateDataset.model_validate({**given, "columns": columns})
+    assert {each["loc"][:3] for each in told.value.errors()} == {
+        ("columns", "x", "number"),
+        ("columns", "y", "category"),
+    }
 
 
 def test_a_password_in_the_url_is_refused_and_not_repeated(server: Server) -> None:

@@ -32,6 +32,7 @@ PLAN: dict[str, Any] = {
             "loss": "cross_entropy",
         },
         "nominal_size": 1000,
+        "capacity": 2000,
         "batch_size": 100,
         "steps": 40,
         "noise_multiplier": 1.5,
@@ -54,13 +55,20 @@ PLAN: dict[str, Any] = {
     "quote": {"revision": 7, "cap": 20, "delta": 1e-5, "before": 1.5, "after": 4.25, "left": 15.75, "fits": True},
 }
 VERSION = {"model": MODEL, "name": "m", "version": 2, "job": JOB, "certificate": {}, "created": NOW}
-METADATA = {
-    "name": "m",
-    "versions": ["2"],
-    "platform": "cloister",
-    "inputs": [{"name": "scan", "datatype": "FP32", "shape": [-1, 8, 8]}],
-    "outputs": [],
+SCHEMA: dict[str, Any] = {
+    "inputs": PLAN["training"]["architecture"]["inputs"],
+    "target": "digit",
+    "output": {"type": "category", "values": [f"v{index}" for index in range(600)]},
 }
+TABLE = {
+    "inputs": {
+        "age": {"type": "number", "low": 0, "high": 120},
+        "region": {"type": "category", "values": ["north", "south"]},
+    },
+    "target": "cost",
+    "output": {"type": "number", "low": 0, "high": 9},
+}
+SCHEMA_PATH = f"/v1/models/{MODEL}/versions/2/schema"
 INFER = f"/v2/models/{MODEL}/versions/2/infer"
 
 
@@ -76,7 +84,7 @@ def trained(server: Server) -> Server:
         f"/v1/jobs/{JOB}/cancel", job("cancelling")
     )
     server.on("/v1/models/m/versions/2", VERSION).on(f"/v1/models/{MODEL}/versions/2", VERSION)
-    return server.on(f"/v2/models/{MODEL}/versions/2", METADATA).on(INFER, predict)
+    return server.on(SCHEMA_PATH, SCHEMA).on(INFER, predict)
 
 
 def predict(request: httpx2.Request) -> dict[str, Any]:
@@ -109,6 +117,7 @@ def test_a_plan_asks_with_what_was_given_and_leaves_the_rest_to_the_recipe(serve
             batch_size=100,
             epochs=4,
             optimizer=cloister.Adam(learning_rate=0.1),
+            rows_per_unit=4,
         )
     short, whole = map(body, server.requests("/v1/plans"))
     assert short == {"dataset": DATASET, "target": "digit"}
@@ -121,6 +130,7 @@ def test_a_plan_asks_with_what_was_given_and_leaves_the_rest_to_the_recipe(serve
         "batch_size": 100,
         "epochs": 4,
         "optimizer": {"type": "adam", "learning_rate": 0.1},
+        "rows_per_unit": 4,
     }
 
 
@@ -156,7 +166,9 @@ def test_what_was_planned_is_what_is_started(server: Server) -> None:
         client.train(plan, model="m")
         client.train(plan, model="m", require_revision=True)
     free, bound = map(body, server.requests("/v1/jobs"))
-    assert free["training"] == plan.training.model_dump(mode="json") and "require_revision" not in free
+    assert (
+        free["training"] == plan.training.model_dump(mode="json", exclude_none=True) and "require_revision" not in free
+    )
     assert bound == {**free, "require_revision": 7}
 
 
@@ -197,6 +209,93 @@ def test_a_wait_that_times_out_leaves_the_job_and_says_how_to_return(server: Ser
     assert all(request.method == "GET" for request in server.requests(f"/v1/jobs/{JOB}"))
 
 
+OUTAGE = [
+    httpx2.ConnectError("refused"),
+    lambda _: refusal(503, "unavailable", "starting"),
+    lambda _: httpx2.Response(502, text="<html>Bad gateway</html>"),
+]
+
+
+@pytest.mark.parametrize("timeout_s", [120, None])
+def test_a_watch_outlives_a_restart_of_the_server(server: Server, pauses: list[float], timeout_s: float | None) -> None:
+    trained(server)
+    server.on(f"/v1/jobs/{JOB}", job("running", 10), job("running", 10), *OUTAGE * 5, job("done", 40, version=2))
+    server.on(f"/v1/models/{MODEL}/versions/2", *OUTAGE, VERSION)
+    with server.client(max_retries=0) as client:
+        assert client.jobs.get(JOB).wait(timeout_s=timeout_s).version == 2
+
+
+def test_an_async_watch_outlives_a_restart_of_the_server(server: Server, pauses: list[float]) -> None:
+    trained(server).on(f"/v1/jobs/{JOB}", job("running", 10), *OUTAGE * 5, job("done", 40, version=2))
+
+    async def journey() -> int:
+        async with server.async_client() as client:
+            return (await (await client.jobs.get(JOB)).wait(timeout_s=120)).version
+
+    assert asyncio.run(journey()) == 2
+
+
+@pytest.mark.parametrize(("timeout_s", "patience_s"), [(5, 5), (300, 300), (None, 60)])
+def test_a_server_that_stays_away_is_waited_for_until_the_time_is_up(
+    server: Server, pauses: list[float], timeout_s: float | None, patience_s: float
+) -> None:
+    server.on(f"/v1/jobs/{JOB}", job("running", 10), httpx2.ConnectError("refused"))
+    with server.client() as client, pytest.raises(cloister.ConnectionFailed) as told:
+        client.jobs.get(JOB).wait(timeout_s=timeout_s)
+    assert sum(pauses) == pytest.approx(patience_s)
+    assert f"client.jobs.get({JOB!r})" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refusal(500, "internal", "broken"),
+        refusal(404, "not_found", "no such job"),
+        refusal(401, "unauthenticated", "disabled"),
+        httpx2.Response(200, text="<html>"),
+    ],
+)
+def test_whatever_ends_a_watch_names_the_job_and_the_way_back(
+    server: Server, pauses: list[float], answer: httpx2.Response
+) -> None:
+    server.on(f"/v1/jobs/{JOB}", job("running", 10), answer)
+    with server.client() as client, pytest.raises(cloister.CloisterError) as told:
+        client.jobs.get(JOB).wait(timeout_s=120)
+    assert f"client.jobs.get({JOB!r})" in str(told.value)
+    assert pauses == []
+
+
+def test_a_dataset_is_planned_on_by_its_name(server: Server) -> None:
+    dataset = {
+        "id": DATASET,
+        "name": "claims",
+        "source": PLAN["source"],
+        "columns": SCHEMA["inputs"],
+        "nominal_size": 10,
+        "capacity": 20,
+        "capacity_rows": 20,
+        "status": "ready",
+        "created": NOW,
+    }
+    trained(server).on("/v1/datasets/claims", dataset)
+
+    async def journey() -> None:
+        async with server.async_client() as client:
+            await client.plan("claims", target="digit")
+
+    with server.client() as client:
+        for given in ("claims", DATASET, client.datasets.get("claims")):
+            client.plan(given, target="digit")
+        with pytest.raises(cloister.InvalidArgument, match="neither a name"):
+            client.plan("my claims", target="digit")
+        with pytest.raises(cloister.InvalidArgument, match=r"\['scan'\]"):
+            client.plan("claims", target="digit", features="scan")
+        with pytest.raises(cloister.InvalidArgument, match="int names nothing"):
+            client.plan(3, target="digit")  # type: ignore[arg-type]  (that is the test)
+    asyncio.run(journey())
+    assert [body(request)["dataset"] for request in server.requests("/v1/plans")] == [DATASET] * 4
+
+
 def test_ctrl_c_stops_watching_and_not_the_job(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +309,40 @@ def test_ctrl_c_stops_watching_and_not_the_job(
         client.jobs.get(JOB).wait(progress=True)
     assert f"client.jobs.get('{JOB}')" in capsys.readouterr().err
     assert not server.requests(f"/v1/jobs/{JOB}/cancel")
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_after_ctrl_c_the_hint_is_the_last_that_is_drawn(
+    server: Server, monkeypatch: pytest.MonkeyPatch, with_rich: bool
+) -> None:
+    trained(server)
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    if with_rich:
+        pytest.importorskip("rich", reason="rich comes with the extra cli")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("cloister._http.time.sleep", interrupt)
+    with server.client() as client, pytest.raises(KeyboardInterrupt):
+        client.jobs.get(JOB).wait(progress=True)
+    assert terminal.getvalue().endswith(f"client.jobs.get({JOB!r}) finds it again.\n")
+    assert terminal.getvalue().count("client.jobs.get") == 1
+
+
+def test_a_cancelled_watch_says_how_to_return_too(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    server.on(f"/v1/jobs/{JOB}", job("running", 10))
+
+    async def journey() -> None:
+        async with server.async_client() as client:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for((await client.jobs.get(JOB)).wait(progress=True), 0.05)
+
+    asyncio.run(journey())
+    assert capfd.readouterr().err.endswith(f"client.jobs.get({JOB!r}) finds it again.\n")
 
 
 def test_a_job_is_cancelled_and_refreshed(server: Server) -> None:
@@ -242,14 +375,30 @@ def test_progress_is_shown_on_a_terminal(
     assert "40/40" in terminal.getvalue() and "steps" in terminal.getvalue()
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_nothing_is_shown_anywhere_else(
-    server: Server, pauses: list[float], capfd: pytest.CaptureFixture[str], progress: bool
+def test_nothing_is_shown_to_whoever_did_not_ask(
+    server: Server, pauses: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
     trained(server)
     with server.client() as client:
-        client.jobs.get(JOB).wait(progress=progress)
+        client.jobs.get(JOB).wait()
     assert capfd.readouterr() == ("", "")
+
+
+def test_progress_in_a_log_is_a_line_for_each_tenth(
+    server: Server, pauses: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    looks = [job("queued"), job("queued"), *[job("running", done) for done in range(41)], job("done", 40, version=2)]
+    trained(server).on(f"/v1/jobs/{JOB}", *looks)
+    with server.client() as client:
+        client.jobs.get(JOB).wait(progress=True)
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    assert out == "" and len(lines) == 13, err
+    assert lines[-3:] == [
+        f"{JOB} running: 36/40 steps (90 %)",
+        f"{JOB} running: 40/40 steps (100 %)",
+        f"{JOB} done: 40/40 steps (100 %)",
+    ]
 
 
 def test_predictions_come_back_in_order_however_many_requests_they_take(
@@ -264,7 +413,7 @@ def test_predictions_come_back_in_order_however_many_requests_they_take(
         assert model.predict({"scan": x[:1]}).dtype == np.int64
         assert model.predict_proba(x[:2]).shape == (2, 1)
         assert model.predict_proba(x[:2]).dtype == np.float32
-    assert len(server.requests(f"/v2/models/{MODEL}/versions/2")) == 1, "what a version reads is asked for once"
+    assert len(server.requests(SCHEMA_PATH)) == 1, "what a version reads is asked for once"
 
 
 @pytest.mark.parametrize(
@@ -272,9 +421,10 @@ def test_predictions_come_back_in_order_however_many_requests_they_take(
     [
         (np.zeros((2, 8)), r"shape \(2, 8\)"),
         (np.float32(1), r"shape \(\)"),
+        (np.zeros((8, 8)), r"one row of shape \(8, 8\), without a row axis; add one: x\[None\]"),
         (np.full((1, 8, 8), np.nan), "finite"),
         (np.full((1, 8, 8), 1e300), "finite"),
-        ([["a"]], "not a number"),
+        (np.full((1, 8, 8), "a"), "not a number"),
         ({"other": np.zeros((1, 8, 8))}, "reads scan, and was given other"),
         ({}, "given nothing"),
     ],
@@ -287,12 +437,8 @@ def test_input_that_the_model_cannot_read_is_refused_before_it_is_sent(server: S
 
 
 def test_a_model_of_several_inputs_wants_them_by_name_and_never_rounds_a_category(server: Server) -> None:
-    inputs = [
-        {"name": "age", "datatype": "FP32", "shape": [-1]},
-        {"name": "region", "datatype": "INT64", "shape": [-1]},
-    ]
     value = {"name": "value", "datatype": "FP32", "shape": [2], "data": [1.5, 2]}
-    trained(server).on(f"/v2/models/{MODEL}/versions/2", {**METADATA, "inputs": inputs})
+    trained(server).on(SCHEMA_PATH, TABLE)
     server.on(INFER, {"model_name": "m", "outputs": [value]})
     with server.client() as client:
         model = client.models.get("m", version=2)
@@ -302,12 +448,54 @@ def test_a_model_of_several_inputs_wants_them_by_name_and_never_rounds_a_categor
             model.predict_proba({"region": [0, 1], "age": [30, 40]})
         for wrong, words in (
             ([1.0], "dict with an array for each"),
-            ({"age": [1], "region": [0.5]}, "INT64"),
-            ({"age": [1], "region": ["north"]}, "index"),
+            ({"age": [1], "region": [0.5]}, "row 0: 0.5 is not one of the declared categories: north, south"),
+            ({"age": [1, 1], "region": ["north", "west"]}, "row 1: 'west' is not one of the declared"),
+            ({"age": [1], "region": [2]}, "row 0: 2 is not one of the declared"),
+            ({"age": 30, "region": "north"}, r"'age' is a single value, without a row axis; add one: \[x\]"),
             ({"age": [1, 2], "region": [0]}, "different numbers of rows"),
         ):
             with pytest.raises(cloister.RowsNotFit, match=words):
                 model.predict(wrong)
+
+
+def test_a_category_is_given_to_a_prediction_as_to_an_upload(server: Server) -> None:
+    value = {"name": "value", "datatype": "FP32", "shape": [3], "data": [1, 2, 3]}
+    trained(server).on(SCHEMA_PATH, TABLE).on(INFER, {"model_name": "m", "outputs": [value]})
+    with server.client() as client:
+        model = client.models.get("m", version=2)
+        for region in (["south", "north", "south"], np.array([1, 0, 1]), np.array(["south", "north", "south"], object)):
+            model.predict({"age": [30, 40, 50], "region": region})
+        assert model.schema().classes is None
+    for request in server.requests(INFER):
+        (sent,) = (tensor for tensor in body(request)["inputs"] if tensor["name"] == "region")
+        assert (sent["datatype"], sent["data"]) == ("INT64", [1, 0, 1])
+
+
+def test_answers_are_decoded_by_the_models_own_classes(server: Server) -> None:
+    trained(server)
+    x = np.arange(4)[:, None, None] * np.ones((4, 8, 8))
+    with server.client() as client:
+        model = client.models.get("m", version=2)
+        assert model.schema().target == "digit" and list(model.schema().inputs) == ["scan"]
+        assert model.schema().classes == tuple(SCHEMA["output"]["values"])
+        assert model.predict(x, decoded=True).tolist() == ["v0", "v64", "v128", "v192"]
+        with pytest.raises(cloister.UnexpectedAnswer, match="none of the model's classes"):
+            model.predict(100 * x, decoded=True)
+
+    async def journey() -> list[str]:
+        async with server.async_client() as client:
+            model = await client.models.get("m", version=2)
+            assert (await model.schema()).classes == tuple(SCHEMA["output"]["values"])
+            return list(await model.predict(x, decoded=True))
+
+    assert asyncio.run(journey()) == ["v0", "v64", "v128", "v192"]
+    assert len(server.requests(SCHEMA_PATH)) == 2, "once a client"
+
+
+def test_who_may_not_predict_is_told_in_the_servers_words(server: Server) -> None:
+    trained(server).on(SCHEMA_PATH, refusal(403, "forbidden", "'model.predict' is not granted to you"))
+    with server.client() as client, pytest.raises(cloister.PermissionDenied, match=r"model\.predict"):
+        client.models.get("m", version=2).predict(np.zeros((2, 8, 8)))
 
 
 def test_a_prediction_that_contradicts_itself_is_not_believed(server: Server) -> None:

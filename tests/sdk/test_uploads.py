@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gzip
 import hashlib
+import io
 import pickle
 import tracemalloc
 from pathlib import Path
@@ -43,6 +44,9 @@ class Datasets:
     def __init__(self, server: Server, columns: dict[str, Column]) -> None:
         self.server, self.columns, self.declared, self.status = server, columns, {}, ""
         self.parts: dict[int, dict[str, np.ndarray[Any, Any]]] = {}
+        self.contents: dict[int, bytes] = {}
+        self.tells_content = True
+        server.on(f"/v1/datasets/{DATASET}", self.delete)
         server.on("/v1/datasets", self.declare).on("/v1/datasets/d", self.view)
         server.on(f"/v1/datasets/{DATASET}/complete", self.complete)
         for number in range(10):
@@ -64,9 +68,17 @@ class Datasets:
         assert request.headers["content-digest"] == f"sha-256=:{digest}:"
         assert request.headers["content-type"] == "application/vnd.cloister.rows"
         if number in self.parts:
-            return refusal(409, "conflict", "stored already", part_exists=True)
+            told = {"same_content": self.contents[number] == request.content} if self.tells_content else {}
+            return refusal(409, "conflict", "stored already", part_exists=True, **told)
         self.parts[number] = decode_rows(self.columns, request.content)
+        self.contents[number] = request.content
         return {"part": number, "rows": len(next(iter(self.parts[number].values())))}
+
+    def delete(self, request: httpx2.Request) -> Any:
+        assert request.method == "DELETE"
+        self.declared, self.status = {}, ""
+        self.parts.clear()
+        return httpx2.Response(204)
 
     def complete(self, request: httpx2.Request) -> Any:
         self.status = "ready"
@@ -78,7 +90,7 @@ class Datasets:
 
 def upload(server: Server, data: RowData, columns: dict[str, Column] = COLUMNS, **changed: Any) -> cloister.Dataset:
     with server.client() as client:
-        return client.datasets.upload("d", data, source=SOURCE, columns=columns, **{**PUBLIC, **changed})
+        return client.datasets.upload("d", data, columns=columns, **{"source": SOURCE, **PUBLIC, **changed})
 
 
 def digits(count: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -295,7 +307,7 @@ def test_a_file_of_unknown_length_stops_at_the_capacity(server: Server, tmp_path
     path.write_text("age\n" + "1\n" * 11)
     with pytest.raises(cloister.RowsNotFit, match="capacity"):
         upload(server, path, columns, nominal_size=5, capacity=10)
-    assert store.parts == {} and store.status == "uploading"
+    assert not store.declared and server.asked == []
 
 
 def test_an_interrupted_upload_is_taken_up_where_the_server_stands(server: Server, pauses: list[float]) -> None:
@@ -343,4 +355,206 @@ def test_a_row_that_the_server_refuses_is_named_by_its_place_in_the_data(server:
     with pytest.raises(cloister.RowsRefused) as told:
         upload(server, digits(2 * SIZE))
     assert (told.value.column, told.value.row) == ("scan", SIZE + 2)
-    assert f"row {SIZE + 2} of the data" in str(told.value)
+    assert str(told.value).startswith(f"row {SIZE + 2} of the data, column 'scan': holds NaN; correct the rows")
+    assert "row 2:" not in str(told.value) and "req-12345678" in str(told.value)
+
+
+def spoiled(**wrong: Any) -> dict[str, Any]:
+    return {**digits(SIZE + 5), **wrong}
+
+
+def at_the_end(name: str, value: Any) -> dict[str, Any]:
+    """Rows of which only the very last does not fit."""
+    data = digits(SIZE + 5)
+    data[name][-1] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("nope.csv", "nope.csv cannot be opened: No such file"),
+        (Path("nope.csv.gz"), "nope.csv.gz cannot be opened: No such file"),
+        (spoiled(scan="nope.npy"), "column 'scan': nope.npy cannot be opened: No such file"),
+        ({"scan": digits(1)["scan"]}, "missing: digit"),
+        (spoiled(more=[1]), "not declared: more; ignore_undeclared=True leaves those out"),
+        (spoiled(scan=np.zeros((SIZE + 5, 8, 8))), "shape"),
+        (spoiled(scan=np.zeros(SIZE + 5, "M8[s]")), "column 'scan'"),
+        (spoiled(scan=np.float32(3)), "column 'scan' is no array of rows"),
+        (spoiled(digit=3), "column 'digit' is no array of rows"),
+        (spoiled(digit=np.zeros(3, int)), "different lengths"),
+        (spoiled(digit=np.full(SIZE + 5, "x")), "column 'digit' row 0: 'x' is not one of the declared categories: 0, 1"),
+        (at_the_end("digit", 10), f"column 'digit' row {SIZE + 4}: 10 is not"),
+        (at_the_end("scan", np.nan), f"column 'scan' row {SIZE + 4}: holds a value that is not finite"),
+        (at_the_end("scan", 1.5), f"column 'scan' row {SIZE + 4}: holds a value outside the declared bounds"),
+    ],
+    ids=[
+        "no file", "no packed file", "no npy", "no column", "one column more", "shape", "dtype", "one tensor", "one value",
+        "lengths", "text", "index", "nan", "bounds",
+    ],
+)  # fmt: skip
+def test_whatever_can_be_checked_here_is_checked_before_anything_is_created(
+    server: Server, data: Any, words: str
+) -> None:
+    store = Datasets(server, COLUMNS if isinstance(data, dict) else TABLE)
+    with pytest.raises(cloister.RowsNotFit, match=words):
+        upload(server, data, store.columns)
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("age,region,note\n1,north,a\n", "missing: who"),
+        ("age;region;note;who\n1;north;a;x\n", "separates its columns by semicolons"),
+        ("age,region,note,who\n" + "1,north,a,x\n" * 70_000 + "1,west,a,x\n", "row 70000: 'west' is not one"),
+        ("age,region,note,who\n" + "1,north,a,x\n" * 70_000 + "121,north,a,x\n", "column 'age' row 70000: .*bounds"),
+    ],
+)
+def test_all_rows_of_a_csv_are_checked_before_anything_is_created(
+    server: Server, tmp_path: Path, text: str, words: str
+) -> None:
+    Datasets(server, TABLE)
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(cloister.RowsNotFit, match=words):
+        upload(server, tmp_path / "rows.csv", TABLE, capacity=100_000)
+    assert server.asked == []
+
+
+def test_the_async_client_checks_first_too(server: Server) -> None:
+    Datasets(server, COLUMNS)
+
+    async def journey() -> None:
+        async with server.async_client() as client:
+            await client.datasets.upload("d", at_the_end("digit", 10), source=SOURCE, columns=COLUMNS, **PUBLIC)
+
+    with pytest.raises(cloister.RowsNotFit, match=f"row {SIZE + 4}"):
+        asyncio.run(journey())
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "data", [[{"scan": 1}], io.StringIO("scan,digit"), None, 3], ids=["list", "file", "none", "int"]
+)
+def test_what_is_no_source_of_rows_is_refused_by_its_type(server: Server, data: Any) -> None:
+    with pytest.raises(cloister.InvalidArgument, match=f"data is a {type(data).__name__}; give a dict"):
+        upload(server, data)
+    assert server.asked == []
+
+
+def test_an_upload_goes_under_a_source_by_its_name(server: Server) -> None:
+    store = Datasets(server, COLUMNS)
+    budget = {"epsilon": 1, "delta": 1e-5, "spent": 0, "left": 1, "revision": 0}
+    told = {"id": SOURCE, "name": "people", "unit": "row", "adjacency": "add_remove", "public": False}
+    server.on("/v1/sources/people", {**told, "budget": budget, "created": "2026-01-01T00:00:00Z"})
+    assert upload(server, digits(3), source="people").status == "ready"
+    assert store.declared["source"] == SOURCE
+    with pytest.raises(cloister.InvalidArgument, match="neither a name"):
+        upload(server, digits(3), source="the people")
+    with pytest.raises(cloister.NotFound):
+        upload(server, digits(3), source="nobody")
+
+
+def test_rows_that_differ_from_an_earlier_upload_s_are_refused_and_never_mixed(
+    server: Server, pauses: list[float]
+) -> None:
+    store, second = Datasets(server, COLUMNS), f"/v1/datasets/{DATASET}/parts/1"
+    server.on(second, httpx2.ConnectError("cut"))
+    with pytest.raises(cloister.ConnectionFailed):
+        upload(server, digits(SIZE + 1))
+    server.on(second, store.part)
+    other = spoiled(scan=np.zeros((SIZE + 5, 64, 64), np.float32))
+    with pytest.raises(cloister.UploadDiffers, match=r"client\.datasets\.delete\('d'\), then upload again") as told:
+        upload(server, other)
+    assert isinstance(told.value, cloister.Conflict) and told.value.request_id == "req-12345678"
+    assert sorted(store.parts) == [0], "nothing more was sent"
+    with server.client() as client:
+        assert client.datasets.delete("d") is None  # type: ignore[func-returns-value]  (that is the test)
+    assert upload(server, other).status == "ready"
+    assert np.array_equal(store.rows("scan"), other["scan"])
+
+
+def test_a_server_that_does_not_compare_is_believed(server: Server, pauses: list[float]) -> None:
+    store, second = Datasets(server, COLUMNS), f"/v1/datasets/{DATASET}/parts/1"
+    store.tells_content = False
+    server.on(second, httpx2.ConnectError("cut"))
+    with pytest.raises(cloister.ConnectionFailed):
+        upload(server, digits(SIZE + 1))
+    server.on(second, store.part)
+    assert upload(server, digits(SIZE + 1)).status == "ready"
+
+
+def test_a_dataset_is_deleted_by_name_id_or_itself(server: Server) -> None:
+    Datasets(server, COLUMNS)
+    there = upload(server, digits(1))
+    server.on(f"/v1/datasets/{DATASET}", lambda _: httpx2.Response(204))
+
+    async def journey() -> None:
+        async with server.async_client() as client:
+            await client.datasets.delete("d")
+
+    with server.client() as client:
+        for given in ("d", DATASET, there):
+            client.datasets.delete(given)
+    asyncio.run(journey())
+    sent = [request for request in server.asked if request.method == "DELETE"]
+    assert len(sent) == 4 and {request.url.path for request in sent} == {f"/v1/datasets/{DATASET}"}
+    assert all(request.headers["idempotency-key"] for request in sent)
+
+
+def test_an_unfinished_upload_of_another_declaration_says_what_differs_and_how_to_be_rid_of_it(server: Server) -> None:
+    store = Datasets(server, COLUMNS)
+    upload(server, digits(1))
+    store.status = "uploading"
+    with pytest.raises(cloister.Conflict, match=r"already there.*\(capacity, .*client\.datasets\.delete\('d'\)"):
+        upload(server, digits(1), capacity=2000)
+
+
+def test_undeclared_columns_are_left_out_where_that_is_said(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("more,who,note,region,age,more\n1,x,a,north,1.5,3\n2,7,b,south,2,4\n")
+    store = Datasets(server, TABLE)
+    upload(server, tmp_path / "rows.csv", TABLE, ignore_undeclared=True)
+    assert store.rows("age").tolist() == [1.5, 2]
+    (read,) = windows(TABLE, {**table(), "more": object()}, ignore_undeclared=True)
+    assert read["age"].tolist() == [1.5, 2]
+    with pytest.raises(cloister.RowsNotFit, match="missing: Age"):
+        list(windows({"Age": TABLE["age"]}, tmp_path / "rows.csv", ignore_undeclared=True))
+
+
+def test_blanks_around_values_are_no_part_of_them_but_in_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('age , region, note, who\n 30 , north , "  a ", x \n 4,south,"b, c",7\n')
+    (read,) = windows(TABLE, tmp_path / "rows.csv")
+    (expected,) = windows(TABLE, table(age=[30, 4], note=["  a ", "b, c"]))
+    assert all(np.array_equal(read[name], expected[name]) for name in expected)
+
+
+def test_categories_declared_with_their_blanks_are_found_too(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("work\n State-gov\n Private\n")
+    (read,) = windows({"work": cloister.Category(values=(" Private", " State-gov"))}, tmp_path / "rows.csv")
+    assert read["work"].tolist() == [1, 0]
+    with pytest.raises(cloister.RowsNotFit, match="blanks alone"):
+        list(windows({"work": cloister.Category(values=("a", " a"))}, tmp_path / "rows.csv"))
+
+
+def test_a_census_file_loads_as_it_is_published(server: Server, tmp_path: Path) -> None:
+    """Adult (UCI): a blank after every comma, '?' for what is unknown, a blank line at the end."""
+    (tmp_path / "adult.csv.gz").write_bytes(gzip.compress(ADULT.encode()))
+    columns: dict[str, Column] = {
+        "age": cloister.Number(low=17, high=90),
+        "workclass": cloister.Category(values=("?", "Private", "Self-emp-not-inc", "State-gov")),
+        "education-num": cloister.Number(low=1, high=16),
+        "classification": cloister.Category(values=("<=50K", ">50K")),
+    }
+    store = Datasets(server, columns)
+    assert upload(server, tmp_path / "adult.csv.gz", columns, ignore_undeclared=True).status == "ready"
+    assert store.rows("age").tolist() == [39, 50, 52] and store.rows("workclass").tolist() == [3, 2, 0]
+    assert store.rows("classification").tolist() == [0, 0, 1]
+
+
+ADULT = """\
+age, workclass, fnlwgt, education, education-num, native-country, classification
+39, State-gov, 77516, Bachelors, 13, United-States, <=50K
+50, Self-emp-not-inc, 83311, Bachelors, 13, United-States, <=50K
+52, ?, 287927, HS-grad, 9, United-States, >50K
+
+"""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,167 @@ def test_a_deployment_that_is_not_sound_is_refused_by_name(
         deployment.open_service(load_settings())
 
 
-def test_nothing_is_opened_before_init(admin: Callable[..., Result]) -> None:
-    assert "cloister-admin init" in refusal(admin("tenant", "list"))
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tenant", "list"),
+        ("tenant", "create", "acme"),
+        ("client", "create", "--tenant", "acme", "--name", "app"),
+        ("client", "rotate", "app", "--tenant", "acme"),
+        ("grant", "list", "--tenant", "acme"),
+        ("source", "list", "--tenant", "acme"),
+        ("budget", "show", "people", "--tenant", "acme"),
+    ],
+)
+def test_before_init_nothing_is_opened_and_nothing_is_made(
+    admin: Callable[..., Result], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    assert "cloister-admin init" in refusal(admin(*arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def acme(admin: Callable[..., Result]) -> Callable[..., Any]:
+    """Runs a command on a deployment with a tenant `acme` and its client `app`; answers its JSON document."""
+    admin("init")
+    for tenant in ("acme", "other"):
+        admin("tenant", "create", tenant)
+    return lambda *arguments: done(admin(*arguments, "--json"))
+
+
+def _token(http: TestClient, client_id: str, secret: str) -> str | None:
+    answer = http.post("/oauth/token", data={"grant_type": "client_credentials"}, auth=(client_id, secret))
+    return answer.json().get("access_token") if answer.status_code == 200 else None
+
+
+def _audited(root: Path, verb: str) -> list[str]:
+    engine = new_engine(f"sqlite:///{root}/data/cloister.db")
+    with engine.connect() as connection:
+        rows = connection.execute(
+            text("SELECT resource_id, outcome FROM audit WHERE verb = :verb"), {"verb": verb}
+        ).all()
+    engine.dispose()
+    assert {row.outcome for row in rows} <= {"allowed"}
+    return [row.resource_id for row in rows]
+
+
+def test_a_rotated_secret_is_dead_at_once_and_the_new_one_is_shown_once(
+    acme: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = acme("client", "create", "--tenant", "acme", "--name", "app")
+    before = acme("client", "list", "--tenant", "acme")[0]
+    assert before["secret_since"] == before["created"]
+    with TestClient(create_app(deployment.open_service(load_settings()))) as http:
+        for named in ("app", made["client_id"]):
+            old, made = made, acme("client", "rotate", named, "--tenant", "acme")
+            assert made["client_id"] == old["client_id"] and made["client_secret"] != old["client_secret"]
+            assert _token(http, old["client_id"], old["client_secret"]) is None
+            assert _token(http, made["client_id"], made["client_secret"])
+    after = acme("client", "list", "--tenant", "acme")[0]
+    assert after["created"] == before["created"] < after["secret_since"]
+    assert _audited(tmp_path, "client.rotate") == [made["client_id"]] * 2
+    assert made["client_secret"].encode() not in b"".join(path.read_bytes() for path in _files(tmp_path))
+
+
+def test_a_removed_client_its_token_and_its_grants_are_of_no_use(acme: Callable[..., Any], tmp_path: Path) -> None:
+    made = acme("client", "create", "--tenant", "acme", "--name", "app", "--role", "steward")
+    kept = acme("client", "create", "--tenant", "acme", "--name", "kept", "--role", "predictor")
+    acme("grant", "add", "--tenant", "other", "--to", made["client_id"], "--verb", "model.predict")
+    declared = ("--name", "people", "--epsilon", "3", "--delta", "1e-6", "--owner", "app")
+    assert acme("source", "create", "--tenant", "acme", *declared)["name"] == "people"
+    with TestClient(create_app(deployment.open_service(load_settings()))) as http:
+        bearer = {"Authorization": f"Bearer {_token(http, made['client_id'], made['client_secret'])}"}
+        assert http.get("/v1/sources", headers=bearer).status_code == 200
+        removed = acme("client", "remove", "app", "--tenant", "acme")
+        assert removed == {"removed": made["client_id"], "name": "app", "sources_without_owner": ["people"]}
+        assert _token(http, made["client_id"], made["client_secret"]) is None
+        time.sleep(1.1)  # for how long a process may remember that the app is there
+        assert http.get("/v1/sources", headers=bearer).status_code == 401
+    assert {each["to"] for each in acme("grant", "list", "--tenant", "acme")} == {kept["client_id"]}
+    assert acme("grant", "list", "--tenant", "other") == []
+    assert _audited(tmp_path, "client.remove") == [made["client_id"]]
+    again = acme("client", "create", "--tenant", "acme", "--name", "app")
+    assert again["client_id"] != made["client_id"]
+
+
+def test_a_client_of_another_tenant_is_neither_removed_nor_rotated(
+    acme: Callable[..., Any], admin: Callable[..., Result]
+) -> None:
+    made = acme("client", "create", "--tenant", "other", "--name", "app")
+    for verb in ("remove", "rotate"):
+        for named in ("app", "other/app", made["client_id"]):
+            assert "no client" in refusal(admin("client", verb, named, "--tenant", "acme"))
+    assert len(acme("client", "list", "--tenant", "other")) == 1
+
+
+def test_a_client_without_a_role_starts_with_nothing(acme: Callable[..., Any]) -> None:
+    acme("client", "create", "--tenant", "acme", "--name", "app", "--role", "none")
+    assert acme("grant", "list", "--tenant", "acme") == []
+
+
+def test_grants_are_added_listed_and_removed_by_names(acme: Callable[..., Any], admin: Callable[..., Result]) -> None:
+    app = acme("client", "create", "--tenant", "acme", "--name", "app", "--role", "none")
+    friend = acme("client", "create", "--tenant", "other", "--name", "app", "--role", "none")
+    declared = ("--name", "people", "--epsilon", "3", "--delta", "1e-6", "--owner", "app")
+    source = acme("source", "create", "--tenant", "acme", *declared)
+    words = ("--tenant", "acme", "--verb", "source.read", "--resource", "people")
+    for to, client in (("app", app), ("other/app", friend)):
+        added = acme("grant", "add", *words, "--to", to)
+        assert (added["to"], added["to_name"]) == (client["client_id"], to)
+        assert (added["resource"], added["resource_name"]) == (source["id"], "people")
+        assert added["id"] in [each["id"] for each in acme("grant", "list", "--tenant", "acme", "--to", to)]
+    denied = acme("grant", "add", *words, "--to", "other/app", "--effect", "deny")
+    of_friend = acme("grant", "list", "--tenant", "acme", "--to", "other/app")
+    allowed = [each["id"] for each in of_friend if each["effect"] == "allow"]
+    assert acme("grant", "remove", *words, "--to", "other/app") == {"removed": allowed}
+    left = acme("grant", "list", "--tenant", "acme", "--to", friend["client_id"])
+    assert [each["id"] for each in left] == [denied["id"]], "a deny is taken away by its own words alone"
+    assert "no grant" in refusal(admin("grant", "remove", *words, "--to", "other/app"))
+    assert acme("grant", "remove", *words, "--to", "other/app", "--effect", "deny") == {"removed": [denied["id"]]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("grant", "add", "--to", "nobody", "--verb", "model.read"), "no client 'nobody'"),
+        (("grant", "add", "--to", "app", "--verb", "model.read", "--resource", "people"), "no model 'people'"),
+        (("grant", "add", "--to", "app", "--verb", "job.read", "--resource", "people"), "give one by its id, or"),
+        (("grant", "add", "--to", "app", "--verb", "source.fly"), "it is one of source.create"),
+        (("grant", "remove", "gr_" + "0" * 32, "--to", "app"), "either a grant's id, or --to and --verb"),
+        (("grant", "remove", "--to", "app"), "either a grant's id, or --to and --verb"),
+        (("grant", "remove", "gr_" + "0" * 32), "`cloister-admin grant list`"),
+        (("grant", "list", "--to", "nobody"), "`cloister-admin client list`"),
+        (("client", "remove", "nobody"), "no client 'nobody'"),
+        (("client", "list", "--tenant", "nobody"), "`cloister-admin tenant list`"),
+        (("budget", "show", "nothing"), "no source 'nothing' here; `cloister-admin source list`"),
+        (("budget", "show", "src_" + "0" * 32), "`cloister-admin source list`"),
+        (
+            ("source", "create", "--name", "s", "--epsilon", "1", "--delta", "1e-6", "--owner", "nobody"),
+            "no client 'nobody'",
+        ),
+    ],
+)
+def test_a_refusal_is_in_the_operators_words(
+    acme: Callable[..., Any], admin: Callable[..., Result], arguments: tuple[str, ...], told: str
+) -> None:
+    acme("client", "create", "--tenant", "acme", "--name", "app", "--role", "none")
+    said = refusal(admin(*arguments, *(() if "--tenant" in arguments else ("--tenant", "acme"))))
+    assert told in said
+    assert "shared with you" not in said and "ask its owner" not in said and "granted to you" not in said
+
+
+def test_lists_are_columns_of_names(acme: Callable[..., Any], admin: Callable[..., Result]) -> None:
+    made = acme("client", "create", "--tenant", "acme", "--name", "app", "--role", "predictor")
+    lines = admin("client", "list", "--tenant", "acme").stdout.splitlines()
+    assert lines[0].split() == ["name", "client_id", "created", "secret_since"]
+    assert lines[1].split()[:2] == ["app", made["client_id"]]
+    lines = admin("grant", "list", "--tenant", "acme").stdout.splitlines()
+    assert lines[0].split() == ["id", "to", "effect", "verb", "resource", "expires"]
+    assert {line.index("allow") for line in lines[1:]} == {lines[0].index("effect")}
+    assert {tuple(line.split()[1:]) for line in lines[1:]} == {
+        ("app", "allow", verb, "*", "-") for verb in ("model.read", "model.predict")
+    }
+    assert admin("source", "list", "--tenant", "acme").stdout == "(none)\n"
 
 
 def test_keys_inside_the_data_directory_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -111,7 +112,15 @@ def test_the_largest_run_that_a_refusal_names_is_admitted(engine: Engine, source
     assert 0 < largest < 1.21
     from cloister_privacy.plan import DPPlan
 
-    plan = DPPlan.calibrated(epsilon=largest, nominal_size=60_000, batch_size=256, steps=2344, delta=1e-6)
+    plan = DPPlan.calibrated(
+        epsilon=largest,
+        nominal_size=60_000,
+        capacity=60_000,
+        batch_size=256,
+        steps=2344,
+        delta=1e-6,
+        guarantee=(3, 1e-6),
+    )
     reserve(engine, source, plan.event())
 
 
@@ -196,6 +205,80 @@ def test_racing_reservations_never_overdraw(engine: Engine, source: Source) -> N
         admitted = sum(pool.map(attempt, range(16)))
     assert admitted == 7
     assert balance(engine, source).spent <= 3.0
+
+
+def overflowing(overflow: float, *, steps: int = 10) -> Event:
+    """An event that costs next to nothing but what its overflowing steps may add to delta."""
+    return EVENT.model_copy(update={"noise_multiplier": 100.0, "steps": steps, "overflow": overflow})
+
+
+def test_overflowing_steps_add_at_most_a_thousandth_to_delta(engine: Engine, source: Source) -> None:
+    for _ in range(3):
+        reserve(engine, source, overflowing(3e-10))
+    before = balance(engine, source)
+    with pytest.raises(BudgetExceeded, match="plan with a smaller delta") as refusal:
+        reserve(engine, source, overflowing(1.01e-10))
+    assert refusal.value.details["overflow_left"] == pytest.approx(1e-10)
+    assert balance(engine, source) == before, "a refusal writes nothing"
+    with reading(engine) as session:
+        assert not budgets.quote(session, source, overflowing(1.01e-10)).fits
+        assert budgets.quote(session, source, overflowing(0.99e-10)).fits
+    reserve(engine, source, overflowing(0.99e-10))
+
+
+@pytest.mark.parametrize("overflow", [float("nan"), float("inf"), -1e-12, 1.01e-9])
+def test_an_overflow_that_is_none_or_too_large_is_refused_from_the_first_event_on(
+    engine: Engine, source: Source, overflow: float
+) -> None:
+    with pytest.raises(BudgetExceeded):
+        reserve(engine, source, overflowing(overflow))
+    assert balance(engine, source).revision == 0
+
+
+def test_overflow_is_charged_by_the_step_like_everything_else(engine: Engine, source: Source) -> None:
+    job = reserve(engine, source, overflowing(8e-10, steps=100))
+    open_chunk(engine, source, job, 0, 25)
+    assert _overflow(engine, source) == 8e-10, "an open reservation holds all of it"
+    settle(engine, source, job)
+    assert _overflow(engine, source) == pytest.approx(2e-10)
+    reserve(engine, source, overflowing(8e-10))
+
+
+def test_recomputed_steps_whose_overflow_does_not_fit_are_refused(engine: Engine, source: Source) -> None:
+    job = reserve(engine, source, overflowing(9e-10, steps=90))
+    open_chunk(engine, source, job, 0, 90)
+    with writing(engine) as session:
+        session.get_one(Job, (source.tenant_id, job)).attempt = 2
+    open_chunk(engine, source, job, 80, 9, attempt=2)
+    with pytest.raises(budgets.ChunkRefused):
+        open_chunk(engine, source, job, 70, 2, attempt=2)
+
+
+def test_a_raised_cap_weighs_past_overflows_by_its_own_epsilon(engine: Engine, source: Source) -> None:
+    """What overflows add to delta grows with the epsilon of the guarantee: (1 + e^6) / (1 + e^3) times, here."""
+    reserve(engine, source, overflowing(1e-11))
+    with writing(engine) as session:
+        session.get_one(Source, (source.tenant_id, source.id)).epsilon = 6.0
+    with reading(engine) as session:
+        raised = session.get_one(Source, (source.tenant_id, source.id))
+    assert _overflow(engine, raised) == pytest.approx(1e-11 * (1 + math.exp(6)) / (1 + math.exp(3)))
+
+
+def test_the_filter_and_the_overflow_of_the_test_vector_fit_together(engine: Engine, source: Source) -> None:
+    from cloister_privacy.plan import DPPlan
+
+    plan = DPPlan(
+        nominal_size=60_000, capacity=60_000, batch_size=256, steps=2344, noise_multiplier=1.1425, clip=1.0, delta=1e-6,
+        guarantee=(3.0, 1e-6),
+    )  # fmt: skip
+    for _ in range(7):
+        reserve(engine, source, plan.event())
+    assert 0 < _overflow(engine, source) <= 7e-12
+
+
+def _overflow(engine: Engine, source: Source) -> float:
+    with reading(engine) as session:
+        return budgets._account(session, source).overflow
 
 
 @pytest.mark.parametrize("statement", ["UPDATE ledger SET steps = 0", "DELETE FROM ledger"])

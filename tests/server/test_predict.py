@@ -55,7 +55,7 @@ def weights() -> bytes:
             output=CategoryColumn(values=("a", "b", "c")),
             loss="cross_entropy",
         ),
-        nominal_size=40, batch_size=10, steps=1, noise_multiplier=1.0, clip=1.0, delta=1e-5,
+        nominal_size=40, capacity=80, batch_size=10, steps=1, noise_multiplier=1.0, clip=1.0, delta=1e-5,
         optimizer=SGD(learning_rate=0.1),
     )  # fmt: skip
     random = np.random.default_rng(7)

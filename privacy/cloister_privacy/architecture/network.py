@@ -53,12 +53,12 @@ class Network(nn.Module):
             return output.low / 2 + output.high / 2 + (output.high - output.low) * outputs.squeeze(-1)
         return outputs
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """The loss summed over the batch; squared errors are in units of the target's declared range."""
+    def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """The loss of each example, [n]; squared errors are in units of the target's declared range."""
         output = self.architecture.output
         if isinstance(output, NumberColumn):
-            return ((target - outputs) / (output.high - output.low)).square().sum()
-        return functional.cross_entropy(outputs, target, reduction="sum")
+            return ((target - outputs) / (output.high - output.low)).square()
+        return functional.cross_entropy(outputs, target, reduction="none")
 
     def predict(self, columns: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """`probabilities` float32 [n, k] and `index` int64 [n] of a category, or `value` float32 [n] of a number.

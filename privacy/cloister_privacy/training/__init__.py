@@ -1,6 +1,9 @@
 """Differentially private training: Poisson sampling, clipping, noise, checkpoints. Its caller charges."""
 
+from cloister_privacy.training.clipping import ClippedGradients
 from cloister_privacy.training.engine import train
 from cloister_privacy.training.guard import guard
+from cloister_privacy.training.sampler import PoissonSampler, UserSampler
+from cloister_privacy.training.steps import GUARD_EXAMPLES, PrivateSteps
 
-__all__ = ["guard", "train"]
+__all__ = ["GUARD_EXAMPLES", "ClippedGradients", "PoissonSampler", "PrivateSteps", "UserSampler", "guard", "train"]

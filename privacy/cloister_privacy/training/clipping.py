@@ -1,71 +1,117 @@
-"""The sum of clipped per-example gradients, without ever holding one gradient per example. Knows modules; nothing of noise.
+"""The sum of clipped per-example gradients, by one backward pass to the taps. Knows modules and losses; nothing of noise.
 
-A linear layer's gradient for one example is the outer product of what went in and what came back, so its norm is the product
-of theirs, and the clipped sum is one matrix product (book-keeping: Bu et al., ICML 2023). Opacus' hooks catch both factors.
+Book-keeping (Bu et al., ICML 2023): the network runs with its parameters as constants, is differentiated at the outputs of its
+layers alone, and from what entered and what came back each layer's rule gives norms and clip-weighted sums.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from cloister_privacy.errors import UncoveredParameter
-from cloister_privacy.training.guard import guard
+from cloister_privacy.training.rules import PerExample, Tape, Use, rule_of
 
-__all__ = ["ClippedGradients"]
+__all__ = ["ClippedGradients", "Clipping", "Losses"]
+
+Clipping = Literal["flat", "per_layer", "automatic"]
+"""How a gradient g is bounded by clip C: flat, g min(1, C / |g|) over all parameters together; per_layer, each of m layers to
+C / sqrt(m); automatic, g C / (|g| + 0.01), which needs no tuned C (Bu et al., NeurIPS 2023)."""
+
+Losses = Callable[[nn.Module, Any], Tensor]
+"""The loss of each example, [n], of a network on a batch whose tensors have the examples as their first dimension."""
+
+_LEAST_SCALE = 1e-30
+"""An example whose gradient would be scaled by less counts as zero: float32 would round subnormal numbers above the clip."""
+
+_STABILISER = 0.01  # gamma of automatic clipping, section 4
 
 
-_LARGEST_INPUT, _LEAST_FACTOR = 1e15, 1e-30
-"""An example counts as zero where what enters a layer is larger than this, or its gradient would be scaled by less."""
+class ClippedGradients:
+    """Clips the gradients of one network's trainable parameters.
 
-
-class ClippedGradients(GradSampleModule):  # type: ignore[misc]  # Opacus has no types
-    """Wraps a network: after the backward pass of a summed loss, `write(clip)` puts the clipped sum into every `p.grad`.
-
-    Each example contributes a vector of norm at most `clip` (1 + 1e-5) over all parameters together. A contribution that is
-    not finite, or astronomically large, counts as zero, silently: an error would tell of the row.
+    Each example contributes a vector of norm at most `clip` (1 + 1e-5) over all parameters together, and the examples' vectors
+    are independent of each other. A contribution that is not finite, or astronomically large, counts as zero, silently: an
+    error would tell of the row.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        guard(network)
-        super().__init__(network, loss_reduction="sum")
-        self._factors: dict[nn.Linear, tuple[Tensor, Tensor]] = {}
-
-    def capture_backprops_hook(
-        self, module: nn.Linear, _forward_input: Any, forward_output: Any, loss_reduction: str, batch_first: bool
+    def __init__(
+        self, network: nn.Module, losses: Losses, *, clip: float, clipping: Clipping = "flat", autocast: bool = False
     ) -> None:
-        """Called by Opacus when the gradient reaches `module`: keeps the factors instead of multiplying them out."""
-        if module in self._factors:
-            raise UncoveredParameter("a layer was used twice in one pass, so its gradients cannot be clipped apart")
-        (inputs,) = module.activations.pop()  # type: ignore[operator,union-attr]  # Opacus hangs a list on the module
-        self._factors[module] = (inputs, forward_output[0].detach())
+        self._losses, self._clip, self._clipping, self._autocast = losses, clip, clipping, autocast
+        self.parameters = [each for each in network.parameters() if each.requires_grad]
+        self._tape = Tape()
+        self.network = self._taped(network)
 
-    def write(self, clip: float) -> None:
-        """Put the sum of the examples' gradients, each clipped to norm `clip`, into every parameter's `grad`."""
-        factors, self._factors = self._factors, {}
-        if sum(len(list(layer.parameters())) for layer in factors) != len(list(self.parameters())):
+    def sums(self, batch: Any, mask: Tensor) -> list[Tensor]:
+        """The sum over the examples that `mask` [n] (float32, 1 or 0) keeps, float32, one tensor for each of `parameters`."""
+        gradients = self._gradients(batch)
+        scales = self._scales(gradients, mask)
+        total = {}
+        for (parameter, each), scale in zip(gradients, scales, strict=True):
+            if id(parameter) in total:
+                raise UncoveredParameter("a layer was used twice in one pass, so its gradients cannot be clipped apart")
+            total[id(parameter)] = each.weighted_sum(scale).view(parameter.shape)
+        if len(total) != len(self.parameters):
             raise UncoveredParameter("a layer took no part in the pass, so its gradient is unknown; leave it out")
-        # In float64: squares of float32 numbers neither overflow nor vanish.
-        entering = torch.stack(
-            [_norms(inputs, has_one=layer.bias is not None) for layer, (inputs, _) in factors.items()]
+        return [total[id(parameter)].detach() for parameter in self.parameters]
+
+    def norms(self, batch: Any) -> Tensor:
+        """Each example's gradient norm, float64 [n]: private, for tests and synthetic batches only."""
+        norms: Tensor = torch.linalg.vector_norm(
+            torch.stack([each.norms() for _, each in self._gradients(batch)]), dim=0
         )
-        coming_back = torch.stack([_norms(backs) for _, backs in factors.values()])
-        norms = (entering * coming_back).norm(dim=0)
-        factor = (clip / norms).clamp(max=1)
-        # Beyond these limits float32 would round subnormal numbers above the clip. False for what is not finite, too.
-        is_sane = (entering <= _LARGEST_INPUT).all(dim=0) & (factor >= _LEAST_FACTOR) & norms.isfinite()
-        scales = torch.where(is_sane, factor, 0).to(torch.float32).unsqueeze(1)
-        for layer, (inputs, backs) in factors.items():
-            clipped = torch.where(is_sane.unsqueeze(1), backs, 0) * scales
-            layer.weight.grad = clipped.T @ torch.where(is_sane.unsqueeze(1), inputs, 0)
-            if layer.bias is not None:
-                layer.bias.grad = clipped.sum(0)
+        return norms
 
+    def bytes_per_example(self, batch: Any) -> int:
+        """About how much memory one example of such a batch takes while it is clipped."""
+        numbers, n = 0, 1
+        for use, back in self._passed(batch):
+            n = len(use.tap)
+            numbers += 6 * use.tap.numel()  # value, activation, what came back, and what a rule copies
+            numbers += 2 * sum(each.numbers for _, each in use.gradients(back))
+        return max(1, 4 * numbers // n)
 
-def _norms(rows: Tensor, *, has_one: bool = False) -> Tensor:
-    """The norm of each row, with a 1 appended where a bias reads one."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    return (norms.square() + 1).sqrt() if has_one else norms
+    def _gradients(self, batch: Any) -> list[tuple[Tensor, PerExample]]:
+        return [pair for use, back in self._passed(batch) for pair in use.gradients(back)]
+
+    def _passed(self, batch: Any) -> list[tuple[Use, Tensor]]:
+        """Forward and back: every use that took part in the loss, with the gradient at its tap."""
+        self._tape.uses.clear()
+        with torch.autocast(self.parameters[0].device.type, torch.bfloat16, enabled=self._autocast):
+            losses = self._losses(self.network, batch)
+        uses = list(self._tape.uses)
+        self._tape.uses.clear()
+        taps = list({id(use.tap): use.tap for use in uses}.values())
+        backs = torch.autograd.grad(losses.float().sum(), taps, allow_unused=True)
+        came_back = {id(tap): back.float() for tap, back in zip(taps, backs, strict=True) if back is not None}
+        return [(use, came_back[id(use.tap)]) for use in uses if id(use.tap) in came_back]
+
+    def _scales(self, gradients: list[tuple[Tensor, PerExample]], mask: Tensor) -> list[Tensor]:
+        """What each example's gradient of each parameter is multiplied by."""
+        norms = torch.stack([each.norms() for _, each in gradients])
+        if self._clipping != "per_layer":
+            return [self._scale(torch.linalg.vector_norm(norms, dim=0), mask, self._clip)] * len(gradients)
+        # One bound for every parameter tensor: C / sqrt(m) each makes C together.
+        share = self._clip / math.sqrt(len(gradients))
+        return [self._scale(each, mask, share) for each in norms]
+
+    def _scale(self, norms: Tensor, mask: Tensor, clip: float) -> Tensor:
+        scale = clip / (norms + _STABILISER) if self._clipping == "automatic" else (clip / norms).clamp(max=1)
+        is_sane = (scale >= _LEAST_SCALE) & norms.isfinite()  # False for what is not a number, too
+        return torch.where(is_sane, scale, 0).to(torch.float32) * mask
+
+    def _taped(self, network: nn.Module) -> nn.Module:
+        """The network's twin, with the very same parameters, in which every layer that owns a trained one runs by its rule."""
+        shared = {id(each): each for each in (*network.parameters(), *network.buffers())}
+        twin = copy.deepcopy(network, memo=shared)
+        for module in twin.modules():
+            if any(each.requires_grad for each in module.parameters(recurse=False)):
+                module.forward = partial(rule_of(module), module, self._tape)
+        return twin

@@ -1,35 +1,32 @@
 """The training loop: sample, clip, add noise, step. Its caller charges each chunk before any row of it is read.
 
-Guarantee: DP-SGD at row level, add/remove adjacency, Poisson sampling, with the plan's rate, noise and steps; what leaves is
-the weights after the last step and snapshots between steps. Nothing else that depends on rows is returned, raised or logged.
+Guarantee: DP-SGD at the level of the plan's unit, add/remove adjacency, Poisson sampling, with the plan's rate, noise and steps;
+what leaves is the weights after the last step and snapshots between steps. Nothing else that depends on rows is returned, raised
+or logged.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from cloister.wire.plans import TrainingSpec
+from cloister.wire.plans import SGD, Optimizer, TrainingSpec
 from cloister_privacy.architecture.network import Network, build
 from cloister_privacy.architecture.weights import to_bytes
-from cloister_privacy.errors import TrainingDiverged, TrainingError
+from cloister_privacy.errors import RowsDoNotFit, TrainingDiverged, TrainingError
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training import checkpoint
-from cloister_privacy.training.clipping import ClippedGradients
-from cloister_privacy.training.examples import Examples
-from cloister_privacy.training.optimizer import NoisyOptimizer
-from cloister_privacy.training.sampler import PoissonSampler
+from cloister_privacy.training.examples import Batch, Examples, synthetic
+from cloister_privacy.training.sampler import PoissonSampler, UserSampler
+from cloister_privacy.training.steps import GUARD_EXAMPLES, PrivateSteps
 
 __all__ = ["train"]
-
-_MICRO_BATCH_BYTES = 2**26
-_COPIES = 6  # of a row's activations that a pass holds at once: values, gradients, masked copies
 
 
 def train(
@@ -42,14 +39,16 @@ def train(
     before_chunk: Callable[[int, int], None],
     after_chunk: Callable[[int, Callable[[], bytes]], bool],
     resume: bytes | None = None,
+    units: Callable[[], NDArray[np.integer[Any]]] | None = None,
 ) -> bytes | None:
     """Train `spec` on `rows` in chunks of `chunk_steps`; the weights as `to_bytes` writes them, or None where stopped.
 
     `before_chunk(first, end)` runs before any row is read for the steps [first, end): charge them there. `after_chunk(done,
     snapshot)` runs after the noise of step `done`; `snapshot()` gives the checkpoint that `resume` takes, and answering False
-    stops the run. Sampling and noise are fresh in every call, so a resumed step is a new event.
+    stops the run. Sampling and noise are fresh in every call, so a resumed step is a new event. Where the plan's unit is a user,
+    `units()` tells whose each row is: [rows], one number for each user; it is called when the rows are first read.
 
-    Raises CheckpointRefused, RowsDoNotFit, TrainingDiverged, or what the callbacks raise.
+    Raises ArchitectureRefused, CheckpointRefused, RowsDoNotFit, TrainingDiverged, or what the callbacks raise.
     """
     if DPPlan.of(spec, unit=plan.unit, adjacency=plan.adjacency) != plan:
         raise TrainingError(
@@ -57,14 +56,18 @@ def train(
         )
     if chunk_steps < 1:
         raise TrainingError("chunk_steps must be at least 1")
+    if (plan.unit == "user") != (units is not None):
+        raise TrainingError("a plan by user needs `units`, which tell whose each row is, and a plan by row takes none")
     run = _Run(spec, plan, device=device)
     done = run.resume(resume) if resume is not None else 0
     examples: Examples | None = None
+    sampler: PoissonSampler | UserSampler | None = None
     while done < spec.steps:
         end = min(done + chunk_steps, spec.steps)
         before_chunk(done, end)
         examples = examples or Examples(spec.architecture, rows, device=device)
-        run.steps(examples, end - done)
+        sampler = sampler or _sampler(plan, examples.count, units)
+        run.steps(examples, sampler, end - done)
         done = end
         if not after_chunk(done, partial(run.snapshot, done)):
             return None
@@ -72,41 +75,57 @@ def train(
 
 
 class _Run:
-    """Network, clipping and optimizer of one attempt."""
+    """Network and steps of one attempt."""
 
     def __init__(self, spec: TrainingSpec, plan: DPPlan, *, device: str) -> None:
         self.network: Network = build(spec.architecture).to(device)
         self._spec, self._plan = spec, plan
-        self._clipped = ClippedGradients(self.network)
-        self._optimizer = NoisyOptimizer(self.network.parameters(), optimizer=spec.optimizer, plan=plan)
-        widths = sum(sum(parameter.shape) for parameter in self.network.parameters())
-        self._micro_batch = max(1, _MICRO_BATCH_BYTES // (4 * _COPIES * widths))
+        self._private = PrivateSteps(
+            self.network,
+            _losses,
+            plan=plan,
+            optimizer=_optimizer(self.network.parameters(), spec.optimizer),
+            synthetic=synthetic(spec.architecture, GUARD_EXAMPLES, device=device),
+        )
 
     def resume(self, body: bytes) -> int:
-        return checkpoint.resume_from(body, self.network, self._optimizer, spec=self._spec)
+        return checkpoint.resume_from(body, self.network, self._private.optimizer, spec=self._spec)
 
     def snapshot(self, done: int) -> bytes:
-        return checkpoint.snapshot(self.network, self._optimizer, spec=self._spec, step=done)
+        return checkpoint.snapshot(self.network, self._private.optimizer, spec=self._spec, step=done)
 
-    def steps(self, examples: Examples, count: int) -> None:
-        sampler = PoissonSampler(examples.count, batch_size=self._plan.batch_size, nominal_size=self._plan.nominal_size)
-        self.network.train()
-        with warnings.catch_warnings():
-            # Inputs need no gradient; torch warns that the first layer's hook sees none for them.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            for _ in range(count):
-                self._step(examples, sampler.draw())
+    def steps(self, examples: Examples, sampler: PoissonSampler | UserSampler, count: int) -> None:
+        for _ in range(count):
+            self._step(examples, sampler.draw())
         # The noisy weights may tell this; a single example never may.
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
             raise TrainingDiverged("the weights are no longer finite; lower the learning rate")
 
     def _step(self, examples: Examples, drawn: NDArray[np.intp]) -> None:
-        """One step on the drawn rows, in micro-batches; with none drawn, a step of pure noise."""
-        starts = range(0, max(1, len(drawn)), self._micro_batch)
-        for start in starts:
-            columns, target = examples.batch(drawn[start : start + self._micro_batch])
-            self.network.loss(self._clipped(columns), target).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            self._clipped.write(self._plan.clip)
-            self._optimizer.signal_skip_step(start != starts[-1])
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+        self._private.step(drawn, examples.batch)
+
+
+def _sampler(
+    plan: DPPlan, count: int, units: Callable[[], NDArray[np.integer[Any]]] | None
+) -> PoissonSampler | UserSampler:
+    if units is None:
+        return PoissonSampler(count, batch_size=plan.batch_size, nominal_size=plan.nominal_size)
+    numbers = units()
+    if numbers.shape != (count,):
+        raise RowsDoNotFit("`units` must tell for every row whose it is, [rows]")
+    return UserSampler(
+        numbers, batch_size=plan.batch_size, nominal_size=plan.nominal_size, rows_per_unit=plan.rows_per_unit
+    )
+
+
+def _losses(network: nn.Module, batch: Batch) -> Tensor:
+    columns, target = batch
+    outputs = network(columns)
+    losses: Tensor = network.losses(outputs, target)  # type: ignore[operator]  # a Network, or its twin
+    return losses
+
+
+def _optimizer(parameters: Iterable[nn.Parameter], asked: Optimizer) -> torch.optim.Optimizer:
+    if isinstance(asked, SGD):
+        return torch.optim.SGD(parameters, lr=asked.learning_rate, momentum=asked.momentum)
+    return torch.optim.Adam(parameters, lr=asked.learning_rate)

@@ -14,7 +14,12 @@ from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, InputColumn, NumberColumn, TensorColumn
 from cloister_privacy.errors import RowsDoNotFit
 
-__all__ = ["Examples"]
+__all__ = ["Batch", "Examples", "synthetic"]
+
+Batch = tuple[dict[str, Tensor], Tensor]
+"""The inputs of some rows by column, and their target."""
+
+_NEAR_ZERO = 3.0
 
 
 class Examples:
@@ -34,19 +39,37 @@ class Examples:
                 raise RowsDoNotFit(f"column {name!r} is not of shape {shape} per row, as the spec declares it")
         if len({len(array) for array in self._rows.values()}) != 1:
             raise RowsDoNotFit("the columns are not of one length; they come from different datasets")
-
-    @property
-    def count(self) -> int:
+        self.count = len(self._rows[self._target])
         """How many there are: private, so for the sampler only."""
-        return len(self._rows[self._target])
+        if self.count == 0:  # padding needs a row to read
+            self._rows = {name: np.zeros((1, *array.shape[1:]), array.dtype) for name, array in self._rows.items()}
 
-    def batch(self, indices: NDArray[np.intp]) -> tuple[dict[str, Tensor], Tensor]:
+    def batch(self, indices: NDArray[np.intp]) -> Batch:
         """Inputs and target of some rows: not-a-number is 0, everything else is clamped to its column's bounds."""
-        columns = {
-            name: _within(torch.from_numpy(np.take(self._rows[name], indices, axis=0)).to(self._device), column)
-            for name, column in self._columns.items()
-        }
-        return columns, columns.pop(self._target)
+        taken = {name: np.take(self._rows[name], indices, axis=0) for name in self._columns}
+        return _batch(self._columns, self._target, taken, self._device)
+
+
+def synthetic(architecture: Architecture, count: int, *, device: str) -> Batch:
+    """Examples that no row had a part in: drawn from the declared bounds, near zero where those are wide."""
+    random = np.random.default_rng()
+
+    def drawn(column: InputColumn) -> NDArray[Any]:
+        if isinstance(column, CategoryColumn):
+            return random.integers(0, len(column.values), count)
+        low, high = max(column.low, -_NEAR_ZERO), min(column.high, _NEAR_ZERO)
+        if not low < high:
+            low, high = column.low, column.high
+        shape = tuple(column.shape) if isinstance(column, TensorColumn) else ()
+        return low + (high - low) * random.random((count, *shape))
+
+    columns = {**architecture.inputs, architecture.target: architecture.output}
+    return _batch(columns, architecture.target, {name: drawn(column) for name, column in columns.items()}, device)
+
+
+def _batch(columns: Mapping[str, InputColumn], target: str, rows: Mapping[str, NDArray[Any]], device: str) -> Batch:
+    tensors = {name: _within(torch.from_numpy(rows[name]).to(device), column) for name, column in columns.items()}
+    return tensors, tensors.pop(target)
 
 
 def _within(values: Tensor, column: InputColumn) -> Tensor:

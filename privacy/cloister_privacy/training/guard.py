@@ -1,35 +1,52 @@
-"""Refuses, before any data is read, a network whose gradients cannot be clipped by example. Knows modules, not data."""
+"""Refuses, before any data is read, a network whose gradients cannot be clipped by example. Knows modules, not data.
+
+First by what the network is made of, then by trying it: on synthetic examples the engine's clipped sum must be that of a loop
+which clips one example at a time, and no example's loss may depend on the others in its batch.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from cloister_privacy.errors import CrossExampleLayer, UncoveredParameter
+from cloister_privacy.errors import ClippingNotExact, CrossExampleLayer, InPlaceLayer, UncoveredParameter
+from cloister_privacy.training.clipping import ClippedGradients, Losses
 
-__all__ = ["guard"]
+__all__ = ["guard", "require_exact_clipping"]
 
-_COVERED = (nn.Linear,)
-"""The layers whose gradients the engine clips by example: exactly these classes, for a subclass may do anything."""
+_EXAMPLES = 8
+_TOLERANCE = 1e-5
+"""How far the clipped sum may be from the loop's, relative to it, in float32."""
+
+_ROUNDING = 1e-3
+"""How far an example's loss may move, relatively, when others stand beside it: kernels round by the size of a batch."""
 
 
 def guard(network: nn.Module) -> None:
-    """Raise CrossExampleLayer for batch statistics, UncoveredParameter for a parameter that no covered layer owns alone."""
+    """Raise CrossExampleLayer for batch statistics, InPlaceLayer for a layer that overwrites, UncoveredParameter for a shared
+    parameter or for none at all."""
     owners: dict[int, str] = {}
     for name, module in network.named_modules(remove_duplicate=False):
-        if isinstance(module, _NormBase) and not isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        if isinstance(module, _NormBase) and (not isinstance(module, _InstanceNorm) or module.track_running_stats):
             raise CrossExampleLayer(
                 f"{name} ({type(module).__name__}) mixes the examples of a batch; use GroupNorm instead"
+            )
+        if getattr(module, "inplace", False):
+            raise InPlaceLayer(
+                f"{name} ({type(module).__name__}) overwrites what the layer before it gave, which clipping needs; make it "
+                "with inplace=False"
             )
         for parameter_name, parameter in module.named_parameters(recurse=False):
             path = f"{name}.{parameter_name}"
             if not parameter.requires_grad:
-                raise UncoveredParameter(f"{path} is frozen, but the engine trains whole networks; leave its layer out")
-            if type(module) not in _COVERED:
-                raise UncoveredParameter(
-                    f"{path} belongs to {type(module).__name__}, whose gradients are not clipped by example; "
-                    f"use {', '.join(layer.__name__ for layer in _COVERED)}"
-                )
+                continue
             if id(parameter) in owners:
                 raise UncoveredParameter(
                     f"{path} is the same parameter as {owners[id(parameter)]}; its two gradients cannot be clipped apart, "
@@ -37,4 +54,101 @@ def guard(network: nn.Module) -> None:
                 )
             owners[id(parameter)] = path
     if not owners:
-        raise UncoveredParameter("the network has no parameter; add a linear layer")
+        raise UncoveredParameter("the network has no parameter to train; add a layer that has one, or thaw one")
+
+
+def require_exact_clipping(network: nn.Module, losses: Losses, batch: Any) -> None:
+    """Raise ClippingNotExact where the engine's clipped sum on `batch` is not the loop's, CrossExampleLayer where an example's
+    loss depends on its batch-mates. `batch` holds 8 synthetic examples: tensors, or tuples or mappings of them.
+
+    Always in float32, whatever the run's precision: it is the rules that are tried, on the actual network.
+    """
+    network = _without_chance(network)
+    clip = _median_norm(network, losses, batch)  # so about half of the examples are clipped
+    ours = _clipped_sum(network, losses, batch, clip=clip)
+    loop = _one_by_one(network, losses, batch, clip=clip)
+    if not float((ours - loop).norm()) <= _TOLERANCE * max(float(loop.norm()), clip):
+        _require_independence(network, losses, batch)
+        raise ClippingNotExact(
+            "on synthetic examples the clipped sum is not the sum of clipped gradients, so a layer computes otherwise than its "
+            "rule; use torch's own layers with the examples as the first dimension, and no operation that overwrites its input"
+        )
+    _require_independence(network, losses, batch)
+
+
+def _median_norm(network: nn.Module, losses: Losses, batch: Any) -> float:
+    norms = _tried(lambda: ClippedGradients(network, losses, clip=1.0).norms(batch))
+    norms = norms[norms.isfinite() & (norms > 0)]
+    return float(norms.median()) if len(norms) else 1.0
+
+
+def _clipped_sum(network: nn.Module, losses: Losses, batch: Any, *, clip: float) -> Tensor:
+    kept = torch.ones(_EXAMPLES, device=next(network.parameters()).device)
+    return torch.cat([each.flatten() for each in ClippedGradients(network, losses, clip=clip).sums(batch, kept)])
+
+
+def _tried(run: Callable[[], Tensor]) -> Tensor:
+    try:
+        return run()
+    except RuntimeError as error:
+        raise ClippingNotExact(
+            f"the network cannot be differentiated at its layers ({str(error).splitlines()[0]}); use no operation that "
+            "overwrites its input, and the examples as the first dimension"
+        ) from None
+
+
+def _require_independence(network: nn.Module, losses: Losses, batch: Any) -> None:
+    with torch.no_grad():
+        together = losses(network, batch)
+        if together.shape != (_EXAMPLES,):
+            raise ClippingNotExact(
+                f"the loss must be one number for each example, [n]; it is of shape {list(together.shape)}"
+            )
+        alone = torch.cat([losses(network, _one(batch, index)) for index in range(_EXAMPLES)])
+    if not torch.allclose(together, alone, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True):
+        raise CrossExampleLayer(
+            "an example's loss changes with the others in its batch, so clipping one of them bounds nothing; keep the examples "
+            "apart (GroupNorm or LayerNorm for BatchNorm, no mean over the first dimension)"
+        )
+
+
+def _one_by_one(network: nn.Module, losses: Losses, batch: Any, *, clip: float) -> Tensor:
+    """The same sum by autograd, one example at a time."""
+    parameters = [each for each in network.parameters() if each.requires_grad]
+    total = torch.zeros(sum(each.numel() for each in parameters), dtype=torch.float64, device=parameters[0].device)
+    for index in range(_EXAMPLES):
+        loss = losses(network, _one(batch, index)).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        unused = [name for (name, _), each in zip(_trained(network), gradients, strict=True) if each is None]
+        if unused:
+            raise UncoveredParameter(
+                f"{unused[0]} takes no part in the loss, so its gradient is unknown; leave it out or freeze it"
+            )
+        flat = torch.cat([each.flatten() for each in gradients if each is not None]).double()
+        norm = float(flat.norm())
+        if norm < float("inf"):  # not true of NaN
+            total += flat * min(1.0, clip / norm) if norm else 0
+    return total.float()
+
+
+def _trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, each) for name, each in network.named_parameters() if each.requires_grad]
+
+
+def _one(batch: Any, index: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[index : index + 1]
+    if isinstance(batch, Mapping):
+        return {name: _one(each, index) for name, each in batch.items()}
+    return tuple(_one(each, index) for each in batch)
+
+
+def _without_chance(network: nn.Module) -> nn.Module:
+    """A copy in which nothing is dropped at random: both sums must see the same network."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()
+        elif isinstance(getattr(module, "dropout", None), float):
+            setattr(module, "dropout", 0.0)  # noqa: B010 (of recurrent layers and attention; torch types attributes as modules)
+    return network

@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
-from torch import nn
+from torch import Tensor
 
-from cloister.wire.plans import SGD, Optimizer
 from cloister_privacy.plan import DPPlan
-from cloister_privacy.training.noise import gaussian_noise
 
 __all__ = ["NoisyOptimizer"]
 
 
 class NoisyOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # Opacus has no types
-    """Takes clipped sums from `p.grad`, adds them up over the micro-batches of a step, and steps once with noise on every coordinate.
+    """Takes the clipped sum of a whole step from every `p.grad`, and steps the optimizer within once, with noise on every coordinate.
 
-    Opacus does the accumulation (`signal_skip_step`), the scaling and the bookkeeping that no sum is used twice; the noise is
-    drawn once per step, from the cryptographic generator, with the plan's standard deviation.
+    Opacus does the bookkeeping that no sum is used twice, and runs its step hook; `noise` gives one fresh draw for all
+    coordinates together, float32, of the plan's standard deviation.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, optimizer: Optimizer, plan: DPPlan) -> None:
+    def __init__(self, inner: torch.optim.Optimizer, *, plan: DPPlan, noise: Callable[[], Tensor]) -> None:
         super().__init__(
-            _inner(parameters, optimizer),
+            inner,
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.clip,
             expected_batch_size=plan.divisor,
             loss_reduction="mean",
         )
-        self._noise_std = plan.noise_std
+        self._noise = noise
+
+    def accumulate(self) -> None:
+        """Take the sums over: they are whole, so nothing is copied or added."""
+        for parameter in self.params:
+            parameter.summed_grad = parameter.grad
 
     def add_noise(self) -> None:
-        """Put the noisy sum into every parameter's `grad`."""
-        for parameter in self.params:
+        """Put the noisy sum into every parameter's `grad`: one draw over all coordinates, cut into the parameters' shapes."""
+        parameters: list[Any] = self.params  # Opacus hangs `summed_grad` on them
+        for parameter in parameters:
             _check_processed_flag(parameter.summed_grad)
-            noise = gaussian_noise(parameter.numel(), std=self._noise_std).to(parameter.device)
-            parameter.grad = parameter.summed_grad + noise.view_as(parameter)
+        pieces = torch.split(self._noise(), [parameter.numel() for parameter in parameters])
+        noises = [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
+        noisy = torch._foreach_add([parameter.summed_grad for parameter in parameters], noises)
+        for parameter, gradient in zip(parameters, noisy, strict=True):
             _mark_as_processed(parameter.summed_grad)
-
-
-def _inner(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> torch.optim.Optimizer:
-    if isinstance(optimizer, SGD):
-        return torch.optim.SGD(parameters, lr=optimizer.learning_rate, momentum=optimizer.momentum)
-    return torch.optim.Adam(parameters, lr=optimizer.learning_rate)
+            parameter.grad = gradient

@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature
@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import AwareDatetime, Field, StringConstraints, ValidationError
 
+from cloister.wire._errors import CloisterError, InvalidArgument
 from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probability, Response
 from cloister.wire.plans import Event
 
@@ -29,6 +30,7 @@ __all__ = [
     "Certificate",
     "Digest",
     "InvalidCertificate",
+    "Keys",
     "key_id",
     "sign",
     "verify",
@@ -43,7 +45,11 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256, in lower-case hexadecimal."""
 
 
-class InvalidCertificate(Exception):
+Keys = Mapping[str, bytes | str | Ed25519PublicKey] | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+"""Public keys: by key id, each as 32 raw bytes, their hexadecimal or an object; or JWKs, as a list or as a JWK set."""
+
+
+class InvalidCertificate(CloisterError):
     """An envelope that proves nothing: malformed, signed by no key that was given, or not about one model version."""
 
 
@@ -103,20 +109,24 @@ def sign(certificate: Certificate, *, private_key: Ed25519PrivateKey, key_id: st
     }
 
 
-def verify(envelope: Mapping[str, Any] | str | bytes, keys: Mapping[str, bytes | Ed25519PublicKey]) -> Certificate:
-    """The certificate in an envelope that one of `keys` (by key id; raw or as objects) has signed, whole.
+def verify(envelope: Mapping[str, Any] | str | bytes, keys: Keys) -> Certificate:
+    """The certificate in an envelope that one of `keys` has signed, whole.
 
-    Takes the envelope as JSON text or already read. Whether the weights at hand are those of `weights_digest` is the
-    caller's to compare. Raises InvalidCertificate.
+    Takes the envelope as JSON text or already read; the keys as `client.certificate_keys()` gives them, raw or in
+    hexadecimal, or as `cloister-admin init` prints them. Whether the weights at hand are those of `weights_digest` is
+    the caller's to compare. Raises InvalidCertificate, or InvalidArgument where the keys are in no known form.
     """
+    known = _by_id(keys)
     if isinstance(envelope, str | bytes):
         envelope = _object(_read_json(envelope, "envelope"), "envelope")
+    elif not isinstance(envelope, Mapping):
+        raise InvalidCertificate(f"a {type(envelope).__name__} is no envelope; give model.certificate, or its JSON")
     if envelope.get("payloadType") != PAYLOAD_TYPE:
         raise InvalidCertificate(f"the envelope's payloadType is not {PAYLOAD_TYPE}; it is no certificate")
     payload = _base64(envelope.get("payload"), "payload")
     signer, signature = _only_signature(envelope.get("signatures"))
     try:
-        _known_key(signer, keys).verify(signature, _pre_authentication(PAYLOAD_TYPE, payload))
+        _known_key(signer, known).verify(signature, _pre_authentication(PAYLOAD_TYPE, payload))
     except InvalidSignature:
         raise InvalidCertificate("the signature is not the key's: the certificate was changed or forged") from None
     return _certificate(_object(_read_json(payload, "statement"), "statement"))
@@ -173,6 +183,43 @@ def _known_key(signer: str, keys: Mapping[str, bytes | Ed25519PublicKey]) -> Ed2
     if _id_of(key) != signer:
         raise InvalidCertificate(f"the key given as {signer!r} has another id; get the service's keys again")
     return key
+
+
+def _by_id(keys: Any) -> dict[str, bytes | Ed25519PublicKey]:
+    """The keys by key id, whatever the form they were kept in. A key of another kind is left out: it signed nothing here."""
+    given = keys["keys"] if isinstance(keys, Mapping) and isinstance(keys.get("keys"), list | tuple) else keys
+    if isinstance(given, Mapping):
+        return {str(name): _key(name, key) for name, key in given.items()}
+    if isinstance(given, list | tuple) and all(isinstance(key, Mapping) for key in given):
+        return {str(key["kid"]): _of_jwk(key) for key in given if key.get("crv") == "Ed25519" and "kid" in key}
+    raise InvalidArgument(f"a {type(keys).__name__} is no form of keys; {_FORMS}")
+
+
+def _key(name: object, key: object) -> bytes | Ed25519PublicKey:
+    match key:
+        case bytes() | Ed25519PublicKey():
+            return key
+        case str():
+            try:
+                return bytes.fromhex(key)
+            except ValueError:
+                raise InvalidArgument(f"the key {name!r} is text, and no hexadecimal; {_FORMS}") from None
+        case Mapping():
+            return _of_jwk(key)
+        case _:
+            raise InvalidArgument(f"the key {name!r} is a {type(key).__name__}; {_FORMS}")
+
+
+def _of_jwk(key: Mapping[str, Any]) -> bytes:
+    """RFC 8037, section 2."""
+    x = key.get("x")
+    try:
+        return base64.urlsafe_b64decode(x + "=" * (-len(x) % 4)) if isinstance(x, str) else b""
+    except (binascii.Error, ValueError):
+        return b""
+
+
+_FORMS = "give what client.certificate_keys() returns, or the list that `cloister-admin init` prints"
 
 
 def _id_of(key: Ed25519PublicKey) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cloister.wire._model import Identifier, Name, Request, Response
+from cloister.wire._model import Body, Identifier, Name, Response
+from cloister.wire.columns import CategoryColumn, InputColumn
 from cloister.wire.plans import TrainingSpec
 
-__all__ = ["FINAL", "Job", "Model", "ModelVersion", "Page", "StartJob"]
+__all__ = ["FINAL", "Job", "Model", "ModelSchema", "ModelVersion", "Page", "StartJob"]
 
 FINAL = frozenset({"done", "failed", "cancelled"})
 """The states that a job never leaves."""
 
 
-class StartJob(Request):
+class StartJob(Body):
     """Reserve the run's whole budget and queue it. Refused, the ledger is unchanged."""
 
     training: TrainingSpec
@@ -62,6 +63,19 @@ class Model(Response):
     champion: int | None
     """The version that is served where none is named; none until one is published."""
     created: datetime
+
+
+class ModelSchema(Response):
+    """What a model version reads and predicts: the declared columns, all public numbers and names."""
+
+    inputs: Annotated[dict[str, InputColumn], Field(min_length=1)]
+    target: str
+    output: InputColumn
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The values that a predicted index stands for, in order; None where a number is predicted."""
+        return self.output.values if isinstance(self.output, CategoryColumn) else None
 
 
 class Page(Response):

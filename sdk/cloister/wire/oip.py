@@ -16,10 +16,8 @@ __all__ = [
     "InferRequest",
     "InferResponse",
     "MalformedTensor",
-    "ModelMetadata",
     "OutputRequest",
     "TensorJSON",
-    "TensorMetadata",
     "decode_inputs",
     "decode_outputs",
     "encode_outputs",
@@ -78,22 +76,6 @@ class InferResponse(Response):
     model_version: str | None = None
     id: str | None = None
     outputs: list[TensorJSON]
-
-
-class TensorMetadata(Response):
-    """What a tensor must be; a dimension of -1 is free."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-class ModelMetadata(Response):
-    """What a model version reads and answers."""
-
-    name: str
-    inputs: Annotated[list[TensorMetadata], Field(min_length=1)]
-    outputs: list[TensorMetadata]
 
 
 def encode_request(inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

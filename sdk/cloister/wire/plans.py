@@ -9,7 +9,21 @@ from pydantic import Field, model_validator
 from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probability, Request, Response
 from cloister.wire.architecture import Architecture, Layer
 
-__all__ = ["SGD", "Adam", "Event", "Optimizer", "Plan", "PlanRequest", "Privacy", "Quote", "TrainingSpec"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "Event",
+    "Guarantee",
+    "Optimizer",
+    "Plan",
+    "PlanRequest",
+    "Privacy",
+    "Quote",
+    "RowsPerUnit",
+    "TrainingSpec",
+]
+
+RowsPerUnit = Annotated[int, Field(ge=1, le=1000)]
 
 _Sigma = Annotated[float, Field(ge=0.3, le=1000, allow_inf_nan=False)]
 
@@ -60,9 +74,18 @@ class PlanRequest(Request):
     privacy: Privacy | None = None
     batch_size: Count | None = None
     """The expected number of units in a step: q = batch_size / nominal_size."""
+    rows_per_unit: RowsPerUnit | None = None
+    """The most rows of one drawn user that a step reads, each clipped to clip / rows_per_unit; 1 where a row is the unit."""
     epochs: PositiveFloat | None = None
     """Steps = ceil(epochs * nominal_size / batch_size)."""
     optimizer: Optimizer | None = None
+
+
+class Guarantee(Request):
+    """What a source promises of all its runs together."""
+
+    epsilon: Annotated[PositiveFloat, Field(le=1000)]
+    delta: Annotated[Probability, Field(le=0.1)]
 
 
 class TrainingSpec(Request):
@@ -72,11 +95,16 @@ class TrainingSpec(Request):
     dataset: Identifier
     architecture: Architecture
     nominal_size: Count
+    capacity: Count
+    """The most units there can be, as the owner declared: how many slots a step runs follows from it."""
+    rows_per_unit: RowsPerUnit = 1
     batch_size: Count
     steps: Annotated[int, Field(ge=1, le=10_000_000)]
     noise_multiplier: _Sigma
     clip: PositiveFloat
     delta: Annotated[Probability, Field(le=0.1)]
+    guarantee: Guarantee | None = None
+    """The source's, when this was planned: steps get so many slots that overflowing them is negligible beside it, too."""
     optimizer: Optimizer
 
 
@@ -89,6 +117,8 @@ class Event(Response):
     steps: int
     unit: str
     adjacency: str
+    overflow: float = 0.0
+    """The most that steps which draw more units than there are slots may add to delta; 0 where a step has no fixed slots."""
 
 
 class Quote(Response):
@@ -102,6 +132,7 @@ class Quote(Response):
     left: float
     """Left after this run, if it ran; below zero never: where it does not fit, what is left now."""
     fits: bool
+    """Whether the filter admits it, and what overflowing steps may add to delta stays below a thousandth of it."""
 
 
 class Plan(Response):

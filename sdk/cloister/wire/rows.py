@@ -26,7 +26,17 @@ from cloister.wire.columns import (
     UnitColumn,
 )
 
-__all__ = ["Rows", "RowsRefused", "decode_rows", "encode_rows", "open_form", "part_rows", "row_bytes", "seal_form"]
+__all__ = [
+    "Rows",
+    "RowsRefused",
+    "check_rows",
+    "decode_rows",
+    "encode_rows",
+    "open_form",
+    "part_rows",
+    "row_bytes",
+    "seal_form",
+]
 
 Rows = dict[str, NDArray[Any]]
 """Column name -> array whose first dimension is the row; `NAME.length` beside columns of bytes."""
@@ -73,9 +83,14 @@ def decode_rows(columns: Mapping[str, Column], body: bytes | memoryview) -> Rows
     count = len(next(iter(rows.values())))
     if not 1 <= count <= part_rows(columns):
         raise RowsRefused(None, None, f"a part carries 1 to {part_rows(columns)} rows of this schema, not {count}")
+    check_rows(columns, rows)
+    return rows
+
+
+def check_rows(columns: Mapping[str, Column], rows: Rows) -> None:
+    """Check every value against its column. `rows` are in the schema's dtypes and shapes. Raises RowsRefused."""
     for name, column in columns.items():
         _check(name, column, rows)
-    return rows
 
 
 def seal_form(columns: Mapping[str, Column], rows: Mapping[str, NDArray[Any]], slots: int) -> bytes:

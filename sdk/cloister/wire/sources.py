@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probability, Request, Response
+from cloister.wire._model import Body, Count, Identifier, Name, PositiveFloat, Probability, Response
 from cloister.wire.columns import Schema, UnitColumn
 
 __all__ = ["Budget", "CreateDataset", "CreateSource", "Dataset", "PartReceipt", "Source"]
@@ -15,7 +15,7 @@ __all__ = ["Budget", "CreateDataset", "CreateSource", "Dataset", "PartReceipt", 
 Unit = Literal["row", "user"]
 
 
-class CreateSource(Request):
+class CreateSource(Body):
     """Declare a source: an owner's audited act. Unit, adjacency, delta and `public` never change afterwards."""
 
     name: Name
@@ -49,7 +49,7 @@ class Source(Response):
     created: datetime
 
 
-class CreateDataset(Request):
+class CreateDataset(Body):
     """Declare a dataset before its rows: all numbers here are public, and none may default to a row count."""
 
     source: Identifier

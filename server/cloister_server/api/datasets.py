@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import hmac
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -21,6 +22,7 @@ from cloister.wire.sources import CreateDataset, Dataset, PartReceipt
 from cloister_server import datasets
 from cloister_server.api.call import Call, Cursor, Limit, ReadCall, WriteCall
 from cloister_server.errors import BadRequest, Conflict, Unavailable
+from cloister_server.store.queries import forget_answers
 
 __all__ = ["router"]
 
@@ -57,7 +59,14 @@ async def upload_part(dataset: str, number: int, request: Request, call: WriteCa
     columns = datasets.schema_of(declared)
     body = await request.body()
     _check_digest(body, request.headers.get("content-digest"))
-    return await run_in_threadpool(_store_part, call, dataset, number, columns, body)
+    # By the id whatever the path says: a name may mean another dataset, once this one is deleted.
+    once = replace(call, route=f"{_parts_route(declared.id)}{number}")
+    return await run_in_threadpool(_store_part, once, declared.id, number, columns, body)
+
+
+@router.delete("/{dataset}", response_model=Dataset)
+def delete_dataset(dataset: str, call: WriteCall) -> Response:
+    return call.once(dataset.encode(), partial(_delete, call, dataset), status=200)
 
 
 @router.post("/{dataset}/complete", response_model=Dataset)
@@ -78,6 +87,17 @@ def _store_part(call: Call, dataset: str, number: int, columns: dict[str, Any], 
             session, call.principal, call.service, dataset_id=dataset, number=number, rows=rows
         ),
     )
+
+
+def _delete(call: Call, dataset: str, session: Session) -> Dataset:
+    """Delete the dataset and, with it, the digests that the answers to its parts were kept by."""
+    deleted = datasets.forget(session, call.principal, call.service, dataset)
+    forget_answers(session, routes=_parts_route(deleted.id))
+    return deleted
+
+
+def _parts_route(dataset_id: str) -> str:
+    return f"PUT {router.prefix}/{dataset_id}/parts/"
 
 
 def _fill(call: Call, dataset: str) -> None:

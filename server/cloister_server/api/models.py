@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from cloister.wire.jobs import Model, ModelVersion, Page
+from cloister.wire.jobs import Model, ModelSchema, ModelVersion, Page
 from cloister_server import models
 from cloister_server.api.call import Cursor, Limit, ReadCall
 
@@ -33,3 +33,8 @@ def list_versions(model: str, call: ReadCall) -> Page:
 @router.get("/{model}/versions/{version}")
 def get_version(model: str, version: Annotated[int, Path(ge=0, lt=2**31)], call: ReadCall) -> ModelVersion:
     return call.read(lambda session: models.get_version(session, call.principal, model, version))
+
+
+@router.get("/{model}/versions/{version}/schema")
+def get_schema(model: str, version: Annotated[int, Path(ge=1, lt=2**31)], call: ReadCall) -> ModelSchema:
+    return call.read(lambda session: models.schema(session, call.principal, call.service, model, version))

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +20,13 @@ from cloister.wire.sources import CreateSource
 from cloister_privacy.errors import PrivacyError
 from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
 from cloister_server.audit import denials_kept
-from cloister_server.errors import ServerError
-from cloister_server.grants import Role
+from cloister_server.errors import Invalid, NotFound, ServerError
+from cloister_server.grants import NoSuch, Role
+from cloister_server.policy import Denied
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
+from cloister_server.store.queries import OPERATOR_VERBS
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Grant, Source
 
@@ -50,6 +52,10 @@ for name, group in {
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 InTenant = Annotated[str, typer.Option("--tenant", help="The tenant, by name or id.")]
+Client = Annotated[str, typer.Argument(metavar="NAME", help="The client, by name or client id.")]
+Effect = Annotated[Literal["allow", "deny"], typer.Option(help="A deny goes before every allow.")]
+Resource = Annotated[str, typer.Option(help="The resource, by name or id, or * for all of this tenant's.")]
+_HOLDER = "The app: by name, as TENANT/NAME where it is another tenant's, or by client id."
 
 
 @cli.callback()
@@ -101,7 +107,7 @@ def tenant_list(as_json: JSON = False) -> None:
 def client_create(
     tenant: InTenant,
     name: Annotated[str, typer.Option(help="What people call it.")],
-    role: Annotated[Role, typer.Option(help="What it may do to start with.")] = "trainer",
+    role: Annotated[Role, typer.Option(help="What it may do to start with, on all of the tenant's.")] = "trainer",
     as_json: JSON = False,
 ) -> None:
     """Make an OAuth client; its secret is printed this once and kept nowhere."""
@@ -119,7 +125,37 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
 
     def work(session: Session, _: Service) -> list[dict[str, Any]]:
         apps = tenants.apps(session, _operator(session, tenant))
-        return [{"client_id": app.id, "name": app.name, "created": app.created} for app in apps]
+        return [
+            {
+                "name": app.name,
+                "client_id": app.id,
+                "created": app.created,
+                "secret_since": app.secret_since or app.created,
+            }
+            for app in apps
+        ]
+
+    _run(work, as_json)
+
+
+@client_cli.command("rotate")
+def client_rotate(client: Client, tenant: InTenant, as_json: JSON = False) -> None:
+    """Give a client a new secret, printed this once; the old one is refused from now on, tokens it got within ten minutes."""
+
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        app, secret = tenants.rotate_client(session, service.keys, _operator(session, tenant), client)
+        return {"client_id": app.id, "client_secret": secret, "name": app.name}
+
+    _run(work, as_json)
+
+
+@client_cli.command("remove")
+def client_remove(client: Client, tenant: InTenant, as_json: JSON = False) -> None:
+    """Remove a client with all its grants; its secret is refused from now on, its tokens within a second."""
+
+    def work(session: Session, _: Service) -> dict[str, Any]:
+        removed = tenants.remove_client(session, _operator(session, tenant), client)
+        return {"removed": removed.client_id, "name": removed.name, "sources_without_owner": removed.sources}
 
     _run(work, as_json)
 
@@ -127,10 +163,10 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
 @grant_cli.command("add")
 def grant_add(
     tenant: InTenant,
-    to: Annotated[str, typer.Option(help="The client id of the app, of this or another tenant.")],
+    to: Annotated[str, typer.Option(help=_HOLDER)],
     verb: Annotated[str, typer.Option(help="One verb, e.g. model.predict.")],
-    resource: Annotated[str, typer.Option(help="The id of the resource, or * for all of this tenant's.")] = "*",
-    effect: Annotated[Literal["allow", "deny"], typer.Option(help="A deny goes before every allow.")] = "allow",
+    resource: Resource = "*",
+    effect: Effect = "allow",
     until: Annotated[datetime | None, typer.Option(help="When it expires, UTC.")] = None,
     as_json: JSON = False,
 ) -> None:
@@ -139,28 +175,54 @@ def grant_add(
     def work(session: Session, _: Service) -> dict[str, Any]:
         operator = _operator(session, tenant)
         expires = None if until is None else until.replace(tzinfo=UTC)
-        return _grant_row(
-            grants.add(session, operator, to=to, verb=verb, resource_id=resource, effect=effect, expires=expires)
-        )
+        added = grants.add(session, operator, to=to, verb=verb, resource_id=resource, effect=effect, expires=expires)
+        session.flush()  # its holder's name is asked for next
+        return _grant_row(added, grants.names(session, operator))
 
     _run(work, as_json)
 
 
 @grant_cli.command("list")
 def grant_list(
-    tenant: InTenant, to: Annotated[str | None, typer.Option(help="Only this app's.")] = None, as_json: JSON = False
+    tenant: InTenant,
+    to: Annotated[str | None, typer.Option(help=f"Only this one's. {_HOLDER}")] = None,
+    as_json: JSON = False,
 ) -> None:
     """List the grants on a tenant's resources."""
-    _run(lambda session, _: [_grant_row(g) for g in grants.listed(session, _operator(session, tenant), to=to)], as_json)
+
+    def work(session: Session, _: Service) -> list[dict[str, Any]]:
+        operator = _operator(session, tenant)
+        names = grants.names(session, operator)
+        return [_grant_row(grant, names) for grant in grants.listed(session, operator, to=to)]
+
+    _run(work, as_json)
 
 
 @grant_cli.command("remove")
-def grant_remove(grant: str, tenant: InTenant, as_json: JSON = False) -> None:
-    """Take a grant away."""
+def grant_remove(
+    tenant: InTenant,
+    grant: Annotated[str | None, typer.Argument(help="The grant's id; or say what it grants.")] = None,
+    to: Annotated[str | None, typer.Option(help=_HOLDER)] = None,
+    verb: Annotated[str | None, typer.Option(help="The verb that it names.")] = None,
+    resource: Annotated[
+        str | None, typer.Option(help="The resource that it names, by name or id; * by default.")
+    ] = None,
+    effect: Annotated[Literal["allow", "deny"] | None, typer.Option(help="Allow by default.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Take a grant away: by its id, or in the words that `grant add` was given."""
 
     def work(session: Session, _: Service) -> dict[str, Any]:
-        grants.remove(session, _operator(session, tenant), grant)
-        return {"removed": grant}
+        operator = _operator(session, tenant)
+        if grant is not None and (to, verb, resource, effect) == (None, None, None, None):
+            grants.remove(session, operator, grant)
+            return {"removed": grant}
+        if grant is not None or to is None or verb is None:
+            raise Invalid(
+                "give either a grant's id, or --to and --verb (and --resource) as they were given to `grant add`"
+            )
+        of: dict[str, Any] = {"to": to, "verb": verb, "resource_id": resource or "*", "effect": effect or "allow"}
+        return {"removed": grants.remove_all(session, operator, **of)}
 
     _run(work, as_json)
 
@@ -171,7 +233,7 @@ def source_create(
     name: Annotated[str, typer.Option(help="What people call it.")],
     epsilon: Annotated[float, typer.Option(help="The cap over all runs.")],
     delta: Annotated[float, typer.Option(help="Fixed for good.")],
-    owner: Annotated[str, typer.Option(help="The client id of the owner's app.")],
+    owner: Annotated[str, typer.Option(help="The app that owns it, by name or client id.")],
     unit: Annotated[Literal["row", "user"], typer.Option(help="Who is protected. Fixed for good.")] = "row",
     public: Annotated[bool, typer.Option("--public", help="Not about people at all. Fixed for good.")] = False,
     as_json: JSON = False,
@@ -180,7 +242,9 @@ def source_create(
 
     def work(session: Session, _: Service) -> dict[str, Any]:
         body = CreateSource(name=name, unit=unit, epsilon=epsilon, delta=delta, public=public)
-        made = sources.create(session, _operator(session, tenant), body, owner_id=owner)
+        operator = _operator(session, tenant)
+        owner_id = grants.find_app(session, tenants.find_tenant(session, tenant), owner).id
+        made = sources.create(session, operator, body, owner_id=owner_id)
         return made.model_dump(mode="json")
 
     _run(work, as_json)
@@ -227,6 +291,8 @@ def _refusals(as_json: bool) -> Iterator[None]:
     """A refusal is one sentence on standard error and exit status 1."""
     try:
         yield
+    except Denied as denied:
+        code, message = denied.code, _denied(denied)
     except (ServerError, PrivacyError) as refusal:
         code = refusal.code if isinstance(refusal, ServerError) else "refused"
         message = refusal.message if isinstance(refusal, ServerError) else str(refusal)
@@ -239,25 +305,64 @@ def _refusals(as_json: bool) -> Iterator[None]:
     raise typer.Exit(1)
 
 
+def _denied(denied: Denied) -> str:
+    """In the operator's words: there is nobody to ask for a grant."""
+    kind = OPERATOR_VERBS[denied.denial.verb].__name__.lower() if denied.denial.verb in OPERATOR_VERBS else "resource"
+    if isinstance(denied, NotFound):
+        return NoSuch(kind, denied.denial.resource_id).message
+    return f"{denied.denial.verb!r} on this {kind} is not the operator's to do; let a client do it that is granted it"
+
+
 def _show(answer: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(answer, default=lambda value: value.isoformat()))
+    elif isinstance(answer, list):
+        _show_table(answer)
+    else:
+        print("\n".join(f"{name}: {_text(value)}" for name, value in answer.items()))
+
+
+def _show_table(rows: list[dict[str, Any]]) -> None:
+    """Aligned columns; of an id and a name the name is shown, where there is one."""
+    if not rows:
+        print("(none)")
         return
-    for row in answer if isinstance(answer, list) else [answer]:
-        print("  ".join(f"{name}={value}" for name, value in row.items()))
+    columns = [name for name in rows[0] if not name.endswith("_name")]
+    lines = [columns, *([_text(row.get(f"{name}_name") or row[name]) for name in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None | []:
+            return "-"
+        case datetime():
+            return f"{value:%Y-%m-%d %H:%M}"
+        case [str(), *_]:
+            return ", ".join(value)
+        case list():
+            return json.dumps(value)
+        case dict():
+            return "  ".join(f"{name}={_text(each)}" for name, each in value.items())
+        case _:
+            return str(value)
 
 
 def _operator(session: Session, tenant: str) -> Principal:
     return tenants.operator_of(tenants.find_tenant(session, tenant), request_id=_request_id())
 
 
-def _grant_row(grant: Grant) -> dict[str, Any]:
+def _grant_row(grant: Grant, names: Mapping[str, str]) -> dict[str, Any]:
     return {
         "id": grant.id,
         "to": grant.principal_id,
+        "to_name": names.get(grant.principal_id),
         "effect": grant.effect,
         "verb": grant.verb,
         "resource": grant.resource_id,
+        "resource_name": names.get(grant.resource_id),
         "expires": grant.expires,
     }
 

@@ -6,11 +6,23 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, case, exists, false, or_, select
+from sqlalchemy import ColumnElement, Select, and_, case, delete, exists, false, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from cloister_server.principal import Principal
-from cloister_server.store.tables import App, Dataset, Grant, Job, Model, SigningKey, Source, Table, Tenant, now
+from cloister_server.store.tables import (
+    App,
+    Dataset,
+    Grant,
+    IdempotencyKey,
+    Job,
+    Model,
+    SigningKey,
+    Source,
+    Table,
+    Tenant,
+    now,
+)
 
 __all__ = [
     "ANY",
@@ -19,9 +31,16 @@ __all__ = [
     "app_of_id",
     "app_of_name",
     "apps_of",
+    "forget_answers",
+    "forget_grants_on",
+    "forget_grants_to",
     "grants_of",
     "grants_on",
+    "id_of_name",
+    "names_of_holders",
+    "names_of_resources",
     "public_keys",
+    "sources_of",
     "tenant_of_id_or_name",
     "tenants",
     "visible_to",
@@ -130,8 +149,54 @@ def app_of_id(session: Session, client_id: str) -> App | None:
     return session.scalars(select(App).where(App.id == client_id)).one_or_none()
 
 
+def sources_of(session: Session, owner_id: str) -> list[str]:
+    """The names of the sources that an app owns, in its own tenant or another."""
+    return list(session.scalars(select(Source.name).where(Source.owner_id == owner_id).order_by(Source.name)))
+
+
+def id_of_name(session: Session, table: type[Table], *, tenant_id: str, name: str) -> str | None:
+    """The id of the tenant's resource of this name; None where there is none, and where such resources have no names."""
+    row = table.__table__.c
+    if "name" not in row:
+        return None
+    return session.scalar(select(row.id).where(row.tenant_id == tenant_id, row.name == name))
+
+
+def names_of_resources(session: Session, tenant_id: str) -> dict[str, str]:
+    """Id -> name of all that a grant in this tenant can name and that has a name."""
+    tables = {table.__table__ for table in VERBS.values() if table is not Tenant and "name" in table.__table__.c}
+    rows = [row for t in tables for row in session.execute(select(t.c.id, t.c.name).where(t.c.tenant_id == tenant_id))]
+    return {row.id: row.name for row in rows}
+
+
+def names_of_holders(session: Session, tenant_id: str) -> dict[str, str]:
+    """Client id -> name of all who hold grants in this tenant; `TENANT/NAME` for the apps of another."""
+    holders = select(Grant.principal_id).where(Grant.tenant_id == tenant_id)
+    rows = session.execute(
+        select(App.id, App.name, App.tenant_id, Tenant.name.label("tenant"))
+        .join(Tenant, Tenant.id == App.tenant_id)
+        .where(App.id.in_(holders))
+    )
+    return {row.id: row.name if row.tenant_id == tenant_id else f"{row.tenant}/{row.name}" for row in rows}
+
+
 def app_of_name(session: Session, tenant_id: str, name: str) -> App | None:
     return session.scalars(select(App).where(and_(App.tenant_id == tenant_id, App.name == name))).one_or_none()
+
+
+def forget_grants_to(session: Session, holder_id: str) -> None:
+    """Delete every grant that a principal holds, in whatever tenant: for one that is no more."""
+    session.execute(delete(Grant).where(Grant.principal_id == holder_id))
+
+
+def forget_grants_on(session: Session, *, tenant_id: str, resource_id: str) -> None:
+    """Delete every grant on one resource: for one that is no more."""
+    session.execute(delete(Grant).where(Grant.tenant_id == tenant_id, Grant.resource_id == resource_id))
+
+
+def forget_answers(session: Session, *, routes: str) -> None:
+    """Delete the kept answers to every write whose route starts so, in every tenant."""
+    session.execute(delete(IdempotencyKey).where(IdempotencyKey.route.startswith(routes, autoescape=True)))
 
 
 def public_keys(session: Session, purpose: str) -> list[dict[str, Any]]:

@@ -106,6 +106,8 @@ class App(Table):
     name: Mapped[str]
     secret_mac: Mapped[bytes]
     created: Mapped[datetime] = mapped_column(default=now)
+    secret_since: Mapped[datetime | None]
+    """When the secret was last changed; null where it is the first."""
 
 
 class Grant(Table):
@@ -144,7 +146,8 @@ class LedgerEntry(Table):
     """One append-only row of a source's ledger; the database itself refuses to update or delete it.
 
     kind 'freeze': the filter's orders and weights (once, before the first event);
-    'reserve': a job's event with its RDP vector per step, `steps` reserved (once a job);
+    'reserve': a job's event with its RDP vector per step, `steps` reserved (once a job), and as `overflow` what all of them
+    may add to delta at the source's epsilon of that day, which stands in the event as `cap`;
     'chunk': steps [first_step, first_step + steps) of an attempt, written before their first read of data;
     'settle': the job is over, `steps` is what it is charged in the end (once a job).
     """
@@ -169,6 +172,7 @@ class LedgerEntry(Table):
     attempt: Mapped[int | None]
     first_step: Mapped[int | None]
     steps: Mapped[int] = mapped_column(default=0)
+    overflow: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
     principal_id: Mapped[str] = _id(primary=False)
     event: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created: Mapped[datetime] = mapped_column(default=now)
@@ -204,6 +208,9 @@ class Part(Table):
     dataset_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     object_id: Mapped[str] = _id(primary=False)
+    uploader_id: Mapped[str | None] = mapped_column(String(40))
+    content_mac: Mapped[bytes | None]
+    """What was sealed, under a key of this part's alone: no two parts have a digest in common, empty ones neither."""
 
 
 class SealedObject(Table):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from cloister.wire.columns import Column, UnitColumn
 from cloister.wire.plans import TrainingSpec
 from cloister.wire.rows import open_form
 from cloister_privacy.errors import TrainingDiverged
@@ -108,9 +109,11 @@ class _Running:
                     raise _Paused
             return True
 
+        rows = _Rows(lambda: (open_form(columns, self._open(key)) for key in self._part_keys), columns)
         weights = train(
             spec,
-            _Rows(lambda: (open_form(columns, self._open(key)) for key in self._part_keys), list(columns)),
+            rows,
+            units=rows.units if source.unit == "user" else None,
             plan=DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency),
             device=_device(self.settings.device),
             chunk_steps=self._chunk_steps,
@@ -170,23 +173,41 @@ class _Running:
 class _Rows(Mapping[str, "np.ndarray[Any, Any]"]):
     """The dataset's columns, opened from their sealed parts at the first look and not before."""
 
-    def __init__(self, parts: Callable[[], Iterator[dict[str, np.ndarray[Any, Any]]]], names: list[str]) -> None:
-        self._parts, self._names = parts, names
-        self._columns: dict[str, np.ndarray[Any, Any]] | None = None
+    def __init__(
+        self, parts: Callable[[], Iterator[dict[str, np.ndarray[Any, Any]]]], columns: Mapping[str, Column]
+    ) -> None:
+        self._parts, self._columns = parts, columns
+        self._opened: dict[str, np.ndarray[Any, Any]] | None = None
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
-        if self._columns is None:
+        if name not in self._columns:
+            raise KeyError(name)
+        return self._arrays()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def units(self) -> np.ndarray[Any, Any]:
+        """Whose each row is, as one whole number per user: int64 [rows]."""
+        import numpy as np
+
+        (name,) = (name for name, column in self._columns.items() if isinstance(column, UnitColumn))
+        ids, lengths = self._arrays()[name], self._arrays()[f"{name}.length"]
+        # Ids are padded with zero bytes, which may also end an id: only with its length is it the user's own.
+        keys = np.concatenate([ids, lengths.astype(np.uint8)[:, None]], axis=1)
+        numbers: np.ndarray[Any, Any] = np.unique(keys.view(f"V{keys.shape[1]}").ravel(), return_inverse=True)[1]
+        return numbers
+
+    def _arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        if self._opened is None:
             import numpy as np
 
             parts = list(self._parts())
-            self._columns = {each: np.concatenate([part[each] for part in parts]) for each in self._names}
-        return self._columns[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+            self._opened = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return self._opened
 
 
 def _digests(weights: bytes) -> dict[str, str]:

@@ -1,0 +1,172 @@
+"""LSTM, GRU and RNN, run step by step in Python so that the gates of a whole layer are one tap. Exactly these classes.
+
+The gates of every step are a part that came in, x W_ih' + b_ih, plus a recurrent part. The gradient at the first part, taken for
+all steps at once, is the gradient at the gates; with inputs and hidden states it gives the gradient of every parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from cloister_privacy.errors import UncoveredParameter
+from cloister_privacy.training.rules.gradients import of_linear
+from cloister_privacy.training.rules.tape import Gradients, Tape, Use, constant, of_bias, trainable
+
+__all__ = ["recurrent"]
+
+_Recurrent = nn.LSTM | nn.GRU | nn.RNN
+
+
+def recurrent(module: _Recurrent, tape: Tape, inputs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """As the module itself: the outputs of the last layer, and the last states of all layers."""
+    if not isinstance(inputs, Tensor) or inputs.ndim != 3:
+        raise UncoveredParameter(
+            f"{type(module).__name__} is clipped on batches of padded sequences only; pad, do not pack"
+        )
+    if module.proj_size:
+        raise UncoveredParameter("an LSTM with proj_size is not clipped by example; use a Linear layer after it")
+    values = inputs if module.batch_first else inputs.transpose(0, 1)
+    states = _states(module, values, state)
+    directions = 2 if module.bidirectional else 1
+    ends: list[tuple[Tensor, ...]] = []
+    for layer in range(module.num_layers):
+        if layer and module.dropout:
+            values = functional.dropout(values, module.dropout, module.training)
+        outputs = []
+        for direction in range(directions):
+            cell = _Cell(module, layer, is_reverse=direction == 1)
+            output, end = cell.run(tape, values, tuple(each[len(ends)] for each in states))
+            outputs.append(output)
+            ends.append(end)
+        values = torch.cat(outputs, dim=2) if directions == 2 else outputs[0]
+    last = tuple(torch.stack(each) for each in zip(*ends, strict=True))
+    return values if module.batch_first else values.transpose(0, 1), last if isinstance(module, nn.LSTM) else last[0]
+
+
+def _states(module: _Recurrent, values: Tensor, state: Any) -> tuple[Tensor, ...]:
+    """What the layers start from: hidden states, and the cells of an LSTM, each [layers * directions, n, h]."""
+    if state is not None:
+        return tuple(state) if isinstance(module, nn.LSTM) else (state,)
+    count = module.num_layers * (2 if module.bidirectional else 1)
+    zeros = values.new_zeros(count, len(values), module.hidden_size)
+    return (zeros, zeros) if isinstance(module, nn.LSTM) else (zeros,)
+
+
+class _Cell:
+    """One layer in one direction."""
+
+    def __init__(self, module: _Recurrent, layer: int, *, is_reverse: bool) -> None:
+        suffix = f"_l{layer}" + ("_reverse" if is_reverse else "")
+        self._module, self._is_reverse = module, is_reverse
+        self._w_ih, self._w_hh = getattr(module, "weight_ih" + suffix), getattr(module, "weight_hh" + suffix)
+        self._b_ih = getattr(module, "bias_ih" + suffix) if module.bias else None
+        self._b_hh = getattr(module, "bias_hh" + suffix) if module.bias else None
+
+    def run(self, tape: Tape, values: Tensor, start: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Outputs [n, T, h] of inputs [n, T, d], and the states after the last step."""
+        if self._is_reverse:
+            values = values.flip(1)
+        weight = self._w_hh.detach()
+        came_in = functional.linear(values, self._w_ih.detach(), constant(self._b_ih)).float()
+        if isinstance(self._module, nn.GRU):
+            came_in = tape.tap(came_in)
+            recurrent = torch.zeros_like(came_in).requires_grad_()
+            outputs = _gru(came_in, recurrent, weight, constant(self._b_hh), start[0])
+            end: tuple[Tensor, ...] = (outputs[:, -1],)
+        else:
+            came_in = tape.tap(came_in if self._b_hh is None else came_in + self._b_hh.detach())
+            recurrent = came_in
+            if isinstance(self._module, nn.LSTM):
+                outputs, cell = _LSTM.apply(came_in, weight, *start)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                end = (outputs[:, -1], cell)
+            else:
+                outputs = _rnn(came_in, weight, start[0], self._module.nonlinearity)
+                end = (outputs[:, -1],)
+        before = torch.cat([start[0].unsqueeze(1), outputs[:, :-1]], dim=1)
+        tape.uses.append(_GateUse(came_in, values, self._w_ih, self._b_ih))
+        tape.uses.append(_GateUse(recurrent, before, self._w_hh, self._b_hh))
+        return outputs.flip(1) if self._is_reverse else outputs, end
+
+
+class _GateUse(Use):
+    def __init__(self, tap: Tensor, entering: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(tap)
+        self._entering, self._weight, self._bias = entering, weight, bias
+
+    def gradients(self, back: Tensor) -> Gradients:
+        return trainable(
+            (self._weight, lambda: of_linear(back, self._entering.detach().float())),
+            (self._bias, lambda: of_bias(back)),
+        )
+
+
+def _rnn(came_in: Tensor, weight: Tensor, hidden: Tensor, nonlinearity: str) -> Tensor:
+    bounded = torch.tanh if nonlinearity == "tanh" else torch.relu
+    outputs = []
+    for gates in came_in.unbind(1):
+        hidden = bounded(torch.addmm(gates, hidden, weight.T))
+        outputs.append(hidden)
+    return torch.stack(outputs, dim=1)
+
+
+def _gru(came_in: Tensor, recurrent: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    outputs = []
+    for entering, more in zip(came_in.unbind(1), recurrent.unbind(1), strict=True):
+        reset_in, update_in, new_in = entering.chunk(3, dim=1)
+        reset_h, update_h, new_h = (functional.linear(hidden, weight, bias) + more).chunk(3, dim=1)
+        update = torch.sigmoid(update_in + update_h)
+        new = torch.tanh(new_in + torch.sigmoid(reset_in + reset_h) * new_h)
+        hidden = torch.lerp(new, hidden, update)
+        outputs.append(hidden)
+    return torch.stack(outputs, dim=1)
+
+
+class _LSTM(torch.autograd.Function):
+    """The recurrence with its gradient written by hand: the same numbers as autograd's, in a third of the operations."""
+
+    @staticmethod
+    def forward(ctx: Any, came_in: Tensor, weight: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """came_in [n, T, 4h] -> hidden states [n, T, h] and the last cell [n, h]; gates in torch's order i, f, g, o."""
+        gates = came_in.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        steps, n, size = len(gates), gates.shape[1], hidden.shape[1]
+        by_gate = gates.view(steps, n, 4, size)
+        hiddens, cells, squashed = (gates.new_empty(count, n, size) for count in (steps + 1, steps + 1, steps))
+        hiddens[0], cells[0] = hidden, cell
+        transposed = weight.T
+        for step in range(steps):
+            gate = gates[step].addmm_(hiddens[step], transposed)
+            gate[:, : 2 * size].sigmoid_()
+            gate[:, 2 * size : 3 * size].tanh_()
+            gate[:, 3 * size :].sigmoid_()
+            i, f, g, o = by_gate[step].unbind(1)
+            torch.mul(f, cells[step], out=cells[step + 1]).addcmul_(i, g)
+            torch.tanh(cells[step + 1], out=squashed[step])
+            torch.mul(o, squashed[step], out=hiddens[step + 1])
+        ctx.save_for_backward(by_gate, cells, squashed, weight)
+        return hiddens[1:].transpose(0, 1), cells[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, at_outputs: Tensor, at_cell: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        by_gate, cells, squashed, weight = ctx.saved_tensors
+        steps, n, _, size = by_gate.shape
+        i, f, g, o = by_gate.unbind(2)
+        # What a step multiplies, for all steps at once: the loop below only carries.
+        of_cell = torch.stack([g * i * (1 - i), cells[:-1] * f * (1 - f), i * (1 - g * g)], dim=2)
+        of_output, into_cell = squashed * o * (1 - o), o * (1 - squashed * squashed)
+        back = torch.empty_like(by_gate)
+        flat = back.view(steps, n, 4 * size)
+        at_outputs = at_outputs.transpose(0, 1)
+        at_hidden, at_cell = at_outputs[-1], at_cell.clone()
+        for step in reversed(range(steps)):
+            at_cell.addcmul_(at_hidden, into_cell[step])
+            torch.mul(of_cell[step], at_cell.unsqueeze(1), out=back[step, :, :3])
+            torch.mul(of_output[step], at_hidden, out=back[step, :, 3])
+            at_cell.mul_(f[step])
+            at_hidden = torch.addmm(at_outputs[step - 1], flat[step], weight) if step else flat[0] @ weight
+        return flat.transpose(0, 1), None, at_hidden, at_cell

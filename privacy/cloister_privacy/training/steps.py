@@ -1,0 +1,115 @@
+"""One step of DP-SGD on any torch module: padded micro-batches, clipped sums, one noise, one update. Knows no rows' meaning.
+
+Guarantee of a step: the Gaussian mechanism on the sum of the drawn examples' gradients, each clipped; with none drawn it is pure
+noise. Micro-batches are all of one size, filled up with examples that count for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cloister_privacy.plan import DPPlan
+from cloister_privacy.training.clipping import ClippedGradients, Clipping, Losses
+from cloister_privacy.training.compilation import compiled, pays
+from cloister_privacy.training.guard import guard, require_exact_clipping
+from cloister_privacy.training.noise import gaussian_noise
+from cloister_privacy.training.optimizer import NoisyOptimizer
+
+__all__ = ["GUARD_EXAMPLES", "PrivateSteps"]
+
+GUARD_EXAMPLES = 8
+"""How many synthetic examples a run is tried on."""
+
+_MICRO_BATCH_BYTES = 2**28
+
+
+class PrivateSteps:
+    """The steps of one run of `network`, under `plan`.
+
+    `losses(network, batch)` gives each example's loss, [n]; `batch` in it is whatever `gather` of a step returns, and `synthetic`
+    is one such batch of GUARD_EXAMPLES examples that no private row had a part in: the network is tried on it, and refused
+    (ArchitectureRefused) where its gradients cannot be clipped by example. `optimizer` must hold the network's trained parameters.
+
+    A step always runs the plan's public number of slots, whatever was drawn, and more only where more were drawn. Without
+    `has_constant_work` it runs what was drawn, so that its time tells how many rows there are: for benchmarks alone.
+    `is_compiled` says whether the passes are compiled; left out, they are where the plan's steps pay for it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        losses: Losses,
+        *,
+        plan: DPPlan,
+        optimizer: torch.optim.Optimizer,
+        synthetic: Any,
+        clipping: Clipping = "flat",
+        has_constant_work: bool = True,
+        is_compiled: bool | None = None,
+    ) -> None:
+        guard(network)
+        network.train()
+        require_exact_clipping(network, losses, synthetic)
+        self._clipped = ClippedGradients(network, losses, clip=plan.row_clip, clipping=clipping)
+        self._plan, self._parameters = plan, self._clipped.parameters
+        self._device = self._parameters[0].device
+        self.optimizer = NoisyOptimizer(optimizer, plan=plan, noise=self._noise)
+        self._slots = plan.slots * plan.rows_per_unit if has_constant_work else 0
+        self.micro_batch = self._micro_batch(synthetic)
+        self._sums = self._compiled(network, synthetic, is_compiled)
+
+    def step(self, drawn: NDArray[np.intp], gather: Callable[[NDArray[np.intp]], Any]) -> None:
+        """One step on the drawn examples; `gather(indices)` fetches them as a batch. It may be asked for index 0 as padding."""
+        size = self.micro_batch
+        count = max(1, -(-max(self._slots, len(drawn)) // size))
+        indices = np.zeros(count * size, dtype=np.intp)
+        indices[: len(drawn)] = drawn
+        mask = torch.zeros(count * size)
+        mask[: len(drawn)] = 1
+        mask = mask.to(self._device)
+        total: list[Tensor] = []
+        for start in range(0, count * size, size):
+            sums = self._sums(gather(indices[start : start + size]), mask[start : start + size])
+            if total:
+                torch._foreach_add_(total, sums)
+            else:
+                total = sums
+        for parameter, gradient in zip(self._parameters, total, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _noise(self) -> Tensor:
+        count = sum(parameter.numel() for parameter in self._parameters)
+        return gaussian_noise(count, std=self._plan.noise_std).to(self._device)
+
+    def _compiled(
+        self, network: nn.Module, synthetic: Any, is_compiled: bool | None
+    ) -> Callable[[Any, Tensor], list[Tensor]]:
+        batch = _repeated(synthetic, self.micro_batch)
+        mask = torch.ones(self.micro_batch, device=self._device)
+        if is_compiled is None:
+            passes = self._plan.steps * max(1, -(-self._slots // self.micro_batch))
+            is_compiled = pays(network, lambda: self._clipped.sums(batch, mask), passes=passes)
+        return compiled(self._clipped.sums, batch, mask) if is_compiled else self._clipped.sums
+
+    def _micro_batch(self, synthetic: Any) -> int:
+        """As many examples as fit the memory set aside for one pass: the slots, or the expected batch, in equal parts."""
+        fits = max(1, _MICRO_BATCH_BYTES // self._clipped.bytes_per_example(synthetic))
+        whole = self._slots or self._plan.batch_size * self._plan.rows_per_unit
+        return -(-whole // -(-whole // fits))
+
+
+def _repeated(batch: Any, count: int) -> Any:
+    """A batch of `count` examples, the given ones over and over."""
+    if isinstance(batch, Tensor):
+        return batch[torch.arange(count, device=batch.device) % len(batch)]
+    if isinstance(batch, Mapping):
+        return {name: _repeated(each, count) for name, each in batch.items()}
+    return tuple(_repeated(each, count) for each in batch)

@@ -1,0 +1,56 @@
+"""The caller's rows as a model's inputs: what a model reads, and how rows that it cannot read are told. Sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloister._convert import category_indices
+from cloister._errors import RowsNotFit
+from cloister.wire.columns import CategoryColumn, InputColumn, TensorColumn
+
+__all__ = ["model_inputs"]
+
+
+def model_inputs(declared: Mapping[str, InputColumn], x: Any) -> dict[str, NDArray[Any]]:
+    """The caller's array or arrays as the model reads them: float32, or int64 indices. Raises RowsNotFit."""
+    if not isinstance(x, Mapping):
+        if len(declared) != 1:
+            raise RowsNotFit(f"this model reads {', '.join(declared)}; give a dict with an array for each")
+        x = {next(iter(declared)): x}
+    if x.keys() != declared.keys():
+        raise RowsNotFit(f"this model reads {', '.join(declared)}, and was given {', '.join(map(str, x)) or 'nothing'}")
+    inputs = {name: _input(name, column, x[name]) for name, column in declared.items()}
+    if len({len(array) for array in inputs.values()}) != 1:
+        raise RowsNotFit("the inputs have different numbers of rows; give as many of each")
+    return inputs
+
+
+def _input(name: str, column: InputColumn, values: Any) -> NDArray[Any]:
+    """One input in the model's own type, read as an upload reads it. Nothing is rounded on the way."""
+    row_shape = tuple(column.shape) if isinstance(column, TensorColumn) else ()
+    try:
+        given = np.asarray(values)
+    except ValueError:
+        raise RowsNotFit(f"input {name!r} has rows of different shapes; all must be {row_shape}") from None
+    if given.shape == row_shape:
+        one = "a single value" if not row_shape else f"one row of shape {row_shape}"
+        raise RowsNotFit(
+            f"input {name!r} is {one}, without a row axis; add one: {'[x]' if not row_shape else 'x[None]'}"
+        )
+    if not given.ndim or given.shape[1:] != row_shape:
+        wanted = ", ".join(["rows", *map(str, row_shape)])
+        raise RowsNotFit(f"input {name!r} has shape {given.shape}; the model reads [{wanted}]")
+    if isinstance(column, CategoryColumn):
+        return category_indices(name, column, given).astype(np.int64)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = given.astype(np.float32)
+    except (ValueError, TypeError):
+        raise RowsNotFit(f"input {name!r} holds what is not a number; remove those rows") from None
+    if not np.isfinite(array).all():
+        raise RowsNotFit(f"input {name!r} holds values that are no finite float32; remove those rows")
+    return array

@@ -1,0 +1,153 @@
+"""What the engine refuses before it reads a row, and by which name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cloister_privacy.errors import (
+    ArchitectureRefused,
+    ClippingNotExact,
+    CrossExampleLayer,
+    InPlaceLayer,
+    UncoveredParameter,
+)
+from cloister_privacy.training import guard
+from cloister_privacy.training.guard import require_exact_clipping
+from networks import N, cases, losses
+
+
+def tied() -> nn.Module:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    return module
+
+
+def reused() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "cure"),
+    [
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), CrossExampleLayer, "use GroupNorm"),
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)), CrossExampleLayer, "use GroupNorm"),
+        (nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)), CrossExampleLayer, "use GroupNorm"),
+        (
+            nn.Sequential(nn.Conv1d(3, 3, 1), nn.InstanceNorm1d(3, track_running_stats=True)),
+            CrossExampleLayer,
+            "GroupNorm",
+        ),
+        (nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)), InPlaceLayer, "inplace=False"),
+        (tied(), UncoveredParameter, "1.weight is the same parameter as 0.weight"),
+        (reused(), UncoveredParameter, "2.weight is the same parameter as 0.weight"),
+        (nn.Sequential(nn.Linear(3, 3)).requires_grad_(False), UncoveredParameter, "no parameter to train"),
+        (nn.Sequential(nn.Tanh()), UncoveredParameter, "no parameter to train"),
+    ],
+)
+def test_a_network_that_cannot_be_clipped_by_example_is_refused_with_the_cure(
+    module: nn.Module, error: type[ArchitectureRefused], cure: str
+) -> None:
+    with pytest.raises(error, match=cure):
+        guard(module)
+
+
+class _Uses(nn.Module):
+    """Uses one layer so many times and another never, which its modules alone do not show."""
+
+    def __init__(self, *, times: int) -> None:
+        super().__init__()
+        self.one, self.other, self.times = nn.Linear(3, 3), nn.Linear(3, 3), times
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for _ in range(self.times):
+            inputs = self.one(inputs).tanh()
+        return inputs
+
+
+class _Mixing(nn.Module):
+    """Centres by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(inputs)
+        return outputs - outputs.mean(0)
+
+
+class _Overwriting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.layer(inputs).mul_(2.0))  # type: ignore[no-any-return]
+
+
+class _SequenceFirst(nn.Module):
+    """Its linear layer sees the examples as the second dimension, so its gradients cannot be told apart by the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(
+            inputs.view(N if len(inputs) == N else 1, 1, 3).expand(-1, len(inputs), -1).transpose(0, 1)
+        ).mean(1)  # type: ignore[no-any-return]
+
+
+class _ReadsValues(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.weight if inputs.sum().item() > -1e9 else inputs
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "message"),
+    [
+        (_Uses(times=1), UncoveredParameter, "took no part|takes no part"),
+        (_Uses(times=2), UncoveredParameter, "used twice"),
+        (_Mixing(), CrossExampleLayer, "others in its batch"),
+        (_Overwriting(), ClippingNotExact, "overwrites? its input"),
+        (_SequenceFirst(), ArchitectureRefused, "examples"),
+        (_ReadsValues(), UncoveredParameter, "one example at a time"),
+    ],
+)
+def test_a_network_that_shows_its_fault_only_when_it_runs_is_refused(
+    module: nn.Module, error: type[ArchitectureRefused], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        require_exact_clipping(module, losses, (torch.randn(N, 3), torch.arange(N) % 3))
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_every_network_that_has_rules_passes(name: str) -> None:
+    module, inputs = cases()[name]
+    guard(module)
+    require_exact_clipping(module, losses, (inputs, torch.arange(N) % 3))
+
+
+def test_a_rule_that_is_wrong_by_a_hair_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cloister_privacy.training.rules.gradients import Outer
+
+    right = Outer.weighted_sum
+    monkeypatch.setattr(Outer, "weighted_sum", lambda self, scales: right(self, scales) * (1 + 5e-5))
+    module, inputs = cases()["linear"]
+    with pytest.raises(ClippingNotExact):
+        require_exact_clipping(module, losses, (inputs, torch.arange(N) % 3))
+
+
+def test_a_loss_that_is_a_mean_is_refused() -> None:
+    module, inputs = cases()["linear"]
+    with pytest.raises(ArchitectureRefused, match="one number for each example"):
+        require_exact_clipping(
+            module, lambda network, batch: losses(network, batch).mean(), (inputs, torch.arange(N) % 3)
+        )

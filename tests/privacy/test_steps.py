@@ -1,0 +1,144 @@
+"""A step on any torch module: constant public work, padding that counts for nothing, the same numbers when compiled."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cloister_privacy import DPPlan
+from cloister_privacy.errors import CrossExampleLayer
+from cloister_privacy.training import PrivateSteps, compilation
+from networks import losses
+
+ROWS = 400
+
+
+def plan(**fields: Any) -> DPPlan:
+    defaults: dict[str, Any] = {
+        "nominal_size": 400, "capacity": 500, "batch_size": 40, "steps": 10, "noise_multiplier": 1.0, "clip": 0.1, "delta": 1e-5,
+    }  # fmt: skip
+    return DPPlan(**(defaults | fields))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+class Counted:
+    """Rows that note how many were asked for at once."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.inputs, self.targets = torch.randn(ROWS, 5, generator=generator), torch.arange(ROWS) % 3
+        self.asked: list[int] = []
+
+    def gather(self, indices: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
+        self.asked.append(len(indices))
+        return self.inputs[indices], self.targets[indices]
+
+
+def steps_of(module: nn.Module, rows: Counted, **options: Any) -> PrivateSteps:
+    return PrivateSteps(
+        module,
+        losses,
+        plan=options.pop("plan", plan()),
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        synthetic=(rows.inputs[:8], rows.targets[:8]),
+        **options,
+    )
+
+
+def moved(module: nn.Module, before: list[Tensor]) -> Tensor:
+    return torch.cat([(a - b).flatten() for a, b in zip(before, module.parameters(), strict=True)]).detach()
+
+
+@pytest.fixture
+def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        PrivateSteps, "_noise", lambda self: torch.zeros(sum(each.numel() for each in self._parameters))
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_the_work_of_a_step_is_the_plans_whatever_was_drawn(micro_batch: int | None) -> None:
+    rows = Counted()
+    private = steps_of(network(), rows)
+    private.micro_batch = micro_batch or private.micro_batch
+    seen = []
+    for drawn in (0, 1, 40, plan().slots):
+        rows.asked.clear()
+        private.step(np.arange(drawn), rows.gather)
+        seen.append(list(rows.asked))
+    assert seen[1:] == seen[:-1]
+    assert sum(seen[0]) >= plan().slots > plan().batch_size
+    rows.asked.clear()
+    private.step(np.arange(plan().slots + 30), rows.gather)
+    assert sum(rows.asked) >= plan().slots + 30, "an overflow runs more, and is never cut short"
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_padding_and_micro_batches_change_no_number() -> None:
+    rows = Counted()
+    drawn = np.array([3, 5, 8, 13, 21, 34, 55, 89])
+    results = []
+    for options, micro_batch in (({}, None), ({}, 3), ({"has_constant_work": False}, None)):
+        module = network()
+        before = [each.detach().clone() for each in module.parameters()]
+        private = steps_of(module, rows, **options)
+        private.micro_batch = micro_batch or private.micro_batch
+        private.step(drawn, rows.gather)
+        results.append(moved(module, before) * plan().divisor)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-6)
+    assert 0 < results[0].norm() <= len(drawn) * plan().clip
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_compiled_steps_give_the_same_numbers_and_leave_nothing_behind() -> None:
+    in_memory = compilation._IN_MEMORY
+    if not in_memory.exists():
+        pytest.skip("needs a memory file system")
+    before_files = set(in_memory.iterdir())
+    rows, results = Counted(), []
+    for is_compiled in (False, True):
+        module = network()
+        before = [each.detach().clone() for each in module.parameters()]
+        private = steps_of(module, rows, is_compiled=is_compiled)
+        assert (private._sums == private._clipped.sums) is not is_compiled
+        for _ in range(3):
+            private.step(np.arange(50), rows.gather)
+        results.append(moved(module, before))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+    left = {path for path in in_memory.iterdir() if path not in before_files}
+    assert not [path for path in left if path.name.startswith("tmp")]
+
+
+def test_rows_of_a_user_are_clipped_to_their_share(no_noise: None) -> None:
+    rows, module = Counted(), network()
+    before = [each.detach().clone() for each in module.parameters()]
+    private = steps_of(module, rows, plan=plan(unit="user", rows_per_unit=4))
+    private.step(np.zeros(4, dtype=np.intp), rows.gather)  # four rows, all of the same direction
+    assert moved(module, before).norm() * plan().divisor <= plan().clip * (1 + 1e-5)
+
+
+def test_a_network_that_mixes_examples_is_refused_before_anything_is_read() -> None:
+    rows = Counted()
+    with pytest.raises(CrossExampleLayer):
+        steps_of(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), rows)
+    assert rows.asked == []
+
+
+def test_the_example_of_the_docs_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
+    exec(compile(example, "docs/training.md", "exec"), {})  # noqa: S102 (that is the test)
+    spent = float(capsys.readouterr().out.split()[1])
+    assert 2.9 < spent <= 3
