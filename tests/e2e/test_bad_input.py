@@ -172,16 +172,3 @@ def test_a_plan_by_user_says_so_and_trains_and_rows_without_a_user_are_refused_a
 def test_a_source_is_public_from_its_creation_or_never(client: cloister.Cloister) -> None:
     assert client.sources.create("weather", epsilon=1, delta=1e-5, public=True).public
     assert not client.sources.create("people", epsilon=1, delta=1e-5).public
-
-
-def test_predictions_refuse_what_the_columns_do_not_allow(deployment: Deployment, client: cloister.Cloister) -> None:
-    rng = np.random.default_rng(0)
-    source = client.sources.create("p", epsilon=30, delta=1e-5)
-    columns = {"x": cloister.Tensor(shape=(2,), low=0, high=1), "y": cloister.Category(values=("a", "b"))}
-    given = {"x": rng.random((200, 2), np.float32), "y": rng.integers(0, 2, 200).astype(np.int32)}
-    data = client.datasets.upload("d", given, source=source, columns=columns, nominal_size=200, capacity=300)
-    model = client.train(client.plan(data, target="y", privacy=cloister.DP(epsilon=20), epochs=1), model="m").wait()
-    assert model.predict(given["x"][:2]).shape == (2,)
-    for bad in (np.zeros((2, 3)), np.full((1, 2), np.nan), np.zeros(2)):
-        with pytest.raises(cloister.CloisterError):
-            model.predict(bad)

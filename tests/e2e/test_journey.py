@@ -99,6 +99,12 @@ def test_a_certificate_verifies_offline_and_a_forged_one_does_not(trained: Train
         cloister.verify(forged, keys)
 
 
+def test_predictions_refuse_what_the_columns_do_not_allow(trained: Trained) -> None:
+    for bad in (np.zeros((2, 3)), np.full((1, 8, 8), np.nan), np.zeros((8, 8))):
+        with pytest.raises(cloister.CloisterError):
+            trained.model.predict(bad)
+
+
 def test_a_job_is_reattached_by_its_id_and_waiting_for_a_finished_one_returns_at_once(trained: Trained) -> None:
     again = trained.client.jobs.get(trained.job.id)
     assert again.status == "done"

@@ -28,7 +28,7 @@ from cloister_privacy.canaries import (
 from cloister_privacy.errors import TrainingDiverged
 
 # The seams of the production path at which faults are planted, from outside.
-NOISE = "cloister_privacy.training.steps.gaussian_noise"
+NOISE = "cloister_privacy.training.noise.gaussian_noise"
 """gaussian_noise(count, *, std) -> Tensor: all noise of a step."""
 DRAW = "cloister_privacy.training.sampler.PoissonSampler.draw"
 """draw(self) -> the indices of a step."""

@@ -101,6 +101,7 @@ def test_padding_and_micro_batches_change_no_number() -> None:
     assert 0 < results[0].norm() <= len(drawn) * plan().clip
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("no_noise")
 def test_compiled_steps_give_the_same_numbers_and_leave_nothing_behind() -> None:
     in_memory = compilation._IN_MEMORY

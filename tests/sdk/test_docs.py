@@ -14,6 +14,8 @@ import pytest
 import cloister
 from harness import App, Deployment
 
+pytestmark = pytest.mark.xdist_group("docs")  # one deployment for all of them
+
 PAGE = (Path(__file__).parents[2] / "docs" / "sdk.md").read_text()
 ROWS = 2000
 

@@ -119,14 +119,13 @@ class NoiseAhead:
 
     def _run(self) -> None:
         try:
-            generator = _Generator(self._count, std=self._std)
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed or len(self._ready) < _READY)
                     if self._closed:
                         return
-                draw = torch.empty(self._count, pin_memory=self._pinned)
-                generator.fill(draw.numpy())
+                draw = gaussian_noise(self._count, std=self._std)
+                draw = draw.pin_memory() if self._pinned else draw
                 with self._changed:
                     if not self._closed:
                         self._ready.append(draw)

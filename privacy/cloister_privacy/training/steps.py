@@ -6,6 +6,7 @@ noise. Micro-batches are all of one size, filled up with examples that count for
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from cloister_privacy.plan import DPPlan
 from cloister_privacy.training.clipping import ClippedGradients, Clipping, Losses
 from cloister_privacy.training.compilation import compiled, pays
 from cloister_privacy.training.guard import guard, require_exact_clipping
-from cloister_privacy.training.noise import gaussian_noise
+from cloister_privacy.training.noise import NoiseAhead
 from cloister_privacy.training.optimizer import NoisyOptimizer
 
 __all__ = ["GUARD_EXAMPLES", "PrivateSteps"]
@@ -59,6 +60,7 @@ class PrivateSteps:
         self._clipped = ClippedGradients(network, losses, clip=plan.row_clip, clipping=clipping)
         self._plan, self._parameters = plan, self._clipped.parameters
         self._device = self._parameters[0].device
+        self._ahead: NoiseAhead | None = None
         self.optimizer = NoisyOptimizer(optimizer, plan=plan, noise=self._noise)
         self._slots = plan.slots * plan.rows_per_unit if has_constant_work else 0
         self.micro_batch = self._micro_batch(synthetic)
@@ -86,8 +88,13 @@ class PrivateSteps:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _noise(self) -> Tensor:
-        count = sum(parameter.numel() for parameter in self._parameters)
-        return gaussian_noise(count, std=self._plan.noise_std).to(self._device)
+        """A fresh draw for all coordinates; from the first step on a thread draws ahead, for as long as these steps are in use."""
+        if self._ahead is None:
+            count = sum(parameter.numel() for parameter in self._parameters)
+            self._ahead = NoiseAhead(count, std=self._plan.noise_std, device=self._device)
+            self._ahead.__enter__()
+            weakref.finalize(self, self._ahead.close)
+        return self._ahead.take()
 
     def _compiled(
         self, network: nn.Module, synthetic: Any, is_compiled: bool | None
