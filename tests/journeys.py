@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import cloister
+
+SQLITE = pytest.param("sqlite", marks=pytest.mark.xdist_group("sqlite"))
+"""For what is the same on every database: `@pytest.mark.parametrize("deployment", [SQLITE], indirect=True)`."""
 
 COLUMNS = {
     "scan": cloister.Tensor(shape=(8, 8), low=0, high=16),

@@ -12,15 +12,10 @@ from sklearn.datasets import load_digits
 import cloister
 from databases import new_postgres_database
 from harness import App, Deployment
+from journeys import SQLITE
 
 
-@pytest.fixture(
-    scope="session",
-    params=[
-        pytest.param("sqlite", marks=pytest.mark.xdist_group("sqlite")),
-        pytest.param("postgres", marks=pytest.mark.xdist_group("postgres")),
-    ],
-)
+@pytest.fixture(scope="session", params=[SQLITE, pytest.param("postgres", marks=pytest.mark.xdist_group("postgres"))])
 def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """A running deployment that the tests of a session share; each makes tenants of its own."""
     root = tmp_path_factory.mktemp(f"cloister-{request.param}")

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 import cloister
 from cloister.wire.rows import encode_rows
 from harness import App, Deployment
-from journeys import COLUMNS
+from journeys import COLUMNS, SQLITE
 
 
 class Raw:
@@ -152,6 +152,7 @@ def test_training_before_the_upload_is_complete_is_refused(raw: Raw, dataset: st
     assert answer.status_code == 409 and answer.json()["code"] == "dataset_not_ready"
 
 
+@pytest.mark.parametrize("deployment", [SQLITE], indirect=True)
 def test_a_plan_by_user_says_so_and_trains_and_rows_without_a_user_are_refused_at_upload(
     client: cloister.Cloister,
 ) -> None:

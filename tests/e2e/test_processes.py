@@ -73,7 +73,7 @@ def test_no_secret_stands_in_a_command_line_or_an_environment_and_the_queue_keep
     with served.client(app) as client:
         data = upload(client, digits)
         privacy = cloister.DP(noise_multiplier=2.0)
-        job = client.train(client.plan(data, target="digit", privacy=privacy, batch_size=100, epochs=20), model="m")
+        job = client.train(client.plan(data, target="digit", privacy=privacy, batch_size=100, epochs=10), model="m")
         child = _first(lambda: served.pids(CHILD))
         assert served.process is not None
         pids = [

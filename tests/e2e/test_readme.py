@@ -10,10 +10,12 @@ import pytest
 
 import cloister
 from harness import App, Deployment
+from journeys import SQLITE
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
+@pytest.mark.parametrize("deployment", [SQLITE], indirect=True)
 def test_the_first_example_runs_as_it_stands(
     deployment: Deployment, app: App, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,11 +49,12 @@ def test_noise_is_gaussian_with_the_standard_deviation_asked_for(std: float) -> 
     assert 2 * stats.norm.sf(abs(noise.mean()) * math.sqrt(len(noise))) > CHANCE
 
 
-@pytest.mark.parametrize("deviations", [3, 4, 5])
-def test_tails_are_as_heavy_as_a_gaussian_s(deviations: int) -> None:
+def test_the_variance_and_the_tails_of_many_draws_are_a_gaussian_s() -> None:
     noise = draw(8_000_000)
-    for beyond in (noise > deviations, noise < -deviations):
-        assert stats.binomtest(int(beyond.sum()), len(noise), stats.norm.sf(deviations)).pvalue > CHANCE
+    assert CHANCE < stats.chi2.cdf((noise**2).sum(), len(noise)) < 1 - CHANCE
+    for deviations in (3, 4, 5):
+        for beyond in (noise > deviations, noise < -deviations):
+            assert stats.binomtest(int(beyond.sum()), len(noise), stats.norm.sf(deviations)).pvalue > CHANCE
 
 
 def test_every_row_of_a_pass_is_gaussian(rows: NDArray[np.float64]) -> None:

@@ -116,6 +116,7 @@ def test_the_roles_and_verbs_of_the_page_are_the_server_s() -> None:
     assert set(re.findall(r"`((?:source|dataset|model|job)\.\w+)`", PAGE)) <= set(VERBS)
 
 
+@pytest.mark.long
 def test_wait_outlives_a_restart_of_the_real_server(deployment: Deployment, shown: dict[str, object]) -> None:
     client = shown["client"]
     assert isinstance(client, cloister.Cloister)
