@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -181,6 +182,23 @@ def test_closing_stops_the_thread_and_drops_what_is_left() -> None:
     draws.close()
     with pytest.raises(TrainingError, match="opened before"):
         draws.__enter__()
+
+
+def test_a_finalizer_may_close_in_the_thread_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = NoiseAhead(10, std=1.0, device="cpu")
+
+    def closing(count: int, *, std: float) -> torch.Tensor:
+        draws.close()
+        return gaussian_noise(count, std=std)
+
+    monkeypatch.setattr(module, "gaussian_noise", closing)
+    with draws:
+        thread = draws._thread
+        assert thread is not None
+        thread.join(30)
+        assert not thread.is_alive()
+        assert draws._failure is None
+        assert not draws._ready
 
 
 def test_the_thread_stops_when_the_block_fails() -> None:

@@ -97,7 +97,8 @@ class NoiseAhead:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
-        if self._thread is not None:
+        # Closed by a finalizer, this may run wherever the garbage collector does, in the thread itself too.
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def take(self) -> Tensor:
@@ -140,10 +141,9 @@ class _Generator:
     """Buffers for draws of one size, for one thread at a time. numpy works here, not torch: it is the faster, and takes one core."""
 
     def __init__(self, count: int, *, std: float) -> None:
-        groups = -(-count // _COORDINATES)
-        groups = -(
-            -groups // max(1, -(-groups // _MOST_GROUPS))
-        )  # equal passes: what the last one has too much is thrown away
+        # Passes of equal size, since what the last one makes too much is thrown away.
+        passes = max(1, -(-count // (_COORDINATES * _MOST_GROUPS)))
+        groups = -(-count // (_COORDINATES * passes))
         pairs = (2, 2, 2, groups)  # a or b, i, j
         half = 4 * math.prod(pairs)
         self._std, self._zeros, self._keystream = std, bytes(2 * half), bytearray(2 * half)

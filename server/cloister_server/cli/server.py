@@ -60,6 +60,7 @@ def _supervise(settings: Settings) -> None:
     stopping = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stopping.set())
+    deployment.check_initialised(settings)  # the lock below would make the directory
     with processes.locked(
         settings.data_dir / "locks" / "serve.lock", wait_s=5, what=f"the data directory {settings.data_dir}"
     ) as lock:
