@@ -1,4 +1,4 @@
-"""Poisson sampling and noise: their distributions, their independence, and that nothing repeats.
+"""Poisson sampling: its distribution, its independence, and that nothing repeats.
 
 Each statistical bound fails by chance less than once in a million runs.
 """
@@ -14,7 +14,6 @@ from scipy import stats
 
 from cloister_privacy.training import sampler as sampler_module
 from cloister_privacy.training.keystream import BLOCK_BYTES, BLOCK_WORDS, random_below, random_bytes, random_words
-from cloister_privacy.training.noise import gaussian_noise
 from cloister_privacy.training.sampler import PoissonSampler, UserSampler
 
 CHANCE = 1e-7
@@ -181,27 +180,3 @@ def test_no_users_give_no_rows() -> None:
     nobody = np.zeros(0, dtype=np.int64)
     for batch in (1, 7):
         assert UserSampler(nobody, batch_size=batch, nominal_size=7, rows_per_unit=2).draw().tolist() == []
-
-
-@pytest.mark.parametrize("std", [0.3, 1.00001, 25.0])
-def test_noise_is_gaussian_with_the_standard_deviation_asked_for(std: float) -> None:
-    noise = gaussian_noise(100_001, std=std).double().numpy()
-    assert len(noise) == 100_001
-    assert stats.kstest(noise / std, "norm").pvalue > CHANCE
-    variance = (noise**2).sum() / std**2
-    assert stats.chi2.cdf(variance, len(noise)) > CHANCE
-    assert stats.chi2.sf(variance, len(noise)) > CHANCE
-
-
-def test_noise_is_independent_between_coordinates_and_between_draws() -> None:
-    noise, again = gaussian_noise(80_000, std=1.0).numpy(), gaussian_noise(80_000, std=1.0).numpy()
-    assert stats.pearsonr(noise, again).pvalue > CHANCE
-    # Box-Muller makes pairs; wherever a pair's halves lie, neither they nor their squares may be correlated.
-    for lag in (1, 2, 7232, 16384, 32768, 40_000):
-        assert stats.pearsonr(noise[:-lag], noise[lag:]).pvalue > CHANCE
-        assert stats.pearsonr(noise[:-lag] ** 2, noise[lag:] ** 2).pvalue > CHANCE
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_the_smallest_layers_get_noise_too(count: int) -> None:
-    assert gaussian_noise(count, std=1.0).shape == (count,)

@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cloister_privacy.errors import UncoveredParameter
-from cloister_privacy.training.rules.gradients import of_linear
-from cloister_privacy.training.rules.tape import Gradients, Tape, Use, constant, of_bias, trainable
+from cloister_privacy.training.rules.tape import LinearUse, Tape, constant
 
 __all__ = ["recurrent"]
 
@@ -88,21 +87,9 @@ class _Cell:
                 outputs = _rnn(came_in, weight, start[0], self._module.nonlinearity)
                 end = (outputs[:, -1],)
         before = torch.cat([start[0].unsqueeze(1), outputs[:, :-1]], dim=1)
-        tape.uses.append(_GateUse(came_in, values, self._w_ih, self._b_ih))
-        tape.uses.append(_GateUse(recurrent, before, self._w_hh, self._b_hh))
+        tape.uses.append(LinearUse(came_in, values, self._w_ih, self._b_ih))
+        tape.uses.append(LinearUse(recurrent, before, self._w_hh, self._b_hh))
         return outputs.flip(1) if self._is_reverse else outputs, end
-
-
-class _GateUse(Use):
-    def __init__(self, tap: Tensor, entering: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(tap)
-        self._entering, self._weight, self._bias = entering, weight, bias
-
-    def gradients(self, back: Tensor) -> Gradients:
-        return trainable(
-            (self._weight, lambda: of_linear(back, self._entering.detach().float())),
-            (self._bias, lambda: of_bias(back)),
-        )
 
 
 def _rnn(came_in: Tensor, weight: Tensor, hidden: Tensor, nonlinearity: str) -> Tensor:
