@@ -26,10 +26,11 @@ from cloister_privacy.canaries import (
     epsilon_lower_bound,
 )
 from cloister_privacy.errors import TrainingDiverged
+from cloister_privacy.training.noise import NoiseAhead
 
 # The seams of the production path at which faults are planted, from outside.
-NOISE = "cloister_privacy.training.noise.gaussian_noise"
-"""gaussian_noise(count, *, std) -> Tensor: all noise of a step."""
+NOISE = "cloister_privacy.training.noise.NoiseAhead.take"
+"""take(self) -> Tensor: all noise of a step."""
 DRAW = "cloister_privacy.training.sampler.PoissonSampler.draw"
 """draw(self) -> the indices of a step."""
 CLIPPED = "cloister_privacy.training.steps.ClippedGradients"
@@ -62,8 +63,14 @@ def run_now(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def _noise(change: Callable[[Callable[..., torch.Tensor], int, float, dict[str, Any]], torch.Tensor]) -> Plant:
     def plant(monkeypatch: pytest.MonkeyPatch, run_now: dict[str, Any]) -> None:
-        sound = resolve_name(NOISE)
-        monkeypatch.setattr(NOISE, lambda count, *, std: change(sound, count, std, run_now))
+        take = resolve_name(NOISE)
+
+        def sound(count: int, *, std: float) -> torch.Tensor:
+            with NoiseAhead(count, std=std, device="cpu") as draws:
+                drawn: torch.Tensor = take(draws)
+            return drawn
+
+        monkeypatch.setattr(NOISE, lambda draws: change(sound, draws._count, draws._std, run_now))
 
     return plant
 

@@ -21,14 +21,20 @@ from scipy import stats
 
 from cloister_privacy.errors import TrainingError
 from cloister_privacy.training import noise as module
-from cloister_privacy.training.noise import NoiseAhead, gaussian_noise
+from cloister_privacy.training.compilation import compiled
+from cloister_privacy.training.noise import NoiseAhead
 
 CHANCE = 1e-9
 """Of one comparison; no test makes more than a few hundred."""
 
-GROUPS = module._MOST_GROUPS
-PASS = 8 * GROUPS
-"""The coordinates that one pass makes, as eight rows of GROUPS."""
+GROUPS = 2**14
+DRAW = 8 * GROUPS
+"""Coordinates of one draw, as eight rows of GROUPS."""
+
+
+def gaussian_noise(count: int, *, std: float = 1.0) -> torch.Tensor:
+    with NoiseAhead(count, std=std, device="cpu") as draws:
+        return draws.take()
 
 
 def draw(count: int, std: float = 1.0) -> NDArray[np.float64]:
@@ -37,9 +43,10 @@ def draw(count: int, std: float = 1.0) -> NDArray[np.float64]:
 
 @pytest.fixture(scope="module")
 def rows() -> NDArray[np.float64]:
-    """[8, many]: which row of its pass a coordinate lies in."""
-    passes = draw(24 * PASS).reshape(24, 8, GROUPS)
-    return passes.transpose(1, 0, 2).reshape(8, -1)
+    """[8, many]: which row of its draw a coordinate lies in."""
+    with NoiseAhead(DRAW, std=1.0, device="cpu") as draws:
+        drawn = [draws.take().double().numpy().reshape(8, GROUPS) for _ in range(24)]
+    return np.concatenate(drawn, axis=1)
 
 
 @pytest.mark.parametrize("std", [0.3, 1.00001, 25.0])
@@ -58,7 +65,7 @@ def test_the_variance_and_the_tails_of_many_draws_are_a_gaussian_s() -> None:
             assert stats.binomtest(int(beyond.sum()), len(noise), stats.norm.sf(deviations)).pvalue > CHANCE
 
 
-def test_every_row_of_a_pass_is_gaussian(rows: NDArray[np.float64]) -> None:
+def test_every_row_of_a_draw_is_gaussian(rows: NDArray[np.float64]) -> None:
     for row in rows:
         assert stats.kstest(row, "norm").pvalue > CHANCE
 
@@ -78,9 +85,10 @@ def test_coordinates_that_share_gaussians_are_independent(rows: NDArray[np.float
     assert stats.kstest((rows**2).sum(axis=0), stats.chi2(8).cdf).pvalue > CHANCE
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3, 7, 8, GROUPS - 1, GROUPS + 1, *(GROUPS * k for k in range(1, 9)), 2 * PASS])
-def test_no_lag_shows_the_structure_of_the_passes(lag: int) -> None:
-    noise = draw(6 * PASS)
+@pytest.mark.parametrize("lag", [1, 2, 3, 7, 8, GROUPS - 1, GROUPS + 1, *(GROUPS * k for k in range(1, 9)), 2 * DRAW])
+def test_no_lag_shows_the_structure_of_the_draws(lag: int) -> None:
+    with NoiseAhead(DRAW, std=1.0, device="cpu") as draws:
+        noise = torch.cat([draws.take() for _ in range(6)]).double().numpy()
     assert stats.pearsonr(noise[:-lag], noise[lag:]).pvalue > CHANCE
     assert stats.pearsonr(noise[:-lag] ** 2, noise[lag:] ** 2).pvalue > CHANCE
 
@@ -92,11 +100,14 @@ def test_draws_are_independent_of_each_other() -> None:
 
 
 def test_no_two_draws_are_equal() -> None:
-    draws = {gaussian_noise(17, std=1.0).numpy().tobytes() for _ in range(500)}
-    assert len(draws) == 500
+    with NoiseAhead(17, std=1.0, device="cpu") as draws:
+        taken = {draws.take().numpy().tobytes() for _ in range(500)}
+    assert len(taken) == 500
 
 
-@pytest.mark.parametrize("count", [*range(18), 65, PASS - 1, PASS, PASS + 1, 101_770])
+@pytest.mark.parametrize(
+    "count", [*range(18), 65, DRAW - 1, DRAW, DRAW + 1, module._BLOCK - 1, module._BLOCK, module._BLOCK + 1, 2_100_001]
+)
 def test_every_count_is_filled_to_its_last_coordinate(count: int) -> None:
     noise = gaussian_noise(count, std=3.0)
     assert noise.shape == (count,)
@@ -108,25 +119,52 @@ def test_every_count_is_filled_to_its_last_coordinate(count: int) -> None:
     assert bool(noise.isfinite().all())
 
 
+def _many(count: int, times: int) -> NDArray[np.float64]:
+    with NoiseAhead(count, std=1.0, device="cpu") as draws:
+        return torch.cat([draws.take() for _ in range(times)]).double().numpy()
+
+
 def test_small_draws_have_the_same_distribution() -> None:
-    assert stats.kstest(np.concatenate([draw(11) for _ in range(4000)]), "norm").pvalue > CHANCE
+    assert stats.kstest(_many(11, 4000), "norm").pvalue > CHANCE
 
 
-def test_no_word_makes_an_infinite_or_a_missing_gaussian() -> None:
-    generator = module._Generator(8, std=2.0)
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_no_word_makes_an_infinite_or_a_missing_gaussian(is_compiled: bool) -> None:
+    make = module._gaussians
+    words = torch.empty((2, 2, 2, 2, 1), dtype=torch.int32)
+    if is_compiled:
+        make = compiled(make, words, std=2.0)
+        assert make is not module._gaussians
     for radius_word, largest in ((-1, 13.112), (-(2**31), 1e-3), (2**31 - 1, 13.112), (0, 1e-3)):
         for angle_word in (-(2**31), -1, 0, 1, 2**30, 2**31 - 1):
-            generator._radius_words[:], generator._angle_words[:] = radius_word, angle_word
-            generator._make()
-            assert np.isfinite(generator._coordinates).all()
-            assert 0 < abs(generator._coordinates).max() <= 2.0 * largest
+            words[0], words[1] = radius_word, angle_word
+            made = make(words, std=2.0)
+            assert made.isfinite().all()
+            assert 0 < float(made.abs().max()) <= 2.0 * largest
+
+
+@pytest.mark.long
+def test_compiled_draws_are_the_same_gaussians() -> None:
+    words = module._keystream(1, 4096)[0]
+    torch.testing.assert_close(
+        compiled(module._gaussians, words, std=2.0)(words, std=2.0),
+        module._gaussians(words, std=2.0),
+        rtol=0,
+        atol=1e-5,
+    )
+    with NoiseAhead(101_770, std=3.0, device="cpu", is_compiled=True) as draws:
+        taken = torch.cat([draws.take() for _ in range(20)]).double().numpy() / 3.0
+    assert stats.kstest(taken, "norm").pvalue > CHANCE
+
+
+def test_no_words_are_used_twice() -> None:
+    words = module._keystream(3, 5000).flatten()
+    assert len(words.unique()) > 0.999 * len(words)
+    assert not torch.equal(module._keystream(3, 5000).flatten(), words)
 
 
 def test_the_rows_are_orthogonal_and_no_combination_of_them_holds_fewer_than_four_gaussians() -> None:
-    units = np.eye(8, dtype=np.float32).reshape(2, 2, 2, 8)
-    signs = np.empty((2, 2, 8), np.float32)
-    module._mix(units, np.empty_like(units), signs)
-    signs = signs.reshape(4, 8)
+    signs = module._mixed(torch.eye(8).view(2, 2, 2, 8)).numpy()
     assert (abs(signs).sum(axis=1) == 4).all()
     assert (signs @ signs.T == 4 * np.eye(4)).all()
     # A combination that misses five columns exists if and only if they do not have full rank.
@@ -160,13 +198,13 @@ def test_a_taken_draw_is_its_taker_s(ahead: NoiseAhead) -> None:
     assert bool((first == kept).all())
 
 
-def test_no_more_than_two_draws_wait(ahead: NoiseAhead) -> None:
+def test_no_more_than_one_keystream_waits(ahead: NoiseAhead) -> None:
     ahead.take()
     deadline = time.monotonic() + 30
-    while len(ahead._ready) < 2 and time.monotonic() < deadline:
+    while not ahead._ready and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.02)
-    assert len(ahead._ready) == 2
+    assert len(ahead._ready) == 1
 
 
 def test_closing_stops_the_thread_and_drops_what_is_left() -> None:
@@ -187,11 +225,13 @@ def test_closing_stops_the_thread_and_drops_what_is_left() -> None:
 def test_a_finalizer_may_close_in_the_thread_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = NoiseAhead(10, std=1.0, device="cpu")
 
-    def closing(count: int, *, std: float) -> torch.Tensor:
-        draws.close()
-        return gaussian_noise(count, std=std)
+    keystream = module._keystream
 
-    monkeypatch.setattr(module, "gaussian_noise", closing)
+    def closing(*sizes: int, is_pinned: bool) -> torch.Tensor:
+        draws.close()
+        return keystream(*sizes, is_pinned=is_pinned)
+
+    monkeypatch.setattr(module, "_keystream", closing)
     with draws:
         thread = draws._thread
         assert thread is not None
@@ -214,10 +254,10 @@ def test_nothing_is_handed_out_before_the_draws_are_opened() -> None:
 
 
 def test_a_failure_of_the_thread_reaches_whoever_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: object, noise: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise OSError("no entropy")
 
-    monkeypatch.setattr(module._Generator, "fill", broken)
+    monkeypatch.setattr(module, "_keystream", broken)
     with NoiseAhead(10, std=1.0, device="cpu") as draws:
         for _ in range(2):
             with pytest.raises(TrainingError, match="could not be drawn") as caught:

@@ -51,7 +51,7 @@ def test_integers_below_a_bound_are_uniform(bound: int) -> None:
 @pytest.mark.parametrize(("batch", "nominal"), [(30, 1000), (3, 2**17)])
 def test_how_often_a_unit_is_drawn_is_binomial(batch: int, nominal: int) -> None:
     units, steps, rate = 3000, 400, batch / nominal
-    if rate * 2**16 < 100:  # nearly every drawn unit is decided by its lower bits
+    if rate * 2**8 < 1:  # nearly every drawn unit is decided by its lower bits
         units, steps = 30_000, 1500
     sampler = PoissonSampler(units, batch_size=batch, nominal_size=nominal)
     drawn = np.zeros((steps, units), dtype=bool)
@@ -78,17 +78,17 @@ def test_a_unit_is_drawn_exactly_where_its_64_bits_are_below_the_threshold(
     batch: int, nominal: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threshold = (batch << 64) // nominal
-    around = [threshold + offset for offset in (-(2**48), -2, -1, 0, 1, 2**48, -(2**49), 2**49)]
-    spread = [0, 1, 2**48 - 1, 2**48, 2**63, 2**64 - 1, *(threshold // 7 * n for n in range(1, 9))]
+    around = [threshold + offset for offset in (-(2**56), -2, -1, 0, 1, 2**56, -(2**57), 2**57)]
+    spread = [0, 1, 2**56 - 1, 2**56, 2**63, 2**64 - 1, *(threshold // 7 * n for n in range(1, 9))]
     words = [word for word in around + spread if 0 <= word < 2**64]
-    upper = np.array([word >> 48 for word in words], dtype=np.uint16)
-    tied = [word for word in words if word >> 48 == threshold >> 48]
-    # The lower bits of a word are its upper 48, for the sampler shifts the rest away.
-    lower = np.array([(word & (2**48 - 1)) << 16 for word in tied], dtype=np.uint64)
+    upper = np.array([word >> 56 for word in words], dtype=np.uint8)
+    tied = [word for word in words if word >> 56 == threshold >> 56]
+    # The lower bits of a word are its upper 56, for the sampler shifts the rest away.
+    lower = np.array([(word & (2**56 - 1)) << 8 for word in tied], dtype=np.uint64)
 
     def bits_of(count: int) -> NDArray[np.uint8]:
-        assert count == 2 * len(words)
-        return upper.view(np.uint8)
+        assert count == len(words)
+        return upper
 
     def words_of(count: int) -> NDArray[np.uint64]:
         assert count == len(lower), "the lower bits are drawn only where the upper leave it open"

@@ -44,7 +44,10 @@ def pays(network: nn.Module, one_pass: Callable[[], Any], *, passes: int) -> boo
 
 
 def compiled(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> Callable[P, R]:
-    """`function`, compiled for arguments of exactly these shapes, or itself where that cannot be done."""
+    """`function`, compiled for arguments of exactly these shapes, or itself where that cannot be done.
+
+    A dimension of them that `torch._dynamo.mark_dynamic` marked may be of any size from 2.
+    """
     if not os.access(_IN_MEMORY, os.W_OK):
         return function
     fast = torch.compile(function, fullgraph=True, dynamic=False)

@@ -1,8 +1,8 @@
 """Gaussian noise from a cryptographic keystream, drawn ahead by a thread. Knows a count and a deviation; nothing of gradients.
 
-The generator runs on the CPU, for every device: on CUDA the finished draws are copied over from pinned memory, and none is
-made there. Each draw has its own key from the operating system, which nobody keeps: there is no seed, and what was drawn
-cannot be drawn again, by a resumed run either.
+The keystream runs on the CPU, for every device: on CUDA its words are copied over from pinned memory, and made into Gaussians
+there. Each block has its own key from the operating system, which nobody keeps: there is no seed, and what was drawn cannot be
+drawn again, by a resumed run either.
 
 Distribution. 30 random bits give u = (k + 1/2) / 2^30 and 32 an angle; Box and Muller make two Gaussians of them. Four are
 summed into each coordinate, so that the largest reachable deviation is 13.1 standard deviations: Gaussians lie beyond it less
@@ -30,43 +30,48 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cloister_privacy.errors import TrainingError
+from cloister_privacy.training.compilation import compiled
 
-__all__ = ["NoiseAhead", "gaussian_noise"]
+__all__ = ["NoiseAhead"]
 
-_COORDINATES = 8
-"""Made together: four from the cosines of eight pairs, four from their sines."""
+_TOGETHER = 8
+"""Coordinates made of one group of words: four from the cosines of eight pairs, four from their sines."""
 
-_MOST_GROUPS = 2**13
-"""Groups of eight in one pass, at most: its calls are long against their overhead, its buffers (2 MB) short of the last cache."""
+_BLOCK = 2**20
+"""The most coordinates that one pass makes: 8 MiB of keystream."""
 
-_READY = 2
-"""Draws kept ahead. More would only hold memory."""
+_MOST_PARTS = 16
+"""How many passes' words one key makes at most, for small draws: the thread is woken, and takes the interpreter, but once."""
 
+_READY = 1
+"""Keystreams kept ahead. More would only hold memory."""
 
-def gaussian_noise(count: int, *, std: float) -> Tensor:
-    """`count` independent draws of N(0, std^2), as float32 on the CPU."""
-    noise = torch.empty(count)
-    _Generator(count, std=std).fill(noise.numpy())
-    return noise
+_ZEROS = bytes(8 * (_BLOCK + _TOGETHER))
+"""What is encrypted to get the keystream. Never written to, so it takes no memory of its own."""
 
 
 class NoiseAhead:
-    """Draws of `count` coordinates as `gaussian_noise` makes them, on `device`, made by a thread before they are asked for.
+    """Draws of `count` coordinates of N(0, std^2) on `device`, of a keystream that a thread makes before it is asked for.
 
-    A context manager: the thread runs between entering and leaving, keeps up to two draws ready, and what is left at the end is
-    dropped. Each draw is handed out once. `device` may be CUDA: then the draws are made on the CPU and copied without blocking.
+    A context manager: the thread runs between entering and leaving, keeps a keystream ready, and what is left at the end is
+    dropped. Each word is used once. `is_compiled` compiles the way from words to Gaussians, for as long as these draws live.
     """
 
-    def __init__(self, count: int, *, std: float, device: str | torch.device) -> None:
+    def __init__(self, count: int, *, std: float, device: str | torch.device, is_compiled: bool = False) -> None:
         self._count, self._std, self._device = count, std, torch.device(device)
-        self._pinned = self._device.type == "cuda"
+        # Passes of equal size, since what the last one makes too much is thrown away.
+        self._passes = -(-count // _BLOCK)
+        self._groups = -(-count // (_TOGETHER * max(1, self._passes)))
+        self._parts = min(_MOST_PARTS, _BLOCK // (_TOGETHER * self._groups)) if count else 1
+        self._compiled = None
+        if is_compiled and count:
+            self._compiled = compiled(_gaussians, _keystream(1, self._groups)[0].to(self._device), std=std)
+        self._words: list[Tensor] = []
         self._ready: deque[Tensor] = deque()
         self._changed = threading.Condition()
         self._closed = True
@@ -88,14 +93,15 @@ class NoiseAhead:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread and drop the draws that were not taken. May be called twice."""
+        """Stop the thread and drop the keystream that was not taken. May be called twice."""
         if self._process != os.getpid():
-            # A fork copies neither the thread nor, usefully, its lock; the draws it copied are the parent's.
-            self._ready = deque()
+            # A fork copies neither the thread nor, usefully, its lock; the words it copied are the parent's.
+            self._ready, self._words = deque(), []
             return
         with self._changed:
             self._closed = True
             self._ready.clear()
+            self._words.clear()
             self._changed.notify_all()
         # Closed by a finalizer, this may run wherever the garbage collector does, in the thread itself too.
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -108,15 +114,23 @@ class NoiseAhead:
         """
         if not self._closed and self._process != os.getpid():
             raise TrainingError("noise drawn before a fork belongs to the parent alone; open new draws in this process")
+        make = self._compiled or _gaussians
+        made = [make(self._next(), std=self._std) for _ in range(self._passes)]
+        noise = made[0] if len(made) == 1 else torch.cat(made or [torch.empty(0, device=self._device)])
+        return noise[: self._count]
+
+    def _next(self) -> Tensor:
+        """The words of one pass, on the device."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._closed or self._failure)
-            if self._closed:
-                raise TrainingError("the noise was asked for outside of its `with` block")
-            if not self._ready:
-                raise TrainingError("the noise could not be drawn") from self._failure
-            draw = self._ready.popleft()
-            self._changed.notify_all()
-        return draw.to(self._device, non_blocking=self._pinned)
+            while not self._words:
+                self._changed.wait_for(lambda: self._ready or self._closed or self._failure)
+                if self._closed:
+                    raise TrainingError("the noise was asked for outside of its `with` block")
+                if not self._ready:
+                    raise TrainingError("the noise could not be drawn") from self._failure
+                self._words.extend(self._ready.popleft().to(self._device, non_blocking=True))
+                self._changed.notify_all()
+            return self._words.pop()
 
     def _run(self) -> None:
         try:
@@ -125,11 +139,10 @@ class NoiseAhead:
                     self._changed.wait_for(lambda: self._closed or len(self._ready) < _READY)
                     if self._closed:
                         return
-                draw = gaussian_noise(self._count, std=self._std)
-                draw = draw.pin_memory() if self._pinned else draw
+                words = _keystream(self._parts, self._groups, is_pinned=self._device.type == "cuda")
                 with self._changed:
                     if not self._closed:
-                        self._ready.append(draw)
+                        self._ready.append(words)
                         self._changed.notify_all()
         except BaseException as failure:
             with self._changed:
@@ -137,55 +150,28 @@ class NoiseAhead:
                 self._changed.notify_all()
 
 
-class _Generator:
-    """Buffers for draws of one size, for one thread at a time. numpy works here, not torch: it is the faster, and takes one core."""
-
-    def __init__(self, count: int, *, std: float) -> None:
-        # Passes of equal size, since what the last one makes too much is thrown away.
-        passes = max(1, -(-count // (_COORDINATES * _MOST_GROUPS)))
-        groups = -(-count // (_COORDINATES * passes))
-        pairs = (2, 2, 2, groups)  # a or b, i, j
-        half = 4 * math.prod(pairs)
-        self._std, self._zeros, self._keystream = std, bytes(2 * half), bytearray(2 * half)
-        self._radius_words = np.frombuffer(self._keystream, np.int32, half // 4).reshape(pairs)
-        self._angle_words = np.frombuffer(self._keystream, np.int32, half // 4, half).reshape(pairs)
-        self._radius, self._angle = np.empty(pairs, np.float32), np.empty(pairs, np.float32)
-        self._gaussian, self._sum = np.empty(pairs, np.float32), np.empty(pairs, np.float32)
-        self._coordinates = np.empty((2, 2, 2, groups), np.float32)  # cosine or sine, i, j
-
-    def fill(self, noise: NDArray[np.float32]) -> None:
-        """Write fresh noise over all of `noise`."""
-        cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
-        made = self._coordinates.reshape(-1)
-        for start in range(0, len(noise), max(1, len(made))):
-            block = noise[start : start + len(made)]
-            cipher.update_into(self._zeros, self._keystream)
-            self._make()
-            block[:] = made[: len(block)]
-
-    def _make(self) -> None:
-        radius, angle = self._radius, self._angle
-        # Odd in (-2^31, 0): midpoints of 2^30 cells, exact next to 0. The factor keeps those that round to 1 below it, and
-        # shrinks no radius.
-        np.bitwise_or(self._radius_words, np.int32(1 - 2**31), out=self._radius_words)
-        np.copyto(radius, self._radius_words, casting="unsafe")
-        np.multiply(radius, np.float32(-(2.0**-31) * (1 - 2.0**-24)), out=radius)
-        np.log2(radius, out=radius)
-        np.multiply(radius, np.float32(-2 * math.log(2) * (self._std / 2) ** 2), out=radius)  # four of std / 2
-        np.sqrt(radius, out=radius)
-        np.copyto(angle, self._angle_words, casting="unsafe")
-        np.multiply(angle, np.float32(math.pi * 2.0**-31), out=angle)
-        for coordinates, half in zip(self._coordinates, (np.cos, np.sin), strict=True):
-            half(angle, out=self._gaussian)
-            np.multiply(self._gaussian, radius, out=self._gaussian)
-            _mix(self._gaussian, self._sum, coordinates)
+def _keystream(parts: int, groups: int, *, is_pinned: bool = False) -> Tensor:
+    """Uniform words, int32 [parts, radius or angle, a or b, i, j, groups]: AES-256 in counter mode under a fresh key."""
+    words = torch.empty((parts, 2, 2, 2, 2, groups), dtype=torch.int32, pin_memory=is_pinned)
+    cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+    cipher.update_into(memoryview(_ZEROS)[: words.nbytes], words.view(-1).view(torch.uint8).numpy().data)
+    return words
 
 
-def _mix(gaussian: NDArray[np.float32], sums: NDArray[np.float32], coordinates: NDArray[np.float32]) -> None:
-    """The sign rows of the module's docstring: [a or b, i, j, group] to [i, j, group]."""
-    (a, b), (first, second) = gaussian, sums
-    np.add(a[0], a[1], out=first[0])
-    np.subtract(a[0], a[1], out=first[1])
-    np.add(b[:, 0], b[:, 1], out=second[:, 0])
-    np.subtract(b[:, 0], b[:, 1], out=second[:, 1])
-    np.add(first, second, out=coordinates)
+def _gaussians(words: Tensor, *, std: float) -> Tensor:
+    """Uniform words, as `_keystream` gives them, to 8 * groups independent draws of N(0, std^2), float32."""
+    radius_words, angle_words = words
+    # Odd in (-2^31, 0): midpoints of 2^30 cells, exact next to 0. The factor keeps those that round to 1 below it, and
+    # shrinks no radius.
+    uniform = (radius_words | (1 - 2**31)).float() * (-(2.0**-31) * (1 - 2.0**-24))
+    radius = (uniform.log2() * (-2 * math.log(2) * (std / 2) ** 2)).sqrt()  # four of std / 2
+    angle = angle_words.float() * (math.pi * 2.0**-31)
+    return torch.cat([_mixed(half(angle) * radius) for half in (torch.cos, torch.sin)]).flatten()
+
+
+def _mixed(gaussian: Tensor) -> Tensor:
+    """The sign rows of the module's docstring: [a or b, i, j, groups] to [4, groups]."""
+    a, b = gaussian
+    first = a[0] + a[1], a[0] - a[1]  # by i, each [j, groups]
+    second = b[:, 0] + b[:, 1], b[:, 0] - b[:, 1]  # by j, each [i, groups]
+    return torch.stack([first[i][j] + second[j][i] for i in range(2) for j in range(2)])

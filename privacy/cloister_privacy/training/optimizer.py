@@ -42,9 +42,12 @@ class NoisyOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # 
         parameters: list[Any] = self.params  # Opacus hangs `summed_grad` on them
         for parameter in parameters:
             _check_processed_flag(parameter.summed_grad)
-        pieces = torch.split(self._noise(), [parameter.numel() for parameter in parameters])
-        noises = [piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)]
-        noisy = torch._foreach_add([parameter.summed_grad for parameter in parameters], noises)
-        for parameter, gradient in zip(parameters, noisy, strict=True):
-            _mark_as_processed(parameter.summed_grad)
-            parameter.grad = gradient
+        sums = [parameter.summed_grad for parameter in parameters]
+        pieces = torch.split(self._noise(), [each.numel() for each in sums])
+        torch._foreach_add_(sums, [piece.view_as(each) for piece, each in zip(pieces, sums, strict=True)])
+        for parameter, noisy in zip(parameters, sums, strict=True):
+            _mark_as_processed(noisy)
+            parameter.grad = noisy
+
+    def scale_grad(self) -> None:
+        torch._foreach_div_([parameter.grad for parameter in self.params], float(self.expected_batch_size))

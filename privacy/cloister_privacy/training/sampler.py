@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_privacy.training.keystream import BLOCK_BYTES, random_below, random_bytes, random_words
+from cloister_privacy.training.keystream import BLOCK_BYTES, BLOCK_WORDS, random_below, random_bytes, random_words
 
 __all__ = ["PoissonSampler", "UserSampler"]
 
-_BLOCK_UNITS = BLOCK_BYTES // 2  # two bytes decide on nearly every unit
-_LOW_BITS = 48
+_BLOCK_UNITS = BLOCK_BYTES  # one byte decides on nearly every unit
+_LOW_BITS = 56
 
 
 class PoissonSampler:
@@ -35,14 +35,12 @@ class PoissonSampler:
         return np.concatenate(drawn)
 
     def _draw_block(self, count: int) -> NDArray[np.intp]:
-        """The units whose 64 bits are below the threshold; the lower 48 are drawn only where the upper 16 leave it open."""
-        bits = random_bytes(2 * count).view(np.uint16)
+        """The units whose 64 bits are below the threshold; the lower 56 are drawn only where the upper 8 leave it open."""
+        bits = random_bytes(count)
         candidates = np.flatnonzero(bits <= self._upper)
-        is_open = bits[candidates] == self._upper
-        if not is_open.any():
-            return candidates
-        is_drawn = ~is_open
-        is_drawn[is_open] = _low_words(int(is_open.sum())) < self._lower
+        is_drawn = bits[candidates] < self._upper
+        open_ = np.flatnonzero(~is_drawn)
+        is_drawn[open_] = _low_words(len(open_)) < self._lower
         drawn: NDArray[np.intp] = candidates[is_drawn]
         return drawn
 
@@ -92,6 +90,6 @@ def _subsets(counts: NDArray[np.intp], size: int) -> NDArray[np.intp]:
 
 
 def _low_words(count: int) -> NDArray[np.uint64]:
-    """Uniform words of 48 bits: `count` of them, however many a block leaves open."""
-    words = [random_words(min(_BLOCK_UNITS // 4, count - start)) for start in range(0, count, _BLOCK_UNITS // 4)]
-    return np.concatenate(words) >> np.uint64(64 - _LOW_BITS)
+    """Uniform words of 56 bits: `count` of them, however many a block leaves open."""
+    words = [random_words(min(BLOCK_WORDS, count - start)) for start in range(0, count, BLOCK_WORDS)]
+    return np.concatenate(words or [random_words(0)]) >> np.uint64(64 - _LOW_BITS)

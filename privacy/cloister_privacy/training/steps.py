@@ -27,7 +27,10 @@ __all__ = ["GUARD_EXAMPLES", "PrivateSteps"]
 GUARD_EXAMPLES = 8
 """How many synthetic examples a run is tried on."""
 
-_MICRO_BATCH_BYTES = 2**28
+_MICRO_BATCH_BYTES = 2**27
+"""What one pass may take: little enough to stay in the last caches, and to be used again without asking the system for it."""
+
+_LEAST_MICRO_BATCH = 2
 
 
 class PrivateSteps:
@@ -60,16 +63,20 @@ class PrivateSteps:
         self._clipped = ClippedGradients(network, losses, clip=plan.row_clip, clipping=clipping)
         self._plan, self._parameters = plan, self._clipped.parameters
         self._device = self._parameters[0].device
-        self._ahead: NoiseAhead | None = None
         self.optimizer = NoisyOptimizer(optimizer, plan=plan, noise=self._noise)
         self._slots = plan.slots * plan.rows_per_unit if has_constant_work else 0
         self.micro_batch = self._micro_batch(synthetic)
-        self._sums = self._compiled(network, synthetic, is_compiled)
+        is_compiled = self._pays(synthetic) if is_compiled is None else is_compiled
+        self._sums = self._compiled(synthetic) if is_compiled else self._clipped.sums
+        count = sum(parameter.numel() for parameter in self._parameters)
+        self._ahead = NoiseAhead(count, std=plan.noise_std, device=self._device, is_compiled=is_compiled)
+        self._is_ahead = False
 
     def step(self, drawn: NDArray[np.intp], gather: Callable[[NDArray[np.intp]], Any]) -> None:
         """One step on the drawn examples; `gather(indices)` fetches them as a batch. It may be asked for index 0 as padding."""
-        size = self.micro_batch
-        count = max(1, -(-max(self._slots, len(drawn)) // size))
+        needed = max(self._slots, len(drawn), _LEAST_MICRO_BATCH)
+        size = self.micro_batch if self._slots else _in_equal_parts(needed, self.micro_batch)
+        count = -(-needed // size)
         indices = np.zeros(count * size, dtype=np.intp)
         indices[: len(drawn)] = drawn
         mask = torch.zeros(count * size)
@@ -89,28 +96,44 @@ class PrivateSteps:
 
     def _noise(self) -> Tensor:
         """A fresh draw for all coordinates; from the first step on a thread draws ahead, for as long as these steps are in use."""
-        if self._ahead is None:
-            count = sum(parameter.numel() for parameter in self._parameters)
-            self._ahead = NoiseAhead(count, std=self._plan.noise_std, device=self._device)
+        if not self._is_ahead:
             self._ahead.__enter__()
+            self._is_ahead = True
             weakref.finalize(self, self._ahead.close)
         return self._ahead.take()
 
-    def _compiled(
-        self, network: nn.Module, synthetic: Any, is_compiled: bool | None
-    ) -> Callable[[Any, Tensor], list[Tensor]]:
-        batch = _repeated(synthetic, self.micro_batch)
-        mask = torch.ones(self.micro_batch, device=self._device)
-        if is_compiled is None:
-            passes = self._plan.steps * max(1, -(-self._slots // self.micro_batch))
-            is_compiled = pays(network, lambda: self._clipped.sums(batch, mask), passes=passes)
-        return compiled(self._clipped.sums, batch, mask) if is_compiled else self._clipped.sums
+    def _pays(self, synthetic: Any) -> bool:
+        passes = self._plan.steps * max(1, -(-self._slots // self.micro_batch))
+        return pays(self._clipped.network, lambda: self._clipped.sums(*self._pass(synthetic)), passes=passes)
+
+    def _compiled(self, synthetic: Any) -> Callable[[Any, Tensor], list[Tensor]]:
+        batch, mask = self._pass(synthetic)
+        if not self._slots:
+            _for_any_size((batch, mask))
+        return compiled(self._clipped.sums, batch, mask)
+
+    def _pass(self, synthetic: Any) -> tuple[Any, Tensor]:
+        return _repeated(synthetic, self.micro_batch), torch.ones(self.micro_batch, device=self._device)
 
     def _micro_batch(self, synthetic: Any) -> int:
-        """As many examples as fit the memory set aside for one pass: the slots, or the expected batch, in equal parts."""
+        """As many examples as fit the memory set aside for one pass: the slots in equal parts."""
         fits = max(1, _MICRO_BATCH_BYTES // self._clipped.bytes_per_example(synthetic))
         whole = self._slots or self._plan.batch_size * self._plan.rows_per_unit
-        return -(-whole // -(-whole // fits))
+        return _in_equal_parts(whole, fits)
+
+
+def _in_equal_parts(count: int, most: int) -> int:
+    """The size of each of as few equal parts as can be, none above `most`."""
+    return -(-count // -(-count // most))
+
+
+def _for_any_size(batch: Any) -> None:
+    """Tell the compiler that there may be any number of examples."""
+    if isinstance(batch, Tensor):
+        torch._dynamo.mark_dynamic(batch, 0)
+    else:
+        for each in batch.values() if isinstance(batch, Mapping) else batch:
+            _for_any_size(each)
 
 
 def _repeated(batch: Any, count: int) -> Any:

@@ -54,10 +54,11 @@ class Outer:
 
 
 class Dense:
-    """Gradients written out, [n, *shape of the parameter]."""
+    """Gradients written out, [n, *shape of the parameter], whose axes may be in another order."""
 
-    def __init__(self, gradients: Tensor) -> None:
-        self._gradients = gradients
+    def __init__(self, gradients: Tensor, axes: tuple[int, ...] = ()) -> None:
+        """`axes` permutes those of one gradient into the parameter's, where they differ."""
+        self._gradients, self._axes = gradients, axes
 
     @property
     def numbers(self) -> int:
@@ -71,7 +72,8 @@ class Dense:
 
     def weighted_sum(self, scales: Tensor) -> Tensor:
         rows = _kept(self._gradients.flatten(1), scales)
-        return (scales @ rows).view(self._gradients.shape[1:])
+        total = (scales @ rows).view(self._gradients.shape[1:])
+        return total.permute(self._axes).contiguous() if self._axes else total
 
 
 class Gram:
