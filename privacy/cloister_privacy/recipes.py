@@ -67,9 +67,11 @@ def resolve(
         steps=plan.steps,
         noise_multiplier=plan.noise_multiplier,
         clip=plan.clip,
+        clipping=request.privacy.clipping if request.privacy is not None else "flat",
         delta=plan.delta,
         guarantee=guarantee,
         optimizer=request.optimizer or SGD(learning_rate=_learning_rate(plan, loss), momentum=_MOMENTUM),
+        precision=request.precision,
     )
 
 

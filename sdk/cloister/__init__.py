@@ -55,9 +55,13 @@ if TYPE_CHECKING:
     from cloister.wire.columns import TensorColumn as Tensor
     from cloister.wire.columns import UnitColumn as Unit
     from cloister.wire.jobs import ModelSchema as ModelSchema
+    from cloister.wire.plans import EMA as EMA
     from cloister.wire.plans import SGD as SGD
     from cloister.wire.plans import Adam as Adam
+    from cloister.wire.plans import AdamW as AdamW
     from cloister.wire.plans import Privacy as DP  # noqa: N814 (DP is its public name)
+    from cloister.wire.plans import Schedule as Schedule
+    from cloister.wire.plans import Tail as Tail
     from cloister.wire.sources import Budget as Budget
     from cloister.wire.sources import Dataset as Dataset
     from cloister.wire.sources import Source as Source
@@ -99,7 +103,7 @@ _HOME: dict[str, tuple[str, str]] = {
     },
     **{name: ("cloister.wire.certificate", name) for name in ("Certificate", "InvalidCertificate", "verify")},
     **{name: ("cloister.wire.columns", f"{name}Column") for name in ("Bytes", "Category", "Number", "Tensor", "Unit")},
-    **{name: ("cloister.wire.plans", name) for name in ("SGD", "Adam")},
+    **{name: ("cloister.wire.plans", name) for name in ("EMA", "SGD", "Adam", "AdamW", "Schedule", "Tail")},
     **{name: ("cloister.wire.sources", name) for name in ("Budget", "Dataset", "Source")},
     "ModelSchema": ("cloister.wire.jobs", "ModelSchema"),
     "DP": ("cloister.wire.plans", "Privacy"),

@@ -24,7 +24,7 @@ from cloister._resources import (
 )
 from cloister.wire import jobs as wire
 from cloister.wire.architecture import Layer
-from cloister.wire.plans import Optimizer, PlanRequest, Privacy
+from cloister.wire.plans import Optimizer, PlanRequest, Precision, Privacy
 from cloister.wire.sources import Dataset
 
 __all__ = ["AsyncCloister", "Cloister"]
@@ -90,10 +90,11 @@ class Cloister:
         epochs: float | None = None,
         optimizer: Optimizer | None = None,
         rows_per_unit: int | None = None,
+        precision: Precision = "float32",
     ) -> Plan:
         """What a run would cost; free. `dataset`: itself, its id or its name. What is left out is filled by a public recipe."""
         request = _plan_request(
-            dataset, target, features, layers, privacy, batch_size, epochs, optimizer, rows_per_unit
+            dataset, target, features, layers, privacy, batch_size, epochs, optimizer, rows_per_unit, precision
         )
         return self._sender.run(self._operations.plan(request, dataset))
 
@@ -156,10 +157,11 @@ class AsyncCloister:
         epochs: float | None = None,
         optimizer: Optimizer | None = None,
         rows_per_unit: int | None = None,
+        precision: Precision = "float32",
     ) -> Plan:
         """As `Cloister.plan`."""
         request = _plan_request(
-            dataset, target, features, layers, privacy, batch_size, epochs, optimizer, rows_per_unit
+            dataset, target, features, layers, privacy, batch_size, epochs, optimizer, rows_per_unit, precision
         )
         return await self._sender.run(self._operations.plan(request, dataset))
 
@@ -192,6 +194,7 @@ def _plan_request(
     epochs: float | None,
     optimizer: Optimizer | None,
     rows_per_unit: int | None,
+    precision: Precision,
 ) -> PlanRequest:
     if isinstance(features, str):
         raise InvalidArgument(f"features is a sequence of names; give [{features!r}]")
@@ -206,6 +209,7 @@ def _plan_request(
         epochs=epochs,
         optimizer=optimizer,
         rows_per_unit=rows_per_unit,
+        precision=precision,
     )
 
 

@@ -179,7 +179,7 @@ def steps_of(spec: TrainingSpec, rows: Rows, *, count: int) -> np.ndarray:
     path = []
     for _ in range(count + 1):
         path.append(torch.cat([weight.detach().flatten().double() for weight in run_.network.parameters()]).numpy())
-        run_.steps(examples, everything(spec, examples), 1)
+        run_.steps(examples, everything(spec, examples), 0, 1)
     return -np.diff(path, axis=0) * spec.batch_size
 
 
@@ -208,7 +208,7 @@ def test_a_step_applies_the_clipped_sum_by_the_declared_batch_whatever_the_micro
         run_.network.load_state_dict(state)
         run_._private.micro_batch = micro_batch
         examples = Examples(spec.architecture, rows_of(25), device="cpu")
-        run_.steps(examples, everything(spec, examples), 1)
+        run_.steps(examples, everything(spec, examples), 0, 1)
         return np.concatenate(
             [(state[name] - weight).numpy(force=True).ravel() for name, weight in run_.network.state_dict().items()]
         )

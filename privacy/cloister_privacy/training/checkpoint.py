@@ -18,17 +18,19 @@ __all__ = ["resume_from", "snapshot"]
 _FORMAT = "cloister.checkpoint/1"
 
 
-def snapshot(network: Network, optimizer: NoisyOptimizer, *, spec: TrainingSpec, step: int) -> bytes:
-    """The run after `step` whole steps, each of them noisy."""
+def snapshot(network: Network, optimizer: NoisyOptimizer, *, model: Network, spec: TrainingSpec, step: int) -> bytes:
+    """The run after `step` whole steps, each of them noisy; `model` is their average, or the network itself."""
     state = {f"weights.{name}": weight for name, weight in network.state_dict().items()}
+    if model is not network:
+        state |= {f"average.{name}": weight for name, weight in model.state_dict().items()}
     for index, kept in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{index}.{key}": value for key, value in kept.items() if value is not None}
     metadata = {"training": _digest(spec), "step": str(step), "initial_digest": network.initial_digest}
     return tensors.write(state, format=_FORMAT, metadata=metadata)
 
 
-def resume_from(body: bytes, network: Network, optimizer: NoisyOptimizer, *, spec: TrainingSpec) -> int:
-    """Put a checkpoint of this very spec into network and optimizer, and answer its step. Otherwise CheckpointRefused."""
+def resume_from(body: bytes, network: Network, optimizer: NoisyOptimizer, *, model: Network, spec: TrainingSpec) -> int:
+    """Put a checkpoint of this very spec into network, optimizer and average, and answer its step. Otherwise CheckpointRefused."""
     state, metadata = tensors.read(body, format=_FORMAT, refused=CheckpointRefused)
     if metadata.get("training") != _digest(spec):
         raise CheckpointRefused("this checkpoint belongs to another training spec; start the run again")
@@ -37,13 +39,16 @@ def resume_from(body: bytes, network: Network, optimizer: NoisyOptimizer, *, spe
         raise CheckpointRefused("this checkpoint's step is not one of the run's; start the run again")
     tensors.require(state, _like(network, spec), refused=CheckpointRefused)
     network.load_state_dict({name: state[f"weights.{name}"] for name in network.state_dict()})
+    network.initial_digest = metadata.get("initial_digest", "")
+    if model is not network:
+        model.load_state_dict({name: state[f"average.{name}"] for name in model.state_dict()})
+        model.initial_digest = network.initial_digest
     kept: dict[int, dict[str, Tensor]] = {}
     for name, value in state.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
             kept.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
-    network.initial_digest = metadata.get("initial_digest", "")
     return int(step)
 
 
@@ -54,6 +59,8 @@ def _digest(spec: TrainingSpec) -> str:
 def _like(network: Network, spec: TrainingSpec) -> dict[str, Tensor]:
     """Every tensor that a checkpoint of this spec holds, by name."""
     like = {f"weights.{name}": weight for name, weight in network.state_dict().items()}
+    if spec.optimizer.averaging is not None:
+        like |= {f"average.{name}": weight for name, weight in network.state_dict().items()}
     for index, parameter in enumerate(network.parameters()):
         if not isinstance(spec.optimizer, SGD):
             like[f"optimizer.{index}.step"] = torch.zeros(())

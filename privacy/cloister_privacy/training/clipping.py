@@ -10,19 +10,16 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cloister.wire.plans import Clipping
 from cloister_privacy.errors import UncoveredParameter
 from cloister_privacy.training.rules import PerExample, Tape, Use, rule_of
 
-__all__ = ["ClippedGradients", "Clipping", "Losses"]
-
-Clipping = Literal["flat", "per_layer", "automatic"]
-"""How a gradient g is bounded by clip C: flat, g min(1, C / |g|) over all parameters together; per_layer, each of m layers to
-C / sqrt(m); automatic, g C / (|g| + 0.01), which needs no tuned C (Bu et al., NeurIPS 2023)."""
+__all__ = ["ClippedGradients", "Losses"]
 
 Losses = Callable[[nn.Module, Any], Tensor]
 """The loss of each example, [n], of a network on a batch whose tensors have the examples as their first dimension."""

@@ -7,7 +7,7 @@ or logged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cloister.wire.plans import SGD, Optimizer, TrainingSpec
+from cloister.wire.plans import TrainingSpec
 from cloister_privacy.architecture.network import Network, build
 from cloister_privacy.architecture.weights import to_bytes
 from cloister_privacy.errors import RowsDoNotFit, TrainingDiverged, TrainingError
@@ -25,6 +25,7 @@ from cloister_privacy.training import checkpoint
 from cloister_privacy.training.examples import Batch, Examples, synthetic
 from cloister_privacy.training.sampler import PoissonSampler, UserSampler
 from cloister_privacy.training.steps import GUARD_EXAMPLES, PrivateSteps
+from cloister_privacy.training.updates import Updates
 
 __all__ = ["train"]
 
@@ -67,36 +68,45 @@ def train(
         before_chunk(done, end)
         examples = examples or Examples(spec.architecture, rows, device=device)
         sampler = sampler or _sampler(plan, examples.count, units)
-        run.steps(examples, sampler, end - done)
+        run.steps(examples, sampler, done, end)
         done = end
         if not after_chunk(done, partial(run.snapshot, done)):
             return None
-    return to_bytes(run.network)
+    return to_bytes(run.updates.model)
 
 
 class _Run:
-    """Network and steps of one attempt."""
+    """Network, steps and updates of one attempt."""
 
     def __init__(self, spec: TrainingSpec, plan: DPPlan, *, device: str) -> None:
         self.network: Network = build(spec.architecture).to(device)
+        self.updates = Updates(self.network, spec)
         self._spec, self._plan = spec, plan
         self._private = PrivateSteps(
             self.network,
             _losses,
             plan=plan,
-            optimizer=_optimizer(self.network.parameters(), spec.optimizer),
+            optimizer=self.updates.optimizer,
             synthetic=synthetic(spec.architecture, GUARD_EXAMPLES, device=device),
+            clipping=spec.clipping,
+            precision=spec.precision,
         )
 
     def resume(self, body: bytes) -> int:
-        return checkpoint.resume_from(body, self.network, self._private.optimizer, spec=self._spec)
+        return checkpoint.resume_from(
+            body, self.network, self._private.optimizer, model=self.updates.model, spec=self._spec
+        )
 
     def snapshot(self, done: int) -> bytes:
-        return checkpoint.snapshot(self.network, self._private.optimizer, spec=self._spec, step=done)
+        return checkpoint.snapshot(
+            self.network, self._private.optimizer, model=self.updates.model, spec=self._spec, step=done
+        )
 
-    def steps(self, examples: Examples, sampler: PoissonSampler | UserSampler, count: int) -> None:
-        for _ in range(count):
+    def steps(self, examples: Examples, sampler: PoissonSampler | UserSampler, first: int, end: int) -> None:
+        for step in range(first, end):
+            self.updates.before(step)
             self._step(examples, sampler.draw())
+            self.updates.after(step)
         # The noisy weights may tell this; a single example never may.
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
             raise TrainingDiverged("the weights are no longer finite; lower the learning rate")
@@ -123,9 +133,3 @@ def _losses(network: nn.Module, batch: Batch) -> Tensor:
     outputs = network(columns)
     losses: Tensor = network.losses(outputs, target)  # type: ignore[operator]  # a Network, or its twin
     return losses
-
-
-def _optimizer(parameters: Iterable[nn.Parameter], asked: Optimizer) -> torch.optim.Optimizer:
-    if isinstance(asked, SGD):
-        return torch.optim.SGD(parameters, lr=asked.learning_rate, momentum=asked.momentum)
-    return torch.optim.Adam(parameters, lr=asked.learning_rate)

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cloister.wire.plans import Clipping, Precision
 from cloister_privacy.plan import DPPlan
-from cloister_privacy.training.clipping import ClippedGradients, Clipping, Losses
+from cloister_privacy.training.clipping import ClippedGradients, Losses
 from cloister_privacy.training.compilation import compiled, pays
 from cloister_privacy.training.guard import guard, require_exact_clipping
 from cloister_privacy.training.noise import NoiseAhead
@@ -54,13 +55,16 @@ class PrivateSteps:
         optimizer: torch.optim.Optimizer,
         synthetic: Any,
         clipping: Clipping = "flat",
+        precision: Precision = "float32",
         has_constant_work: bool = True,
         is_compiled: bool | None = None,
     ) -> None:
         guard(network)
         network.train()
         require_exact_clipping(network, losses, synthetic)
-        self._clipped = ClippedGradients(network, losses, clip=plan.row_clip, clipping=clipping)
+        self._clipped = ClippedGradients(
+            network, losses, clip=plan.row_clip, clipping=clipping, autocast=precision == "bfloat16"
+        )
         self._plan, self._parameters = plan, self._clipped.parameters
         self._device = self._parameters[0].device
         self.optimizer = NoisyOptimizer(optimizer, plan=plan, noise=self._noise)

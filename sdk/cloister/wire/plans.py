@@ -10,22 +10,36 @@ from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probabi
 from cloister.wire.architecture import Architecture, Layer
 
 __all__ = [
+    "EMA",
     "SGD",
     "Adam",
+    "AdamW",
+    "Clipping",
     "Event",
     "Guarantee",
     "Optimizer",
     "Plan",
     "PlanRequest",
+    "Precision",
     "Privacy",
     "Quote",
     "RowsPerUnit",
+    "Schedule",
+    "Tail",
     "TrainingSpec",
 ]
 
 RowsPerUnit = Annotated[int, Field(ge=1, le=1000)]
 
 _Sigma = Annotated[float, Field(ge=0.3, le=1000, allow_inf_nan=False)]
+
+
+Clipping = Literal["flat", "per_layer", "automatic"]
+"""How a gradient g is bounded by clip C: flat, g min(1, C / |g|) over all parameters together; per_layer, each of m parameter
+tensors to C / sqrt(m); automatic, g C / (|g| + 0.01), which needs no tuned C (arXiv 2206.07136)."""
+
+Precision = Literal["float32", "bfloat16"]
+"""Of the network's own arithmetic. Norms, sums, noise and weights are float32 in either."""
 
 
 class Privacy(Request):
@@ -37,6 +51,7 @@ class Privacy(Request):
     """The delta at which epsilon is told; by default the source's."""
     clip: PositiveFloat = 1.0
     """The L2 norm to which each unit's gradient is clipped."""
+    clipping: Clipping = "flat"
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Privacy:
@@ -45,22 +60,58 @@ class Privacy(Request):
         return self
 
 
-class SGD(Request):
+class Schedule(Request):
+    """What the learning rate is multiplied by: 0 to 1 over `warmup_steps`, then from 1 to `final` over the rest of the run."""
+
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where a linear or cosine schedule ends, as a share of the learning rate."""
+
+
+class EMA(Request):
+    """The model is the exponential moving average of the weights after each step, with min(decay, (1 + t) / (10 + t)) at step t."""
+
+    type: Literal["ema"] = "ema"
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+
+
+class Tail(Request):
+    """The model is the mean of the weights after each of the last steps: this share of them."""
+
+    type: Literal["tail"] = "tail"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.25
+
+
+class _Updates(Request):
+    """How noisy gradients become a model: all of it works on what is private already, so none of it costs epsilon."""
+
+    learning_rate: PositiveFloat
+    schedule: Schedule | None = None
+    averaging: Annotated[EMA | Tail, Field(discriminator="type")] | None = None
+
+
+class SGD(_Updates):
     """torch.optim.SGD."""
 
     type: Literal["sgd"] = "sgd"
-    learning_rate: PositiveFloat
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class Adam(Request):
+class Adam(_Updates):
     """torch.optim.Adam with its default betas."""
 
     type: Literal["adam"] = "adam"
-    learning_rate: PositiveFloat
 
 
-Optimizer = Annotated[SGD | Adam, Field(discriminator="type")]
+class AdamW(_Updates):
+    """torch.optim.AdamW with its default betas."""
+
+    type: Literal["adamw"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+
+Optimizer = Annotated[SGD | Adam | AdamW, Field(discriminator="type")]
 
 
 class PlanRequest(Request):
@@ -79,6 +130,7 @@ class PlanRequest(Request):
     epochs: PositiveFloat | None = None
     """Steps = ceil(epochs * nominal_size / batch_size)."""
     optimizer: Optimizer | None = None
+    precision: Precision = "float32"
 
 
 class Guarantee(Request):
@@ -102,10 +154,12 @@ class TrainingSpec(Request):
     steps: Annotated[int, Field(ge=1, le=10_000_000)]
     noise_multiplier: _Sigma
     clip: PositiveFloat
+    clipping: Clipping = "flat"
     delta: Annotated[Probability, Field(le=0.1)]
     guarantee: Guarantee | None = None
     """The source's, when this was planned: steps get so many slots that overflowing them is negligible beside it, too."""
     optimizer: Optimizer
+    precision: Precision = "float32"
 
 
 class Event(Response):
