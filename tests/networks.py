@@ -52,7 +52,9 @@ class Text(nn.Module):
         self.last, self.is_causal = nn.Linear(16, 3), is_causal
 
     def forward(self, tokens: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1]) if self.is_causal else None
+        mask = (
+            nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], tokens.device) if self.is_causal else None
+        )
         padding = None if self.is_causal else tokens == 0
         hidden = self.encoder(self.table(tokens), mask=mask, src_key_padding_mask=padding, is_causal=self.is_causal)
         return self.last(hidden.mean(1))  # type: ignore[no-any-return]

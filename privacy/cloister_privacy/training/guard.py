@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from cloister_privacy.errors import ClippingNotExact, CrossExampleLayer, InPlaceLayer, UncoveredParameter
 from cloister_privacy.training.clipping import ClippedGradients, Losses
+from cloister_privacy.training.precision import full_float32
 
 __all__ = ["guard", "require_exact_clipping"]
 
@@ -57,6 +58,7 @@ def guard(network: nn.Module) -> None:
         raise UncoveredParameter("the network has no parameter to train; add a layer that has one, or thaw one")
 
 
+@full_float32()
 def require_exact_clipping(network: nn.Module, losses: Losses, batch: Any) -> None:
     """Raise ClippingNotExact where the engine's clipped sum on `batch` is not the loop's, CrossExampleLayer where an example's
     loss depends on its batch-mates. `batch` holds 8 synthetic examples: tensors, or tuples or mappings of them.

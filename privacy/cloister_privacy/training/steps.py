@@ -22,6 +22,7 @@ from cloister_privacy.training.compilation import compiled, pays
 from cloister_privacy.training.guard import guard, require_exact_clipping
 from cloister_privacy.training.noise import NoiseAhead
 from cloister_privacy.training.optimizer import NoisyOptimizer
+from cloister_privacy.training.precision import full_float32
 
 __all__ = ["GUARD_EXAMPLES", "PrivateSteps"]
 
@@ -46,6 +47,7 @@ class PrivateSteps:
     `is_compiled` says whether the passes are compiled; left out, they are where the plan's steps pay for it.
     """
 
+    @full_float32()
     def __init__(
         self,
         network: nn.Module,
@@ -76,6 +78,7 @@ class PrivateSteps:
         self._ahead = NoiseAhead(count, std=plan.noise_std, device=self._device, is_compiled=is_compiled)
         self._is_ahead = False
 
+    @full_float32()
     def step(self, drawn: NDArray[np.intp], gather: Callable[[NDArray[np.intp]], Any]) -> None:
         """One step on the drawn examples; `gather(indices)` fetches them as a batch. It may be asked for index 0 as padding."""
         needed = max(self._slots, len(drawn), _LEAST_MICRO_BATCH)
