@@ -145,6 +145,21 @@ def test_a_rule_that_is_wrong_by_a_hair_is_caught(monkeypatch: pytest.MonkeyPatc
         require_exact_clipping(module, losses, (inputs, torch.arange(N) % 3))
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d", "lstm"])
+def test_a_loss_that_differentiates_twice_is_refused(name: str) -> None:
+    """A gradient penalty uses the weights once more on the way back, where no rule sees them."""
+
+    def penalised(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs = batch[0].clone().requires_grad_()
+        found = losses(network, (inputs, batch[1]))
+        (slope,) = torch.autograd.grad(found.sum(), inputs, create_graph=True)
+        return found + slope.flatten(1).square().sum(1)
+
+    module, inputs = cases()[name]
+    with pytest.raises(ClippingNotExact):
+        require_exact_clipping(module, penalised, (inputs, torch.arange(N) % 3))
+
+
 def test_a_loss_that_is_a_mean_is_refused() -> None:
     module, inputs = cases()["linear"]
     with pytest.raises(ArchitectureRefused, match="one number for each example"):

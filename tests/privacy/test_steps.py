@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cloister_privacy import DPPlan
-from cloister_privacy.errors import CrossExampleLayer
+from cloister_privacy.errors import CrossExampleLayer, TrainingError
 from cloister_privacy.training import PrivateSteps, compilation
 from networks import losses
 
@@ -128,6 +128,21 @@ def test_rows_of_a_user_are_clipped_to_their_share(no_noise: None) -> None:
     private = steps_of(module, rows, plan=plan(unit="user", rows_per_unit=4))
     private.step(np.zeros(4, dtype=np.intp), rows.gather)  # four rows, all of the same direction
     assert moved(module, before).norm() * plan().divisor <= plan().clip * (1 + 1e-5)
+
+
+def test_gradients_that_were_not_clipped_are_never_stepped_on() -> None:
+    rows, module = Counted(), network()
+    private = steps_of(module, rows)
+    before = [each.detach().clone() for each in module.parameters()]
+    losses(module, (rows.inputs, rows.targets)).sum().backward()
+    with pytest.raises(TrainingError, match="not clipped"):
+        private.optimizer.step()
+    assert not moved(module, before).any()
+    # Nor do they get into a step that follows: with no row drawn it is noise alone.
+    private.step(np.arange(0), rows.gather)
+    assert 0 < moved(module, before).abs().max() <= 6 * plan().noise_std / plan().divisor
+    with pytest.raises(TrainingError, match="no clipped sum"):
+        private.optimizer.step()
 
 
 def test_a_network_that_mixes_examples_is_refused_before_anything_is_read() -> None:

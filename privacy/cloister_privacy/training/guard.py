@@ -67,13 +67,14 @@ def require_exact_clipping(network: nn.Module, losses: Losses, batch: Any) -> No
     """
     network = _without_chance(network)
     clip = _median_norm(network, losses, batch)  # so about half of the examples are clipped
-    ours = _clipped_sum(network, losses, batch, clip=clip)
+    ours = _tried(lambda: _clipped_sum(network, losses, batch, clip=clip))
     loop = _one_by_one(network, losses, batch, clip=clip)
     if not float((ours - loop).norm()) <= _TOLERANCE * max(float(loop.norm()), clip):
         _require_independence(network, losses, batch)
         raise ClippingNotExact(
             "on synthetic examples the clipped sum is not the sum of clipped gradients, so a layer computes otherwise than its "
-            "rule; use torch's own layers with the examples as the first dimension, and no operation that overwrites its input"
+            "rule; use torch's own layers with the examples as the first dimension, no operation that overwrites its input, and "
+            "no gradient within the loss"
         )
     _require_independence(network, losses, batch)
 
@@ -100,13 +101,12 @@ def _tried(run: Callable[[], Tensor]) -> Tensor:
 
 
 def _require_independence(network: nn.Module, losses: Losses, batch: Any) -> None:
-    with torch.no_grad():
-        together = losses(network, batch)
-        if together.shape != (_EXAMPLES,):
-            raise ClippingNotExact(
-                f"the loss must be one number for each example, [n]; it is of shape {list(together.shape)}"
-            )
-        alone = torch.cat([losses(network, _one(batch, index)) for index in range(_EXAMPLES)])
+    together = losses(network, batch).detach()
+    if together.shape != (_EXAMPLES,):
+        raise ClippingNotExact(
+            f"the loss must be one number for each example, [n]; it is of shape {list(together.shape)}"
+        )
+    alone = torch.cat([losses(network, _one(batch, index)).detach() for index in range(_EXAMPLES)])
     if not torch.allclose(together, alone, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True):
         raise CrossExampleLayer(
             "an example's loss changes with the others in its batch, so clipping one of them bounds nothing; keep the examples "

@@ -96,10 +96,7 @@ class PrivateSteps:
                 torch._foreach_add_(total, sums)
             else:
                 total = sums
-        for parameter, gradient in zip(self._parameters, total, strict=True):
-            parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step_on(total)
 
     def _noise(self) -> Tensor:
         """A fresh draw for all coordinates; from the first step on a thread draws ahead, for as long as these steps are in use."""
