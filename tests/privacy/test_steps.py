@@ -85,11 +85,13 @@ def test_the_work_of_a_step_is_the_plans_whatever_was_drawn(micro_batch: int | N
 
 
 @pytest.mark.usefixtures("no_noise")
-def test_padding_and_micro_batches_change_no_number() -> None:
+def test_padding_micro_batches_and_the_engine_change_no_number() -> None:
     rows = Counted()
     drawn = np.array([3, 5, 8, 13, 21, 34, 55, 89])
     results = []
-    for options, micro_batch in (({}, None), ({}, 3), ({"has_constant_work": False}, None)):
+    for options, micro_batch in (
+        ({}, None), ({}, 3), ({"has_constant_work": False}, None), ({"has_constant_work": False}, 3), ({"engine": "opacus_hooks"}, 3)
+    ):  # fmt: skip
         module = network()
         before = [each.detach().clone() for each in module.parameters()]
         private = steps_of(module, rows, **options)

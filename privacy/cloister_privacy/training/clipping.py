@@ -71,8 +71,8 @@ class ClippedGradients:
         numbers, n = 0, 1
         for use, back in self._passed(batch):
             n = len(use.tap)
-            numbers += 6 * use.tap.numel()  # value, activation, what came back, and what a rule copies
-            numbers += 2 * sum(each.numbers for _, each in use.gradients(back))
+            numbers += 4 * use.tap.numel()  # value, activation, what came back, and what a rule copies
+            numbers += sum(each.numbers for _, each in use.gradients(back))
         return max(1, 4 * numbers // n)
 
     def _gradients(self, batch: Any) -> list[tuple[Tensor, PerExample]]:

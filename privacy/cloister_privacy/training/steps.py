@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,13 +23,16 @@ from cloister_privacy.training.guard import guard, require_exact_clipping
 from cloister_privacy.training.noise import NoiseAhead
 from cloister_privacy.training.optimizer import NoisyOptimizer
 from cloister_privacy.training.precision import full_float32
+from cloister_privacy.training.reference import ReferenceGradients
 
 __all__ = ["GUARD_EXAMPLES", "PrivateSteps"]
+
+Engine = Literal["book_keeping", "opacus_hooks"]
 
 GUARD_EXAMPLES = 8
 """How many synthetic examples a run is tried on."""
 
-_MICRO_BATCH_BYTES = 2**27
+_MICRO_BATCH_BYTES = 2**26
 """What one pass may take: little enough to stay in the last caches, and to be used again without asking the system for it."""
 
 _LEAST_MICRO_BATCH = 2
@@ -44,7 +47,8 @@ class PrivateSteps:
 
     A step always runs the plan's public number of slots, whatever was drawn, and more only where more were drawn. Without
     `has_constant_work` it runs what was drawn, so that its time tells how many rows there are: for benchmarks alone.
-    `is_compiled` says whether the passes are compiled; left out, they are where the plan's steps pay for it.
+    `is_compiled` says whether the passes are compiled; left out, they are where the plan's steps pay for it. `engine` is who tells
+    the examples' gradients apart: our rules, or the hooks of stock Opacus, slow and never compiled, as the reference to check them by.
     """
 
     @full_float32()
@@ -58,13 +62,15 @@ class PrivateSteps:
         synthetic: Any,
         clipping: Clipping = "flat",
         precision: Precision = "float32",
+        engine: Engine = "book_keeping",
         has_constant_work: bool = True,
         is_compiled: bool | None = None,
     ) -> None:
         guard(network)
         network.train()
         require_exact_clipping(network, losses, synthetic)
-        self._clipped = ClippedGradients(
+        gradients = ClippedGradients if engine == "book_keeping" else ReferenceGradients
+        self._clipped = gradients(
             network, losses, clip=plan.row_clip, clipping=clipping, autocast=precision == "bfloat16"
         )
         self._plan, self._parameters = plan, self._clipped.parameters
@@ -72,7 +78,10 @@ class PrivateSteps:
         self.optimizer = NoisyOptimizer(optimizer, plan=plan, noise=self._noise)
         self._slots = plan.slots * plan.rows_per_unit if has_constant_work else 0
         self.micro_batch = self._micro_batch(synthetic)
-        is_compiled = self._pays(synthetic) if is_compiled is None else is_compiled
+        if engine == "opacus_hooks":
+            is_compiled = False
+        elif is_compiled is None:
+            is_compiled = self._pays(synthetic)
         self._sums = self._compiled(synthetic) if is_compiled else self._clipped.sums
         count = sum(parameter.numel() for parameter in self._parameters)
         self._ahead = NoiseAhead(count, std=plan.noise_std, device=self._device, is_compiled=is_compiled)
