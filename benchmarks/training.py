@@ -1,11 +1,11 @@
 """What private training costs: a step of ours beside the eager non-private step and Opacus, in interleaved rounds.
 
-make bench NAME=training [ARGS="--device cuda --only mlp,cnn --rounds 30"]
+make bench NAME=training [ARGS="--device cuda --only mlp,cnn,wide_resnet,gpt2_lora --rounds 30"]
 
 A step is the whole of it: gather, forward, backward, clip, noise, update; it is timed over some steps in a row, so that what is
 prefetched is paid for. The non-private step is eager PyTorch on batches of
 the expected size; Opacus runs with its own faster noise (torch's generator, not a cryptographic one) and our gather, which is
-faster than its loader. Every figure is the median of the ratios of neighbouring blocks of steps. With the allocator as glibc has it, and
+faster than its loader. Every figure is the median of the ratios of neighbouring blocks. With the allocator as glibc has it, and
 again (`..._tuned_malloc`) with the thresholds that the server sets for its training processes, the same for every side.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -72,7 +73,54 @@ class Transformer(nn.Module):
         return self.last(self.encoder(self.table(tokens)).mean(1))
 
 
+class Residual(nn.Module):
+    """Two convolutions with GroupNorm before each, beside the input."""
+
+    def __init__(self, entering: int, leaving: int, stride: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.GroupNorm(16, entering), nn.GroupNorm(16, leaving)])
+        self.first = nn.Conv2d(entering, leaving, 3, stride, padding=1, bias=False)
+        self.second = nn.Conv2d(leaving, leaving, 3, padding=1, bias=False)
+        self.beside = nn.Conv2d(entering, leaving, 1, stride, bias=False) if entering != leaving else nn.Identity()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(self.norms[0](inputs).relu())
+        return self.beside(inputs) + self.second(self.norms[1](hidden).relu())
+
+
+class GPT(nn.Module):
+    """GPT-2 small: 12 causal layers of width 768; the loss of the next token, at the last position alone."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(50_257, 768), nn.Parameter(torch.randn(length, 768) * 0.02)
+        layer = nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+        self.last = nn.Linear(768, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], tokens.device)
+        hidden = self.layers(self.table(tokens) + self.places, mask=mask, is_causal=True)
+        return self.last(hidden[:, -1])
+
+
+def gpt2_lora() -> nn.Module:
+    from cloister_privacy.training import with_lora
+
+    return with_lora(GPT(256), rank=8, layers=lambda path: "linear" in path)
+
+
 def case_of(name: str) -> Case:
+    if name == "wide_resnet":
+        widths = (16, 64, 64, 128, 128, 256, 256)
+        blocks = [Residual(a, b, 2 if a != b and a != 16 else 1) for a, b in itertools.pairwise(widths)]
+        wide = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, nn.GroupNorm(16, 256), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(256, CLASSES),
+        )  # fmt: skip
+        return Case(wide, (3, 32, 32), 256, 50_000)
+    if name == "gpt2_lora":
+        return Case(gpt2_lora(), (256,), 32, 10_000, vocabulary=50_257)
     if name == "mlp":
         mlp = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, CLASSES))
         return Case(mlp, (784,), 256, 60_000)
@@ -91,7 +139,6 @@ class Bench:
     """The same network and rows for every side."""
 
     def __init__(self, name: str, device: str) -> None:
-
         torch.manual_seed(0)
         self.case, self.device = case_of(name), device
         shape = (self.case.rows, *self.case.shape)
@@ -100,7 +147,6 @@ class Bench:
         self.inputs, self.targets = inputs.to(device), torch.randint(CLASSES, (self.case.rows,)).to(device)
 
     def gather(self, indices: Any) -> tuple[Any, Any]:
-
         indices = torch.as_tensor(indices, device=self.device)
         return self.inputs[indices], self.targets[indices]
 
@@ -116,7 +162,6 @@ class Bench:
         return copy.deepcopy(self.case.network).to(self.device)
 
     def nonprivate(self) -> Step:
-
         network = self.network()
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
 
@@ -129,7 +174,6 @@ class Bench:
         return step
 
     def ours(self, *, has_constant_work: bool) -> Step:
-
         from cloister_privacy.training.sampler import PoissonSampler
         from cloister_privacy.training.steps import GUARD_EXAMPLES, PrivateSteps
 
@@ -198,16 +242,24 @@ def ratios_of(sides: dict[str, Step], *, rounds: int, steps: int, device: str) -
         return (time.perf_counter() - started) / steps
 
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(3):
-        for step in sides.values():
+    peaks = {}
+    for side, step in sides.items():
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(3):
             step()
+        if device == "cuda":
+            peaks[side] = round(torch.cuda.max_memory_allocated() / 2**20)
     for _ in range(rounds):
         for side, step in sides.items():
             times[side].append(seconds(step))
     return {
         one: {other: statistics.median(a / b for a, b in zip(times[one], times[other], strict=True)) for other in sides}
         for one in sides
-    } | {"median_ms": {side: round(statistics.median(values) * 1e3, 3) for side, values in times.items()}}
+    } | {
+        "median_ms": {side: round(statistics.median(values) * 1e3, 3) for side, values in times.items()},
+        "cuda_peak_mib": peaks,
+    }
 
 
 def measure_steps(name: str, *, rounds: int, device: str) -> dict[str, Any]:
@@ -223,6 +275,7 @@ def measure_steps(name: str, *, rounds: int, device: str) -> dict[str, Any]:
     found = ratios_of(sides, rounds=rounds, steps=20 if name == "mlp" else 4, device=device)
     return {
         "median_ms": found["median_ms"],
+        "cuda_peak_mib": found["cuda_peak_mib"],
         "ratios": {
             f"dp_over_nonprivate_{name}": found["ours"]["nonprivate"],
             f"dp_over_nonprivate_{name}_constant_work": found["constant_work"]["nonprivate"],
@@ -244,7 +297,6 @@ def measure_memory(side: str, *, device: str) -> dict[str, Any]:
 
 def measure_end_to_end(side: str, *, device: str) -> dict[str, Any]:
     """Seconds of one epoch of the MLP, from the rows in memory to the weights and their epsilon."""
-
     bench = Bench("mlp", device)
     case, plan = bench.case, bench.plan()
     steps = case.rows // case.batch
@@ -312,12 +364,14 @@ def main() -> None:
 
     ratios: dict[str, float] = {}
     medians: dict[str, Any] = {}
+    cuda_peaks: dict[str, Any] = {}
     for name in asked.only.split(","):
-        for is_tuned in (False, True):
+        for is_tuned in (False, True) if asked.device == "cpu" else (False,):
             suffix = "_tuned_malloc" if is_tuned else ""
             found = in_a_process(f"steps:{name}", device=asked.device, rounds=asked.rounds, is_tuned=is_tuned)
             ratios |= {key + suffix: round(value, 3) for key, value in found["ratios"].items()}
             medians[name + suffix] = found["median_ms"]
+            cuda_peaks[name + suffix] = found["cuda_peak_mib"]
     if "cnn" in asked.only:
         peaks = {
             side: statistics.median(
@@ -340,6 +394,7 @@ def main() -> None:
         "python": platform.python_version(),
         "rounds": asked.rounds,
         "median_ms": medians,
+        "cuda_peak_mib": cuda_peaks,
     }
     print(json.dumps({"name": "training", "ratios": ratios, "conditions": conditions}))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,6 +135,38 @@ def test_every_network_that_has_rules_passes(name: str) -> None:
     module, inputs = cases()[name]
     guard(module)
     require_exact_clipping(module, losses, (inputs, torch.arange(N) % 3))
+
+
+class _Deep(nn.Module):
+    """Many residual blocks, each of which passes the rounding of those before it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 16, 3, padding=1), nn.Linear(1024, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(8, 16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, bias=False))
+            for _ in range(24)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.last(hidden.flatten(1))  # type: ignore[no-any-return]
+
+
+def test_a_deep_network_is_told_from_a_wrong_rule_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cloister_privacy.training.rules.gradients import Dense
+
+    torch.manual_seed(3)
+    module, batch = _Deep(), (torch.randn(N, 2, 8, 8), torch.arange(N) % 3)
+    # As if it rounded by more than that. The module is behind the function of its name.
+    monkeypatch.setattr(import_module("cloister_privacy.training.guard"), "_TOLERANCE", 1e-9)
+    require_exact_clipping(module, losses, batch)
+    right = Dense.weighted_sum
+    monkeypatch.setattr(Dense, "weighted_sum", lambda self, scales: right(self, scales) * (1 + 5e-6))
+    with pytest.raises(ClippingNotExact):
+        require_exact_clipping(module, losses, batch)
 
 
 def test_a_rule_that_is_wrong_by_a_hair_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
