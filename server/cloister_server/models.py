@@ -157,6 +157,8 @@ def _certificate(
         event=plan.event(),
         clip=plan.clip,
         nominal_size=plan.nominal_size,
+        capacity=plan.capacity,
+        rows_per_unit=plan.rows_per_unit,
         unit=plan.unit,
         adjacency=plan.adjacency,
         accountant="rdp",

@@ -394,3 +394,41 @@ def test_a_fresh_keystore_does_not_take_over_a_database_of_another(
     (tmp_path / "root.key").unlink()
     assert "not the one that the database" in refusal(admin("init"))
     assert not list((tmp_path / "keystore").glob("*.kek")), "nothing was made that could be taken for the lost keys"
+
+
+def test_the_doctor_finds_a_sound_deployment_sound_and_says_what_is_not(
+    admin: Callable[..., Result], tmp_path: Path
+) -> None:
+    before = admin("doctor", "--json")
+    assert before.exit_code == 1
+    assert "cloister-admin init" in next(row["detail"] for row in json.loads(before.stdout) if row["state"] == "FAULT")
+    assert not (tmp_path / "data").exists(), "it makes nothing"
+
+    done(admin("init", "--json"))
+    rows = done(admin("doctor", "--json"))
+    assert {row["check"] for row in rows} >= {"settings", "keys and database", "data directory", "keystore"}
+    assert all(row["state"] in ("ok", "note") for row in rows)
+
+    (tmp_path / "data").chmod(0o755)
+    open_to_all = admin("doctor")
+    assert open_to_all.exit_code == 1
+    assert "chmod 700" in open_to_all.stdout
+    (tmp_path / "data").chmod(0o700)
+    (tmp_path / "root.key").unlink()
+    assert admin("doctor").exit_code == 1
+
+
+def test_the_doctor_audits_the_engine_as_it_runs_here(
+    admin: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cloister_privacy.training.noise import NoiseAhead
+
+    done(admin("init", "--json"))
+    rows = {row["check"]: row["state"] for row in done(admin("doctor", "--audit", "--json"))}
+    assert len(rows) > 10
+    assert rows["canary audit"] == "ok"
+    take = NoiseAhead.take
+    monkeypatch.setattr(NoiseAhead, "take", lambda draws: take(draws) / 2)
+    broken = admin("doctor", "--audit", "--json")
+    assert broken.exit_code == 1
+    assert any(row["state"] == "FAULT" and "noise" in row["check"] for row in json.loads(broken.stdout))

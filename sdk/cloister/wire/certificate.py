@@ -75,6 +75,10 @@ class Certificate(Response):
     """What the ledger charged."""
     clip: PositiveFloat
     nominal_size: Count
+    capacity: Count | None = None
+    """The most units that the owner declared there can be: the claim assumes it. None in certificates from before it was told."""
+    rows_per_unit: Count = 1
+    """The most rows of one unit that a step read, each clipped to clip / rows_per_unit."""
     unit: Literal["row", "user"] | str
     adjacency: Literal["add_remove"] | str
     accountant: Literal["rdp"] | str

@@ -20,6 +20,7 @@ from cloister.wire.sources import CreateSource
 from cloister_privacy.errors import PrivacyError
 from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
 from cloister_server.audit import denials_kept
+from cloister_server.cli import doctor
 from cloister_server.errors import Invalid, NotFound, ServerError
 from cloister_server.grants import NoSuch, Role
 from cloister_server.policy import Denied
@@ -81,6 +82,22 @@ def init(
         with reading(service.engine) as session:
             keys = [vault.signing_key(session, service.keys, "certificate").public]
         _show({"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}, as_json)
+
+
+@cli.command("doctor")
+def doctor_(
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Try the training engine too, on synthetic rows (some seconds).")
+    ] = False,
+    as_json: JSON = False,
+) -> None:
+    """Say what is sound here and what is not; exit status 1 where anything is at fault. Changes nothing."""
+    rows = list(doctor.diagnosed())
+    if audit and rows[0]["state"] == "ok":
+        rows += doctor.audited(load_settings())
+    _show(rows, as_json)
+    if any(row["state"] == "FAULT" for row in rows):
+        raise typer.Exit(1)
 
 
 @tenant_cli.command("create")

@@ -115,7 +115,7 @@ class _Running:
             rows,
             units=rows.units if source.unit == "user" else None,
             plan=DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency),
-            device=_device(self.settings.device),
+            device=device_of(self.settings.device),
             chunk_steps=self._chunk_steps,
             before_chunk=self._open_chunk,
             after_chunk=after_chunk,
@@ -222,7 +222,8 @@ def _digests(weights: bytes) -> dict[str, str]:
     }
 
 
-def _device(asked: str) -> str:
+def device_of(asked: str) -> str:
+    """The device that `CLOISTER_DEVICE` asks for: `auto` is CUDA where there is one."""
     if asked != "auto":
         return asked
     import torch
