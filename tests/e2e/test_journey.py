@@ -94,6 +94,7 @@ def test_a_certificate_verifies_offline_and_a_forged_one_does_not(trained: Train
     statement = cloister.verify(trained.model.certificate, keys)
     assert statement.epsilon == pytest.approx(trained.plan.epsilon)
     assert statement.event == trained.plan.event
+    assert (statement.capacity, statement.rows_per_unit) == (trained.data.capacity, 1)
     forged = {**trained.model.certificate, "payload": trained.model.certificate["payload"][:-4] + "AAAA"}
     with pytest.raises(cloister.InvalidCertificate):
         cloister.verify(forged, keys)

@@ -47,6 +47,8 @@ def reused() -> nn.Module:
         (reused(), UncoveredParameter, "2.weight is the same parameter as 0.weight"),
         (nn.Sequential(nn.Linear(3, 3)).requires_grad_(False), UncoveredParameter, "no parameter to train"),
         (nn.Sequential(nn.Tanh()), UncoveredParameter, "no parameter to train"),
+        (nn.Linear(3, 3).to(torch.bfloat16), ClippingNotExact, "network.float()"),
+        (nn.Linear(3, 3).double(), ClippingNotExact, "network.float()"),
     ],
 )
 def test_a_network_that_cannot_be_clipped_by_example_is_refused_with_the_cure(
@@ -57,11 +59,13 @@ def test_a_network_that_cannot_be_clipped_by_example_is_refused_with_the_cure(
 
 
 class _Uses(nn.Module):
-    """Uses one layer so many times and another never, which its modules alone do not show."""
+    """Uses one layer so many times, and another never where that is once, which its modules alone do not show."""
 
     def __init__(self, *, times: int) -> None:
         super().__init__()
-        self.one, self.other, self.times = nn.Linear(3, 3), nn.Linear(3, 3), times
+        self.one, self.times = nn.Linear(3, 3), times
+        if times == 1:
+            self.other = nn.Linear(3, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
         for _ in range(self.times):
@@ -103,6 +107,17 @@ class _SequenceFirst(nn.Module):
         ).mean(1)  # type: ignore[no-any-return]
 
 
+class _Placed(nn.Module):
+    """Owns a table of its own beside a layer, as many a transformer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.layer = nn.Parameter(torch.zeros(3)), nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs + self.places)  # type: ignore[no-any-return]
+
+
 class _ReadsValues(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +136,7 @@ class _ReadsValues(nn.Module):
         (_Overwriting(), ClippingNotExact, "overwrites? its input"),
         (_SequenceFirst(), ArchitectureRefused, "examples"),
         (_ReadsValues(), UncoveredParameter, "one example at a time"),
+        (_Placed(), UncoveredParameter, "owns places beside other trained layers.*a module of its own"),
     ],
 )
 def test_a_network_that_shows_its_fault_only_when_it_runs_is_refused(
@@ -192,6 +208,12 @@ def test_a_loss_that_differentiates_twice_is_refused(name: str) -> None:
     module, inputs = cases()[name]
     with pytest.raises(ClippingNotExact):
         require_exact_clipping(module, penalised, (inputs, torch.arange(N) % 3))
+
+
+@pytest.mark.parametrize("count", [0, 4, 16])
+def test_another_number_of_synthetic_examples_is_refused(count: int) -> None:
+    with pytest.raises(ClippingNotExact, match="GUARD_EXAMPLES"):
+        require_exact_clipping(nn.Linear(3, 3), losses, (torch.randn(count, 3), torch.arange(count) % 3))
 
 
 def test_a_loss_that_is_a_mean_is_refused() -> None:

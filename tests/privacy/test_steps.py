@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cloister_privacy import DPPlan
-from cloister_privacy.errors import CrossExampleLayer, TrainingError
-from cloister_privacy.training import PrivateSteps, compilation
+from cloister_privacy.errors import CrossExampleLayer, RowsDoNotFit, TrainingError
+from cloister_privacy.training import PoissonSampler, PrivateSteps, UserSampler, compilation, sampler_of
 from networks import losses
 
 ROWS = 400
@@ -145,6 +145,71 @@ def test_gradients_that_were_not_clipped_are_never_stepped_on() -> None:
     assert 0 < moved(module, before).abs().max() <= 6 * plan().noise_std / plan().divisor
     with pytest.raises(TrainingError, match="no clipped sum"):
         private.optimizer.step()
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_every_parameter_gets_its_own_gradient_whatever_the_order_of_the_optimizer() -> None:
+    rows, results = Counted(), []
+    for is_reversed in (False, True):
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+        before = [each.detach().clone() for each in module.parameters()]
+        ordered = list(module.parameters())[:: -1 if is_reversed else 1]
+        groups = [{"params": ordered[:2], "lr": 1.0}, {"params": ordered[2:], "lr": 1.0}]
+        private = PrivateSteps(
+            module,
+            losses,
+            plan=plan(),
+            optimizer=torch.optim.SGD(groups),
+            synthetic=(rows.inputs[:8], rows.targets[:8]),
+        )
+        private.step(np.arange(40), rows.gather)
+        results.append(moved(module, before))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("chosen", [slice(0, 1), slice(0, 0)])
+def test_an_optimizer_of_other_parameters_is_refused(chosen: slice) -> None:
+    rows, module = Counted(), network()
+    stranger = nn.Linear(5, 3)
+    parameters = list(module.parameters())[chosen] or list(stranger.parameters())
+    with pytest.raises(TrainingError, match="all of them and no others"):
+        PrivateSteps(
+            module,
+            losses,
+            plan=plan(),
+            optimizer=torch.optim.SGD(parameters, lr=1.0),
+            synthetic=(rows.inputs[:8], rows.targets[:8]),
+        )
+
+
+def test_no_more_steps_are_made_than_the_plan_has() -> None:
+    rows, module = Counted(), network()
+    private = steps_of(module, rows, plan=plan(steps=2))
+    for _ in range(2):
+        private.step(np.arange(40), rows.gather)
+    rows.asked.clear()
+    with pytest.raises(TrainingError, match="all 2 steps of the plan are done"):
+        private.step(np.arange(40), rows.gather)
+    assert rows.asked == []
+
+
+@pytest.mark.parametrize("wrong", [{"precision": "bf16"}, {"clipping": "auto"}, {"engine": "opacus"}])
+def test_a_word_that_is_none_of_the_choices_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(TrainingError, match="give one of"):
+        steps_of(network(), Counted(), **wrong)
+
+
+def test_a_sampler_is_the_plan_s() -> None:
+    users = np.arange(ROWS) // 4
+    assert isinstance(sampler_of(plan(), ROWS), PoissonSampler)
+    by_user = plan(unit="user", rows_per_unit=4)
+    assert isinstance(sampler_of(by_user, ROWS, users), UserSampler)
+    for wrong in ((plan(), users), (by_user, None)):
+        with pytest.raises(TrainingError, match="a plan by user needs"):
+            sampler_of(wrong[0], ROWS, wrong[1])
+    with pytest.raises(RowsDoNotFit):
+        sampler_of(by_user, ROWS, users[1:])
 
 
 def test_a_network_that_mixes_examples_is_refused_before_anything_is_read() -> None:

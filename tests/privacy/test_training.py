@@ -174,6 +174,7 @@ def everything(spec: TrainingSpec, examples: Examples) -> PoissonSampler:
 
 def steps_of(spec: TrainingSpec, rows: Rows, *, count: int) -> np.ndarray:
     """By how much each of `count` single steps moved every weight, times the divisor: the noisy sum, where the rate is 1."""
+    spec = spec.model_copy(update={"steps": count + 1})
     run_ = engine._Run(spec, DPPlan.of(spec), device="cpu")
     examples = Examples(spec.architecture, rows, device="cpu")
     path = []

@@ -51,6 +51,8 @@ CERTIFICATE = Certificate(
     ),
     clip=1.0,
     nominal_size=60_000,
+    capacity=80_000,
+    rows_per_unit=1,
     unit="row",
     adjacency="add_remove",
     accountant="rdp",
@@ -286,6 +288,8 @@ def test_a_subject_of_other_weights_is_refused() -> None:
         ("delta", 1.0),
         ("version", 0),
         ("version", 1.5),
+        ("capacity", 0),
+        ("rows_per_unit", 0),
         ("weights_digest", "A" * 64),
         ("model", "digits"),
         ("issued", "2026-11-24T12:00:00"),
@@ -295,6 +299,13 @@ def test_a_subject_of_other_weights_is_refused() -> None:
 def test_a_signed_predicate_with_a_field_out_of_bounds_is_refused_by_the_fields_name(field: str, value: object) -> None:
     with pytest.raises(InvalidCertificate, match=field):
         verify(dsse(statement(predicate={**statement()["predicate"], field: value})), KEYS)
+
+
+def test_what_an_earlier_certificate_does_not_tell_is_told_to_be_unknown() -> None:
+    told = {**statement()["predicate"], "unit": "user"}
+    del told["capacity"], told["rows_per_unit"]
+    earlier = verify(dsse(statement(predicate=told)), KEYS)
+    assert (earlier.capacity, earlier.rows_per_unit) == (None, None)
 
 
 def test_a_newer_service_may_state_more() -> None:

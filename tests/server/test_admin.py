@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -416,6 +418,88 @@ def test_the_doctor_finds_a_sound_deployment_sound_and_says_what_is_not(
     (tmp_path / "data").chmod(0o700)
     (tmp_path / "root.key").unlink()
     assert admin("doctor").exit_code == 1
+
+
+def _faults(result: Result) -> str:
+    """The faults' details, as the command that failed because of them printed them."""
+    assert result.exit_code == 1, (result.stdout, result.stderr, result.exception)
+    return "; ".join(row["detail"] for row in json.loads(result.stdout) if row["state"] == "FAULT")
+
+
+def _names(root: Path) -> list[Path]:
+    """Files and directories, without those that SQLite keeps beside a database that is read."""
+    return sorted(path for path in root.rglob("*") if path.suffix not in (".db-wal", ".db-shm"))
+
+
+def _lose_objects(root: Path) -> None:
+    (root / "data" / "objects").rmdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (_expose, "others have access"),
+        (_replace_key, "not the one that this keystore was made with"),
+        (_lose_keystore, "no keystore"),
+        (_age, "migration 0000"),
+        (_lose_database, "not initialised"),
+        (_lose_objects, "restore it from the database's backup"),
+    ],
+)
+def test_the_doctor_says_what_is_broken_why_and_what_next_and_makes_nothing(
+    admin: Callable[..., Result], tmp_path: Path, harm: Callable[[Path], None], told: str
+) -> None:
+    done(admin("init", "--json"))
+    harm(tmp_path)
+    before = _names(tmp_path)
+    assert told in _faults(admin("doctor", "--json"))
+    assert _names(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("DATA_DIR", "/tmp/" + "x" * 300, "File name too long"),
+        ("PORT", "none", "CLOISTER_PORT"),
+        ("DEVICE", "cuda", "set it to auto"),
+    ],
+)
+def test_the_doctor_names_a_setting_that_cannot_be_met(
+    admin: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: str
+) -> None:
+    done(admin("init", "--json"))
+    monkeypatch.setattr("cloister_server.cli.doctor.version", lambda _: "2.13.0+cpu")
+    monkeypatch.setenv(f"CLOISTER_{name}", value)
+    assert told in _faults(admin("doctor", "--json"))
+
+
+def test_the_doctor_prints_no_secret_and_loads_no_torch_unless_it_audits(
+    admin: Callable[..., Result], tmp_path: Path
+) -> None:
+    done(admin("init", "--json"))
+    script = (
+        "import sys\nfrom cloister_server.cli.admin import cli\n"
+        "cli(['doctor'], standalone_mode=False)\nassert not {'torch', 'scipy', 'opacus'} & set(sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for secret in _files(tmp_path / "keystore") + _files(tmp_path / "root.key"):
+        for line in secret.read_bytes().split(b"\n"):
+            assert len(line) < 20 or line not in (ended.stdout + ended.stderr).encode()
+
+
+def test_an_engine_that_stops_in_the_audit_is_a_fault(
+    admin: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cloister_privacy.errors import TrainingError
+    from cloister_privacy.training.noise import NoiseAhead
+
+    def stop(_: NoiseAhead) -> None:
+        raise TrainingError("no noise today")
+
+    done(admin("init", "--json"))
+    monkeypatch.setattr(NoiseAhead, "take", stop)
+    assert "no noise today" in _faults(admin("doctor", "--audit", "--json"))
 
 
 def test_the_doctor_audits_the_engine_as_it_runs_here(

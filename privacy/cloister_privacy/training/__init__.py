@@ -4,7 +4,7 @@ from cloister_privacy.training.adapters import LoRALinear, merged, with_lora
 from cloister_privacy.training.clipping import ClippedGradients
 from cloister_privacy.training.engine import train
 from cloister_privacy.training.guard import guard
-from cloister_privacy.training.sampler import PoissonSampler, UserSampler
+from cloister_privacy.training.sampler import PoissonSampler, UserSampler, sampler_of
 from cloister_privacy.training.steps import GUARD_EXAMPLES, PrivateSteps
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "UserSampler",
     "guard",
     "merged",
+    "sampler_of",
     "train",
     "with_lora",
 ]

@@ -38,9 +38,16 @@ def pays(network: nn.Module, one_pass: Callable[[], Any], *, passes: int) -> boo
     if any(isinstance(module, nn.RNNBase) for module in network.modules()):
         return False  # its steps would be unrolled, and compile for minutes
     one_pass()
+    _wait()
     before = time.monotonic()
     one_pass()
+    _wait()
     return (time.monotonic() - before) * _SAVES * passes > _COMPILES_IN_S
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def compiled(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> Callable[P, R]:

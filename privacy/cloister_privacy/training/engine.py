@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from cloister.wire.plans import TrainingSpec
 from cloister_privacy.architecture.network import Network, build
 from cloister_privacy.architecture.weights import to_bytes
-from cloister_privacy.errors import RowsDoNotFit, TrainingDiverged, TrainingError
+from cloister_privacy.errors import TrainingDiverged, TrainingError
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training import checkpoint
 from cloister_privacy.training.examples import Batch, Examples, synthetic
-from cloister_privacy.training.sampler import PoissonSampler, UserSampler
+from cloister_privacy.training.sampler import PoissonSampler, UserSampler, sampler_of
 from cloister_privacy.training.steps import GUARD_EXAMPLES, PrivateSteps
 from cloister_privacy.training.updates import Updates
 
@@ -67,7 +67,7 @@ def train(
         end = min(done + chunk_steps, spec.steps)
         before_chunk(done, end)
         examples = examples or Examples(spec.architecture, rows, device=device)
-        sampler = sampler or _sampler(plan, examples.count, units)
+        sampler = sampler or sampler_of(plan, examples.count, units() if units is not None else None)
         run.steps(examples, sampler, done, end)
         done = end
         if not after_chunk(done, partial(run.snapshot, done)):
@@ -113,19 +113,6 @@ class _Run:
 
     def _step(self, examples: Examples, drawn: NDArray[np.intp]) -> None:
         self._private.step(drawn, examples.batch)
-
-
-def _sampler(
-    plan: DPPlan, count: int, units: Callable[[], NDArray[np.integer[Any]]] | None
-) -> PoissonSampler | UserSampler:
-    if units is None:
-        return PoissonSampler(count, batch_size=plan.batch_size, nominal_size=plan.nominal_size)
-    numbers = units()
-    if numbers.shape != (count,):
-        raise RowsDoNotFit("`units` must tell for every row whose it is, [rows]")
-    return UserSampler(
-        numbers, batch_size=plan.batch_size, nominal_size=plan.nominal_size, rows_per_unit=plan.rows_per_unit
-    )
 
 
 def _losses(network: nn.Module, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,13 @@ from cloister_privacy.errors import (
 from cloister_privacy.training.clipping import ClippedGradients, Losses
 from cloister_privacy.training.precision import full_float32
 
-__all__ = ["guard", "require_exact_clipping"]
+__all__ = ["GUARD_EXAMPLES", "guard", "require_exact_clipping"]
 
-_EXAMPLES = 8
+T = TypeVar("T")
+
+GUARD_EXAMPLES = 8
+"""How many synthetic examples a run is tried on."""
+
 _TOLERANCE = 1e-5
 """How far the clipped sum may be from the loop's, relative to it, in float32."""
 
@@ -64,21 +68,29 @@ def guard(network: nn.Module) -> None:
                     "so give each layer its own"
                 )
             owners[id(parameter)] = path
+            if parameter.dtype != torch.float32:
+                raise ClippingNotExact(
+                    f"{path} is {parameter.dtype}, and weights, norms and sums are float32; call network.float(), and ask for "
+                    "bfloat16 arithmetic by precision"
+                )
     if not owners:
         raise UncoveredParameter("the network has no parameter to train; add a layer that has one, or thaw one")
 
 
 @full_float32()
-def require_exact_clipping(network: nn.Module, losses: Losses, batch: Any) -> None:
+def require_exact_clipping(
+    network: nn.Module, losses: Losses, batch: Any, *, gradients: type[ClippedGradients] = ClippedGradients
+) -> None:
     """Raise ClippingNotExact where the engine's clipped sum on `batch` is not the loop's, CrossExampleLayer where an example's
     loss depends on its batch-mates. `batch` holds 8 synthetic examples: tensors, or tuples or mappings of them.
 
     In float32, whatever the run's precision: it is the rules that are tried, on the actual network. Where a deep one rounds by more
     than the tolerance, its copy in float64 decides.
     """
+    _require_examples(batch)
     network = _without_chance(network)
-    off = _relative_error(network, losses, batch)
-    if not off <= _TOLERANCE and not (off <= _ROUNDING and _is_exact_in_float64(network, losses, batch)):
+    off = _relative_error(network, losses, batch, gradients)
+    if not off <= _TOLERANCE and not (off <= _ROUNDING and _is_exact_in_float64(network, losses, batch, gradients)):
         _require_independence(network, losses, batch)
         raise ClippingNotExact(
             "on synthetic examples the clipped sum is not the sum of clipped gradients, so a layer computes otherwise than its "
@@ -88,18 +100,21 @@ def require_exact_clipping(network: nn.Module, losses: Losses, batch: Any) -> No
     _require_independence(network, losses, batch)
 
 
-def _is_exact_in_float64(network: nn.Module, losses: Losses, batch: Any) -> bool:
+def _is_exact_in_float64(network: nn.Module, losses: Losses, batch: Any, gradients: type[ClippedGradients]) -> bool:
     try:
-        return _relative_error(copy.deepcopy(network).double(), losses, _doubled(batch)) <= _EXACT
+        return _relative_error(copy.deepcopy(network).double(), losses, _doubled(batch), gradients) <= _EXACT
     except (ArchitectureRefused, RuntimeError):
         return False  # it cannot be told apart from rounding, then
 
 
-def _relative_error(network: nn.Module, losses: Losses, batch: Any) -> float:
+def _relative_error(network: nn.Module, losses: Losses, batch: Any, gradients: type[ClippedGradients]) -> float:
     """How far the engine's clipped sum is from the loop's."""
     clip = _median_norm(network, losses, batch)  # so about half of the examples are clipped
-    ours = _tried(lambda: _clipped_sum(network, losses, batch, clip=clip))
     loop = _one_by_one(network, losses, batch, clip=clip)
+    kept = torch.ones(GUARD_EXAMPLES, device=loop.device)
+    ours = torch.cat(
+        [each.flatten() for each in _tried(lambda: gradients(network, losses, clip=clip).sums(batch, kept))]
+    )
     return float((ours - loop).norm()) / max(float(loop.norm()), clip)
 
 
@@ -117,12 +132,7 @@ def _median_norm(network: nn.Module, losses: Losses, batch: Any) -> float:
     return float(norms.median()) if len(norms) else 1.0
 
 
-def _clipped_sum(network: nn.Module, losses: Losses, batch: Any, *, clip: float) -> Tensor:
-    kept = torch.ones(_EXAMPLES, device=next(network.parameters()).device)
-    return torch.cat([each.flatten() for each in ClippedGradients(network, losses, clip=clip).sums(batch, kept)])
-
-
-def _tried(run: Callable[[], Tensor]) -> Tensor:
+def _tried(run: Callable[[], T]) -> T:
     try:
         return run()
     except RuntimeError as error:
@@ -132,13 +142,24 @@ def _tried(run: Callable[[], Tensor]) -> Tensor:
         ) from None
 
 
+def _require_examples(batch: Any) -> None:
+    if isinstance(batch, Tensor):
+        if batch.ndim == 0 or len(batch) != GUARD_EXAMPLES:
+            raise ClippingNotExact(
+                f"a synthetic tensor of shape {list(batch.shape)} does not hold {GUARD_EXAMPLES} examples; give GUARD_EXAMPLES"
+            )
+        return
+    for each in batch.values() if isinstance(batch, Mapping) else batch:
+        _require_examples(each)
+
+
 def _require_independence(network: nn.Module, losses: Losses, batch: Any) -> None:
     together = losses(network, batch).detach()
-    if together.shape != (_EXAMPLES,):
+    if together.shape != (GUARD_EXAMPLES,):
         raise ClippingNotExact(
             f"the loss must be one number for each example, [n]; it is of shape {list(together.shape)}"
         )
-    alone = torch.cat([losses(network, _one(batch, index)).detach() for index in range(_EXAMPLES)])
+    alone = torch.cat([losses(network, _one(batch, index)).detach() for index in range(GUARD_EXAMPLES)])
     if not torch.allclose(together, alone, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True):
         raise CrossExampleLayer(
             "an example's loss changes with the others in its batch, so clipping one of them bounds nothing; keep the examples "
@@ -150,7 +171,7 @@ def _one_by_one(network: nn.Module, losses: Losses, batch: Any, *, clip: float) 
     """The same sum by autograd, one example at a time."""
     parameters = [each for each in network.parameters() if each.requires_grad]
     total = torch.zeros(sum(each.numel() for each in parameters), dtype=torch.float64, device=parameters[0].device)
-    for index in range(_EXAMPLES):
+    for index in range(GUARD_EXAMPLES):
         loss = losses(network, _one(batch, index)).sum()
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         unused = [name for (name, _), each in zip(_trained(network), gradients, strict=True) if each is None]

@@ -5,12 +5,30 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister_privacy.errors import RowsDoNotFit, TrainingError
+from cloister_privacy.plan import DPPlan
 from cloister_privacy.training.keystream import BLOCK_BYTES, BLOCK_WORDS, random_below, random_bytes, random_words
 
-__all__ = ["PoissonSampler", "UserSampler"]
+__all__ = ["PoissonSampler", "UserSampler", "sampler_of"]
 
 _BLOCK_UNITS = BLOCK_BYTES  # one byte decides on nearly every unit
 _LOW_BITS = 56
+
+
+def sampler_of(plan: DPPlan, count: int, units: NDArray[np.integer] | None = None) -> PoissonSampler | UserSampler:
+    """The sampler of a plan over `count` rows. Where its unit is a user, `units` [rows] tells by a number whose each row is.
+
+    Raises RowsDoNotFit where units are not one for each row, TrainingError where they are missing, or are not the plan's unit.
+    """
+    if (plan.unit == "user") != (units is not None):
+        raise TrainingError("a plan by user needs `units`, which tell whose each row is, and a plan by row takes none")
+    if units is None:
+        return PoissonSampler(count, batch_size=plan.batch_size, nominal_size=plan.nominal_size)
+    if units.shape != (count,):
+        raise RowsDoNotFit("`units` must tell for every row whose it is, [rows]")
+    return UserSampler(
+        units, batch_size=plan.batch_size, nominal_size=plan.nominal_size, rows_per_unit=plan.rows_per_unit
+    )
 
 
 class PoissonSampler:

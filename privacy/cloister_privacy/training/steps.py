@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cloister.wire.plans import Clipping, Precision
+from cloister_privacy.errors import TrainingError
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training.clipping import ClippedGradients, Losses
 from cloister_privacy.training.compilation import compiled, pays
-from cloister_privacy.training.guard import guard, require_exact_clipping
+from cloister_privacy.training.guard import GUARD_EXAMPLES, guard, require_exact_clipping
 from cloister_privacy.training.noise import NoiseAhead
 from cloister_privacy.training.optimizer import NoisyOptimizer
 from cloister_privacy.training.precision import full_float32
@@ -28,9 +29,6 @@ from cloister_privacy.training.reference import ReferenceGradients
 __all__ = ["GUARD_EXAMPLES", "PrivateSteps"]
 
 Engine = Literal["book_keeping", "opacus_hooks"]
-
-GUARD_EXAMPLES = 8
-"""How many synthetic examples a run is tried on."""
 
 _MICRO_BATCH_BYTES = 2**26
 """What one pass may take: little enough to stay in the last caches, and to be used again without asking the system for it."""
@@ -43,7 +41,8 @@ class PrivateSteps:
 
     `losses(network, batch)` gives each example's loss, [n]; `batch` in it is whatever `gather` of a step returns, and `synthetic`
     is one such batch of GUARD_EXAMPLES examples that no private row had a part in: the network is tried on it, and refused
-    (ArchitectureRefused) where its gradients cannot be clipped by example. `optimizer` must hold the network's trained parameters.
+    (ArchitectureRefused) where its gradients cannot be clipped by example. `optimizer` must hold the network's trained parameters, in
+    any groups. The network is put into training mode, and no more steps are made than the plan has (TrainingError).
 
     A step always runs the plan's public number of slots, whatever was drawn, and more only where more were drawn. Without
     `has_constant_work` it runs what was drawn, so that its time tells how many rows there are: for benchmarks alone.
@@ -66,16 +65,23 @@ class PrivateSteps:
         has_constant_work: bool = True,
         is_compiled: bool | None = None,
     ) -> None:
+        _require_known(clipping=(clipping, Clipping), precision=(precision, Precision), engine=(engine, Engine))
         guard(network)
         network.train()
-        require_exact_clipping(network, losses, synthetic)
-        gradients = ClippedGradients if engine == "book_keeping" else ReferenceGradients
+        if engine == "book_keeping":
+            gradients: type[ClippedGradients] = ClippedGradients
+            require_exact_clipping(network, losses, synthetic)
+        else:
+            gradients = ReferenceGradients
+            require_exact_clipping(network, losses, synthetic, gradients=ReferenceGradients)
         self._clipped = gradients(
             network, losses, clip=plan.row_clip, clipping=clipping, autocast=precision == "bfloat16"
         )
         self._plan, self._parameters = plan, self._clipped.parameters
         self._device = self._parameters[0].device
         self.optimizer = NoisyOptimizer(optimizer, plan=plan, noise=self._noise)
+        self._places = _places(self._parameters, self.optimizer.params)
+        self._steps = 0
         self._slots = plan.slots * plan.rows_per_unit if has_constant_work else 0
         self.micro_batch = self._micro_batch(synthetic)
         if engine == "opacus_hooks":
@@ -90,6 +96,11 @@ class PrivateSteps:
     @full_float32()
     def step(self, drawn: NDArray[np.intp], gather: Callable[[NDArray[np.intp]], Any]) -> None:
         """One step on the drawn examples; `gather(indices)` fetches them as a batch. It may be asked for index 0 as padding."""
+        if self._steps == self._plan.steps:
+            raise TrainingError(
+                f"all {self._plan.steps} steps of the plan are done, and its epsilon covers no more; make a plan with more steps"
+            )
+        self._steps += 1
         needed = max(self._slots, len(drawn), _LEAST_MICRO_BATCH)
         size = self.micro_batch if self._slots else _in_equal_parts(needed, self.micro_batch)
         count = -(-needed // size)
@@ -105,7 +116,7 @@ class PrivateSteps:
                 torch._foreach_add_(total, sums)
             else:
                 total = sums
-        self.optimizer.step_on(total)
+        self.optimizer.step_on([total[place] for place in self._places])
 
     def _noise(self) -> Tensor:
         """A fresh draw for all coordinates; from the first step on a thread draws ahead, for as long as these steps are in use."""
@@ -126,13 +137,31 @@ class PrivateSteps:
         return compiled(self._clipped.sums, batch, mask)
 
     def _pass(self, synthetic: Any) -> tuple[Any, Tensor]:
-        return _repeated(synthetic, self.micro_batch), torch.ones(self.micro_batch, device=self._device)
+        expected = self._plan.batch_size * self._plan.rows_per_unit
+        size = self.micro_batch if self._slots else max(_LEAST_MICRO_BATCH, min(self.micro_batch, expected))
+        return _repeated(synthetic, size), torch.ones(size, device=self._device)
 
     def _micro_batch(self, synthetic: Any) -> int:
-        """As many examples as fit the memory set aside for one pass: the slots in equal parts."""
+        """As many examples as fit the memory set aside for one pass; the slots, where there are any, in equal parts of them."""
         fits = max(1, _MICRO_BATCH_BYTES // self._clipped.bytes_per_example(synthetic))
-        whole = self._slots or self._plan.batch_size * self._plan.rows_per_unit
-        return _in_equal_parts(whole, fits)
+        return _in_equal_parts(self._slots, fits) if self._slots else fits
+
+
+def _require_known(**given: tuple[str, Any]) -> None:
+    for name, (value, known) in given.items():
+        if value not in get_args(known):
+            raise TrainingError(f"there is no {name} {value!r}; give one of {', '.join(get_args(known))}")
+
+
+def _places(trained: list[nn.Parameter], stepped: list[nn.Parameter]) -> list[int]:
+    """Where the sum for each parameter that the optimizer steps on is. Raises TrainingError unless it steps on all of them."""
+    places = {id(each): place for place, each in enumerate(trained)}
+    if {id(each) for each in stepped} != set(places):
+        raise TrainingError(
+            "the optimizer must hold the network's trained parameters, all of them and no others; make it of "
+            "[each for each in network.parameters() if each.requires_grad]"
+        )
+    return [places[id(each)] for each in stepped]
 
 
 def _in_equal_parts(count: int, most: int) -> int:

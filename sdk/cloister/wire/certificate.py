@@ -77,8 +77,8 @@ class Certificate(Response):
     nominal_size: Count
     capacity: Count | None = None
     """The most units that the owner declared there can be: the claim assumes it. None in certificates from before it was told."""
-    rows_per_unit: Count = 1
-    """The most rows of one unit that a step read, each clipped to clip / rows_per_unit."""
+    rows_per_unit: Count | None = None
+    """The most rows of one unit that a step read, each clipped to clip / rows_per_unit. None where `capacity` is."""
     unit: Literal["row", "user"] | str
     adjacency: Literal["add_remove"] | str
     accountant: Literal["rdp"] | str

@@ -61,7 +61,7 @@ class Privacy(Request):
 
 
 class Schedule(Request):
-    """What the learning rate is multiplied by: 0 to 1 over `warmup_steps`, then from 1 to `final` over the rest of the run."""
+    """What the learning rate is multiplied by: it rises to 1 over `warmup_steps`, then goes from 1 to `final` over the rest."""
 
     shape: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import stat
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -29,7 +31,7 @@ class Row(TypedDict):
 
 
 def diagnosed() -> Iterator[Row]:
-    """Settings, keys, database and what speeds training up. A fault says why, and what to do next."""
+    """Settings, keys, database, device and what speeds training up. A fault says why, and what to do next."""
     try:
         settings = load_settings()
     except ServerError as refusal:
@@ -37,13 +39,14 @@ def diagnosed() -> Iterator[Row]:
         return
     yield _row("settings", "ok", f"data in {settings.data_dir}, keys in {settings.key_dir}")
     try:
-        deployment.open_service(settings).engine.dispose()
-        yield _row("keys and database", "ok", "they open, belong together, and are at this release's migration")
-    except ServerError as refusal:
-        yield _row("keys and database", "FAULT", refusal.message)
-    for name, place in (("data directory", settings.data_dir), ("keystore", settings.key_dir)):
-        if place.is_dir():
-            yield _private(name, place)
+        yield _opened(settings)
+        for name, place in (("data directory", settings.data_dir), ("keystore", settings.key_dir)):
+            if place.is_dir():
+                yield _private(name, place)
+    except OSError as error:
+        told = f"{error.filename}: {error.strerror}; correct the path, or run this as the user who runs the service"
+        yield _row("files", "FAULT", told)
+    yield _device(settings)
     yield _compiler()
 
 
@@ -55,13 +58,18 @@ def audited(settings: Settings) -> Iterator[Row]:
     from cloister_privacy.canaries import audit_run, check_engine  # and torch with it
     from cloister_server.work.child import device_of
 
-    device = device_of(settings.device)
-    report = check_engine(device=device)
-    for finding in report.findings:
-        yield _row(finding.name, "FAULT" if finding in report.faults else "ok", finding.figure)
-    if report.faults:
-        return  # the audit would run on an engine that is known to be broken, and might not end
-    audit = audit_run(device=device)
+    try:
+        device = device_of(settings.device)
+        report = check_engine(device=device)
+        for finding in report.findings:
+            yield _row(finding.name, "FAULT" if finding in report.faults else "ok", finding.figure)
+        if report.faults:
+            return  # the audit would run on an engine that is known to be broken, and might not end
+        audit = audit_run(device=device)
+    except Exception as error:  # an engine that stops is at fault, whatever stopped it; the rows are synthetic
+        told = f"the engine stopped ({type(error).__name__}: {error}); train nothing here before that is mended"
+        yield _row("training engine", "FAULT", told)
+        return
     yield _row(
         "canary audit",
         "FAULT" if audit.contradicts_claim else "ok",
@@ -69,11 +77,48 @@ def audited(settings: Settings) -> Iterator[Row]:
     )
 
 
+def _opened(settings: Settings) -> Row:
+    try:
+        deployment.check_initialised(settings)
+        objects = settings.data_dir / "objects"
+        if not objects.is_dir():  # to open the service would make an empty one
+            told = f"{objects} is gone, and every sealed row and weight with it; restore it from the database's backup"
+            return _row("sealed objects", "FAULT", told)
+        deployment.open_service(settings).engine.dispose()
+    except ServerError as refusal:
+        return _row("keys and database", "FAULT", refusal.message)
+    return _row("keys and database", "ok", "they open, belong together, and are at this release's migration")
+
+
 def _private(name: str, place: Path) -> Row:
     mode = stat.S_IMODE(place.stat().st_mode)
     if mode & 0o077:
         return _row(name, "FAULT", f"{place} has mode {mode:o}, so others can read it; run `chmod 700 {place}`")
     return _row(name, "ok", f"mode {mode:o}")
+
+
+def _device(settings: Settings) -> Row:
+    if settings.device == "cpu":
+        return _row("device", "ok", "cpu, as CLOISTER_DEVICE asks")
+    why = _no_cuda()
+    if why is None:
+        return _row("device", "ok", "cuda")
+    if settings.device == "cuda":
+        return _row("device", "FAULT", f"CLOISTER_DEVICE asks for cuda, but {why}; mend that, or set it to auto")
+    return _row("device", "ok", f"cpu: {why}")
+
+
+def _no_cuda() -> str | None:
+    """Why nothing can be trained on CUDA, as far as can be told without torch, which takes long to import."""
+    if version("torch").endswith("+cpu"):
+        return "the torch that is installed is built for the CPU alone"
+    found = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        is_there = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(found)) == 0 and found.value > 0
+    except (OSError, AttributeError):
+        return "there is no CUDA driver"
+    return None if is_there else "the CUDA driver finds no device"
 
 
 def _compiler() -> Row:

@@ -17,6 +17,12 @@ __all__ = ["mapped"]
 
 def mapped(module: nn.Module, tape: Tape, *inputs: Any, **options: Any) -> Tensor:
     """Run the module with its parameters as constants; its tensors must have the examples as their first dimension."""
+    if any(each.requires_grad for child in module.children() for each in child.parameters()):
+        names = ", ".join(name for name, each in module.named_parameters(recurse=False) if each.requires_grad)
+        raise UncoveredParameter(
+            f"{type(module).__name__} owns {names} beside other trained layers, so its gradient cannot be told from theirs; "
+            "put what it owns into a module of its own"
+        )
     module = _itself(module)
     own = dict(module.named_parameters(recurse=False))
     output = torch.func.functional_call(module, {name: each.detach() for name, each in own.items()}, inputs, options)
