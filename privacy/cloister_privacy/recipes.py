@@ -71,7 +71,7 @@ def resolve(
         delta=plan.delta,
         guarantee=guarantee,
         optimizer=request.optimizer or SGD(learning_rate=_learning_rate(plan, loss), momentum=_MOMENTUM),
-        precision=request.precision,
+        precision=request.precision or "float32",
     )
 
 

@@ -90,7 +90,7 @@ class Cloister:
         epochs: float | None = None,
         optimizer: Optimizer | None = None,
         rows_per_unit: int | None = None,
-        precision: Precision = "float32",
+        precision: Precision | None = None,
     ) -> Plan:
         """What a run would cost; free. `dataset`: itself, its id or its name. What is left out is filled by a public recipe."""
         request = _plan_request(
@@ -157,7 +157,7 @@ class AsyncCloister:
         epochs: float | None = None,
         optimizer: Optimizer | None = None,
         rows_per_unit: int | None = None,
-        precision: Precision = "float32",
+        precision: Precision | None = None,
     ) -> Plan:
         """As `Cloister.plan`."""
         request = _plan_request(
@@ -194,7 +194,7 @@ def _plan_request(
     epochs: float | None,
     optimizer: Optimizer | None,
     rows_per_unit: int | None,
-    precision: Precision,
+    precision: Precision | None,
 ) -> PlanRequest:
     if isinstance(features, str):
         raise InvalidArgument(f"features is a sequence of names; give [{features!r}]")

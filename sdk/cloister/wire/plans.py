@@ -130,7 +130,7 @@ class PlanRequest(Request):
     epochs: PositiveFloat | None = None
     """Steps = ceil(epochs * nominal_size / batch_size)."""
     optimizer: Optimizer | None = None
-    precision: Precision = "float32"
+    precision: Precision | None = None
 
 
 class Guarantee(Request):
