@@ -126,7 +126,7 @@ def test_a_plan_asks_with_what_was_given_and_leaves_the_rest_to_the_recipe(serve
         "target": "digit",
         "features": ["scan"],
         "layers": [{"type": "flatten"}, {"type": "linear", "in_features": 64, "out_features": 2, "bias": True}],
-        "privacy": {"noise_multiplier": 1, "clip": 0.5},
+        "privacy": {"noise_multiplier": 1, "clip": 0.5, "clipping": "flat"},
         "batch_size": 100,
         "epochs": 4,
         "optimizer": {"type": "adam", "learning_rate": 0.1},
