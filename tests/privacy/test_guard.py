@@ -43,6 +43,11 @@ def reused() -> nn.Module:
             "GroupNorm",
         ),
         (nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True)), InPlaceLayer, "inplace=False"),
+        (
+            nn.Sequential(nn.Embedding(3, 3, max_norm=1.0).requires_grad_(False), nn.Linear(3, 3)),
+            InPlaceLayer,
+            "max_norm",
+        ),
         (tied(), UncoveredParameter, "1.weight is the same parameter as 0.weight"),
         (reused(), UncoveredParameter, "2.weight is the same parameter as 0.weight"),
         (nn.Sequential(nn.Linear(3, 3)).requires_grad_(False), UncoveredParameter, "no parameter to train"),
@@ -107,6 +112,41 @@ class _SequenceFirst(nn.Module):
         ).mean(1)  # type: ignore[no-any-return]
 
 
+class _Remembering(nn.Module):
+    """Keeps the largest value that it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.largest = torch.maximum(self.largest, inputs.detach().max())
+        return self.layer(inputs)  # type: ignore[no-any-return]
+
+
+class _HiddenAtZero(nn.Module):
+    """Mixes its examples by a branch whose weights are zero at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.branch = nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+        nn.init.zeros_(self.branch.weight)
+        nn.init.zeros_(self.layer.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs + self.branch(inputs + 10 * inputs.mean(0)))  # type: ignore[no-any-return]
+
+
+class _MindsOutliers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(torch.where(inputs.abs().max() > 20, inputs / inputs.abs().max(), inputs))  # type: ignore[no-any-return]
+
+
 class _Placed(nn.Module):
     """Owns a table of its own beside a layer, as many a transformer does."""
 
@@ -136,6 +176,9 @@ class _ReadsValues(nn.Module):
         (_Overwriting(), ClippingNotExact, "overwrites? its input"),
         (_SequenceFirst(), ArchitectureRefused, "examples"),
         (_ReadsValues(), UncoveredParameter, "one example at a time"),
+        (_Remembering(), InPlaceLayer, "writes to largest"),
+        (_HiddenAtZero(), CrossExampleLayer, "others in its batch"),
+        (_MindsOutliers(), CrossExampleLayer, "others in its batch"),
         (_Placed(), UncoveredParameter, "owns places beside other trained layers.*a module of its own"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,14 @@ from torch import Tensor, nn
 
 from cloister_privacy import DPPlan
 from cloister_privacy.errors import CrossExampleLayer, RowsDoNotFit, TrainingError
-from cloister_privacy.training import PoissonSampler, PrivateSteps, UserSampler, compilation, sampler_of
+from cloister_privacy.training import (
+    ClippedGradients,
+    PoissonSampler,
+    PrivateSteps,
+    UserSampler,
+    compilation,
+    sampler_of,
+)
 from networks import losses
 
 ROWS = 400
@@ -128,7 +137,8 @@ def test_rows_of_a_user_are_clipped_to_their_share(no_noise: None) -> None:
     rows, module = Counted(), network()
     before = [each.detach().clone() for each in module.parameters()]
     private = steps_of(module, rows, plan=plan(unit="user", rows_per_unit=4))
-    private.step(np.zeros(4, dtype=np.intp), rows.gather)  # four rows, all of the same direction
+    rows.inputs[1:4], rows.targets[1:4] = rows.inputs[0], rows.targets[0]
+    private.step(np.arange(4), rows.gather)  # four rows, all of the same direction
     assert moved(module, before).norm() * plan().divisor <= plan().clip * (1 + 1e-5)
 
 
@@ -198,6 +208,67 @@ def test_no_more_steps_are_made_than_the_plan_has() -> None:
 def test_a_word_that_is_none_of_the_choices_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(TrainingError, match="give one of"):
         steps_of(network(), Counted(), **wrong)
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [np.array([3, 3]), np.array([3, -97]), np.ones(ROWS, dtype=bool), np.arange(4).reshape(2, 2), np.array([0.5])],
+)
+def test_what_is_no_draw_of_a_sampler_is_refused_unread(drawn: NDArray[Any]) -> None:
+    rows = Counted()
+    private = steps_of(network(), rows)
+    with pytest.raises(TrainingError, match="none twice"):
+        private.step(drawn, rows.gather)
+    assert rows.asked == []
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_batch_that_holds_another_number_of_examples_moves_nothing(count: int) -> None:
+    rows, module = Counted(), network()
+    private = steps_of(module, rows)
+    before = [each.detach().clone() for each in module.parameters()]
+    with pytest.raises(TrainingError, match="one for each index"):
+        private.step(np.arange(20), lambda indices: (rows.inputs[:count], rows.targets[:count]))
+    assert not moved(module, before).any()
+
+
+def test_steps_are_neither_copied_nor_pickled_and_go_on_after_the_attempt() -> None:
+    rows = Counted()
+    private = steps_of(network(), rows)
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TrainingError, match="are not"):
+            attempt(private)
+    private.step(np.arange(20), rows.gather)
+
+
+@pytest.mark.usefixtures("no_noise")
+def test_autocast_around_a_step_does_not_reach_what_is_clipped() -> None:
+    rows, results = Counted(), []
+    for is_on in (False, True):
+        module = network()
+        before = [each.detach().clone() for each in module.parameters()]
+        private = steps_of(module, rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            private.step(np.arange(20), rows.gather)
+        results.append(moved(module, before))
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.long
+def test_compiled_bfloat16_passes_keep_the_clip() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(64, 96), nn.LayerNorm(96), nn.GELU(), nn.Linear(96, 64), nn.GELU(), nn.Linear(64, 3)
+    )
+    inputs, targets = torch.randn(64, 64), torch.arange(64) % 3
+    clipped = ClippedGradients(module, losses, clip=0.01, autocast=True)
+    sums = compilation.compiled(clipped.sums, (inputs, targets), torch.ones(64))
+    assert sums != clipped.sums
+    for index in range(64):
+        mask = torch.zeros(64)
+        mask[index] = 1
+        alone = torch.cat([each.flatten() for each in sums((inputs, targets), mask)]).double()
+        assert 0.0099 < float(alone.norm()) <= 0.01 * (1 + 1e-5)
 
 
 def test_a_sampler_is_the_plan_s() -> None:

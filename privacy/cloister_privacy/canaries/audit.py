@@ -14,7 +14,6 @@ from scipy import optimize, stats  # type: ignore[import-untyped]  # scipy has n
 
 from cloister_privacy.canaries.planted import contribution, dirac_network, dirac_rows
 from cloister_privacy.canaries.trajectory import observe
-from cloister_privacy.errors import TrainingDiverged
 from cloister_privacy.plan import DPPlan
 
 __all__ = ["Audit", "audit_run", "epsilon_lower_bound"]
@@ -65,7 +64,8 @@ def audit_run(
     Each canary's clipped gradient is one coordinate, so its score is their inner product with the sums. The `guesses` (a fifth of
     the canaries by default; it must be chosen before the run) go to the highest scores, as included, and to the lowest.
 
-    Raises TrainingDiverged where the weights ran away, PlanImpossible where no noise gives `epsilon`.
+    Raises TrainingDiverged where the weights ran away, TrainingError where a step was refused, PlanImpossible where no noise
+    gives `epsilon`.
     """
     guesses = guesses or canaries // 5
     plan = DPPlan.calibrated(
@@ -87,8 +87,8 @@ def audit_run(
         clip=plan.clip,
         device=device,
     )
-    if run.ran_away:
-        raise TrainingDiverged("the weights ran away, so nothing bounds a contribution; see what check_engine finds")
+    if run.broken:
+        raise run.broken
     scores = (run.sums * contribution(run.before, clip=plan.clip)).sum(axis=0)
     ranked = included[np.argsort(scores)]
     correct = int(np.sum(~ranked[: guesses // 2]) + np.sum(ranked[canaries - (guesses - guesses // 2) :]))

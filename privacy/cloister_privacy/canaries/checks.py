@@ -14,6 +14,7 @@ from cloister.wire.architecture import Architecture
 from cloister_privacy.canaries.planted import contribution, deep_network, dirac_network, dirac_rows, extreme_rows
 from cloister_privacy.canaries.report import FALSE_ALARM, Finding, Report
 from cloister_privacy.canaries.trajectory import SENSITIVITY_SLACK, Trajectory, observe
+from cloister_privacy.errors import TrainingError
 
 __all__ = ["check_clip", "check_divisor", "check_engine", "check_noise", "check_sampling"]
 
@@ -52,8 +53,9 @@ def check_noise(
         )
         for _ in range(2)
     ]
-    if any(run.ran_away for run in runs):
-        return _ran_away("noise")
+    for run in runs:
+        if run.broken:
+            return _broken("noise", run.broken)
     noise = np.concatenate([run.sums / run.noise_std for run in runs])
     tensors = [noise[:, place] for place in runs[0].tensors.values()]
     return Report(
@@ -73,8 +75,8 @@ def check_sampling(*, device: str = "cpu") -> Report:
     groups, members, steps = 64, 16, 39  # with the step that is not seen, ten epochs of a shuffled loader
     size, batch = groups * members, groups * members // 4
     run = _dirac_run(groups, members, batch_size=batch, steps=steps, device=device)
-    if run.ran_away:
-        return _ran_away("sampling")
+    if run.broken:
+        return _broken("sampling", run.broken)
     rate = batch / size
     spread = rate * (1 - rate)
     peak = (1 / spread - 6) / members  # excess kurtosis of a binomial count
@@ -101,8 +103,8 @@ def check_divisor(*, device: str = "cpu") -> Report:
     groups, members, steps = 16, 64, 8
     full = _dirac_run(groups, members, batch_size=groups * members, steps=steps, device=device)
     half = _dirac_run(groups, members // 2, batch_size=groups * members, steps=steps, device=device)
-    if full.ran_away or half.ran_away:
-        return _ran_away("divisor")
+    if broken := full.broken or half.broken:
+        return _broken("divisor", broken)
     of_full, of_half = (run.sums / contribution(run.before, clip=1.0) for run in (full, half))
     noise = np.concatenate([of_full - members, of_half - members // 2]) / full.noise_std
     score = (of_half.sum() - of_full.sum() / 2) / (full.noise_std * np.sqrt(1.25 * full.sums.size))
@@ -135,8 +137,8 @@ def check_clip(
         clip=1.0,
         device=device,
     )
-    if run.ran_away:
-        return _ran_away("clip")
+    if run.broken:
+        return _broken("clip", run.broken)
     lengths = np.linalg.norm(run.sums, axis=1)
     # By the triangle inequality what exceeds the clips is at most the noise's length.
     excess = np.maximum(lengths - rows * (1 + SENSITIVITY_SLACK), 0) / run.noise_std
@@ -164,10 +166,8 @@ def _dirac_run(groups: int, members: int, *, batch_size: int, steps: int, device
     )
 
 
-def _ran_away(name: str) -> Report:
-    return Report(
-        findings=(Finding(name=name, p_value=0.0, figure="the weights ran away, so nothing bounds a contribution"),)
-    )
+def _broken(name: str, why: TrainingError) -> Report:
+    return Report(findings=(Finding(name=name, p_value=0.0, figure=f"no whole run: {why}"),))
 
 
 def _is_normal(values: NDArray[np.float64]) -> Finding:

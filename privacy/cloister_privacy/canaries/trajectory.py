@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cloister.wire.architecture import Architecture
 from cloister.wire.plans import SGD, TrainingSpec
 from cloister_privacy import tensors
-from cloister_privacy.errors import CheckpointRefused, TrainingDiverged
+from cloister_privacy.errors import CheckpointRefused, TrainingError
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training import train
 
@@ -43,8 +43,8 @@ class Trajectory:
     """Where each parameter tensor lies."""
     noise_std: float
     """What the standard deviation of the noise must be, by the public numbers."""
-    ran_away: bool
-    """True where the run ended early, its weights infinite: with clipping and noise in order they cannot get there."""
+    broken: TrainingError | None
+    """Why the run ended before its time: its weights ran away, or the engine refused a step."""
 
 
 def observe(
@@ -81,7 +81,7 @@ def observe(
         )
         return True
 
-    ran_away = False
+    broken: TrainingError | None = None
     try:
         train(
             spec,
@@ -92,8 +92,8 @@ def observe(
             before_chunk=lambda first, end: None,
             after_chunk=keep,
         )
-    except TrainingDiverged:
-        ran_away = True
+    except TrainingError as error:
+        broken = error
     places, end = {}, 0
     for name, weight in sorted(released[0].items()) if released else ():  # a snapshot keeps no order of its own
         places[name] = slice(end, end + len(weight))
@@ -106,7 +106,7 @@ def observe(
         before=weights[:-1],
         tensors=places,
         noise_std=noise_multiplier * clip * (1 + SENSITIVITY_SLACK),
-        ran_away=ran_away,
+        broken=broken,
     )
 
 

@@ -35,7 +35,7 @@ def resume_from(body: bytes, network: Network, optimizer: NoisyOptimizer, *, mod
     if metadata.get("training") != _digest(spec):
         raise CheckpointRefused("this checkpoint belongs to another training spec; start the run again")
     step = metadata.get("step", "")
-    if not (step.isascii() and step.isdigit() and 1 <= int(step) <= spec.steps):
+    if not (step.isascii() and step.isdigit() and len(step) <= 18 and 1 <= int(step) <= spec.steps):
         raise CheckpointRefused("this checkpoint's step is not one of the run's; start the run again")
     tensors.require(state, _like(network, spec), refused=CheckpointRefused)
     network.load_state_dict({name: state[f"weights.{name}"] for name in network.state_dict()})

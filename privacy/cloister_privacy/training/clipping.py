@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cloister.wire.plans import Clipping
-from cloister_privacy.errors import UncoveredParameter
+from cloister_privacy.errors import TrainingError, UncoveredParameter
 from cloister_privacy.training.rules import PerExample, Tape, Use, rule_of
 
 __all__ = ["ClippedGradients", "Losses"]
@@ -92,7 +92,13 @@ class ClippedGradients:
 
     def _scales(self, gradients: list[tuple[Tensor, PerExample]], mask: Tensor) -> list[Tensor]:
         """What each example's gradient of each parameter is multiplied by."""
-        norms = torch.stack([each.norms() for _, each in gradients])
+        found = [each.norms() for _, each in gradients]
+        if any(len(each) != len(mask) for each in found):
+            raise TrainingError(
+                f"the batch does not hold the {len(mask)} examples that were asked for, each once and first in every tensor; "
+                "gather must give one for each index"
+            )
+        norms = torch.stack(found)
         if self._clipping != "per_layer":
             return [self._scale(torch.linalg.vector_norm(norms, dim=0), mask, self._clip)] * len(gradients)
         # One bound for every parameter tensor: C / sqrt(m) each makes C together.

@@ -84,7 +84,13 @@ def _cached_in(directory: str) -> Iterator[None]:
     from torch._inductor import config as inductor
     from torch._inductor.utils import fresh_cache
 
-    alone = {"compile_threads": 1, "fx_graph_cache": False, "fx_graph_remote_cache": False}
+    alone = {
+        "compile_threads": 1,
+        "fx_graph_cache": False,
+        "fx_graph_remote_cache": False,
+        # Else what is rounded to bfloat16 and back is not, in some of its uses: norms would be of other numbers than the sums.
+        "emulate_precision_casts": True,
+    }
     with (
         fresh_cache(dir=directory, delete=False),
         inductor.patch(alone),

@@ -1,7 +1,8 @@
 """Refuses, before any data is read, a network whose gradients cannot be clipped by example. Knows modules, not data.
 
 First by what the network is made of, then by trying it: on synthetic examples the engine's clipped sum must be that of a loop
-which clips one example at a time, and no example's loss may depend on the others in its batch.
+which clips one example at a time, and no example's loss may depend on the others in its batch. Trying finds mistakes; it does
+not prove that code which means to mix examples, at another batch size say, does not.
 """
 
 from __future__ import annotations
@@ -45,13 +46,18 @@ _EXACT = 1e-6
 
 
 def guard(network: nn.Module) -> None:
-    """Raise CrossExampleLayer for batch statistics, InPlaceLayer for a layer that overwrites, UncoveredParameter for a shared
-    parameter or for none at all."""
+    """Raise CrossExampleLayer for batch statistics, InPlaceLayer for a layer that overwrites its input or its table,
+    UncoveredParameter for a shared parameter or for none at all, ClippingNotExact for one that is not float32."""
     owners: dict[int, str] = {}
     for name, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, _NormBase) and (not isinstance(module, _InstanceNorm) or module.track_running_stats):
             raise CrossExampleLayer(
                 f"{name} ({type(module).__name__}) mixes the examples of a batch; use GroupNorm instead"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            raise InPlaceLayer(
+                f"{name} ({type(module).__name__}) rescales the rows that it looks up, trained or not, so the table would tell which; "
+                "make it without max_norm"
             )
         if getattr(module, "inplace", False):
             raise InPlaceLayer(
@@ -89,6 +95,7 @@ def require_exact_clipping(
     """
     _require_examples(batch)
     network = _without_chance(network)
+    _require_unwritten(network, losses, batch)
     off = _relative_error(network, losses, batch, gradients)
     if not off <= _TOLERANCE and not (off <= _ROUNDING and _is_exact_in_float64(network, losses, batch, gradients)):
         _require_independence(network, losses, batch)
@@ -153,18 +160,58 @@ def _require_examples(batch: Any) -> None:
         _require_examples(each)
 
 
+def _require_unwritten(network: nn.Module, losses: Losses, batch: Any) -> None:
+    """Nothing of the network may change in a pass: it would carry what it saw into the model, without clip or noise."""
+
+    def state() -> dict[str, tuple[int, int]]:
+        named = [*network.named_parameters(), *network.named_buffers()]
+        return {name: (id(each), each._version) for name, each in named}
+
+    before = state()
+    _tried(lambda: losses(network, batch))
+    written = [name for name, each in state().items() if before.get(name) != each]
+    if written:
+        raise InPlaceLayer(
+            f"a forward pass writes to {written[0]}, which would carry rows into the model without clip or noise; use layers "
+            "that keep nothing of what they see"
+        )
+
+
 def _require_independence(network: nn.Module, losses: Losses, batch: Any) -> None:
-    together = losses(network, batch).detach()
-    if together.shape != (GUARD_EXAMPLES,):
-        raise ClippingNotExact(
-            f"the loss must be one number for each example, [n]; it is of shape {list(together.shape)}"
-        )
-    alone = torch.cat([losses(network, _one(batch, index)).detach() for index in range(GUARD_EXAMPLES)])
-    if not torch.allclose(together, alone, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True):
-        raise CrossExampleLayer(
-            "an example's loss changes with the others in its batch, so clipping one of them bounds nothing; keep the examples "
-            "apart (GroupNorm or LayerNorm for BatchNorm, no mean over the first dimension)"
-        )
+    """Tried as the network is, with its weights moved (what starts at zero hides what it does), and beside an outlier."""
+    for tried, given, tolerance in (
+        (network, batch, _ROUNDING),
+        (_moved(network), batch, 10 * _ROUNDING),
+        (network, _with_an_outlier(batch), 10 * _ROUNDING),
+    ):
+        together = losses(tried, given).detach()
+        if together.shape != (GUARD_EXAMPLES,):
+            raise ClippingNotExact(
+                f"the loss must be one number for each example, [n]; it is of shape {list(together.shape)}"
+            )
+        alone = torch.cat([losses(tried, _one(given, index)).detach() for index in range(GUARD_EXAMPLES)])
+        if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise CrossExampleLayer(
+                "an example's loss changes with the others in its batch, so clipping one of them bounds nothing; keep the "
+                "examples apart (GroupNorm or LayerNorm for BatchNorm, no mean over the first dimension)"
+            )
+
+
+def _moved(network: nn.Module) -> nn.Module:
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        for _, parameter in _trained(network):
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return network
+
+
+def _with_an_outlier(batch: Any) -> Any:
+    """The first example's numbers a hundred times as large."""
+    if isinstance(batch, Tensor):
+        return torch.cat([batch[:1] * 100, batch[1:]]) if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {name: _with_an_outlier(each) for name, each in batch.items()}
+    return tuple(_with_an_outlier(each) for each in batch)
 
 
 def _one_by_one(network: nn.Module, losses: Losses, batch: Any, *, clip: float) -> Tensor:
@@ -204,6 +251,6 @@ def _without_chance(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, _DropoutNd):
             module.eval()
-        elif isinstance(getattr(module, "dropout", None), float):
-            setattr(module, "dropout", 0.0)  # noqa: B010 (of recurrent layers and attention; torch types attributes as modules)
+        elif isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+            module.dropout = 0.0
     return network

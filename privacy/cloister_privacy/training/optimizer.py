@@ -38,8 +38,10 @@ class NoisyOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # 
     def step_on(self, sums: Sequence[Tensor]) -> None:
         """One step on the clipped sums of one step, one for each parameter, which are overwritten."""
         self._sums = sums
-        self.step()
-        self.zero_grad(set_to_none=True)
+        try:
+            self.step()
+        finally:
+            self.zero_grad(set_to_none=True)  # no sum without noise is left behind, whatever failed
 
     def accumulate(self) -> None:
         """Take the sums over: they are whole, so nothing is copied or added. Raises TrainingError where there are none."""

@@ -22,13 +22,14 @@ _BACKENDS: tuple[Any, ...] = (
 def full_float32() -> Iterator[None]:
     """Within it products of float32 are rounded as float32: a clipped sum of TF32 products could pass the clip by a thousandth.
 
-    What the process had asked for (`torch.set_float32_matmul_precision`) holds again afterwards.
+    What the process had asked for (`torch.set_float32_matmul_precision`, `torch.autocast`) holds again afterwards.
     """
     asked = [backend.fp32_precision for backend in _BACKENDS]
     for backend in _BACKENDS:
         backend.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         for backend, precision in zip(_BACKENDS, asked, strict=True):
             backend.fp32_precision = precision

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, Self, get_args
 
 import numpy as np
 import torch
@@ -100,6 +100,7 @@ class PrivateSteps:
             raise TrainingError(
                 f"all {self._plan.steps} steps of the plan are done, and its epsilon covers no more; make a plan with more steps"
             )
+        _require_drawn(drawn)
         self._steps += 1
         needed = max(self._slots, len(drawn), _LEAST_MICRO_BATCH)
         size = self.micro_batch if self._slots else _in_equal_parts(needed, self.micro_batch)
@@ -117,6 +118,12 @@ class PrivateSteps:
             else:
                 total = sums
         self.optimizer.step_on([total[place] for place in self._places])
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        raise TrainingError("the steps of a run are not copied, or its noise and its budget would be; make new ones")
+
+    def __reduce__(self) -> NoReturn:
+        raise TrainingError("the steps of a run are not pickled; keep the network's and the optimizer's state")
 
     def _noise(self) -> Tensor:
         """A fresh draw for all coordinates; from the first step on a thread draws ahead, for as long as these steps are in use."""
@@ -151,6 +158,15 @@ def _require_known(**given: tuple[str, Any]) -> None:
     for name, (value, known) in given.items():
         if value not in get_args(known):
             raise TrainingError(f"there is no {name} {value!r}; give one of {', '.join(get_args(known))}")
+
+
+def _require_drawn(drawn: NDArray[np.intp]) -> None:
+    """An example that comes twice would count twice."""
+    is_indices = drawn.ndim == 1 and np.issubdtype(drawn.dtype, np.integer)
+    if not is_indices or (len(drawn) and (drawn.min() < 0 or len(np.unique(drawn)) < len(drawn))):
+        raise TrainingError(
+            "`drawn` must be indices [n], none negative and none twice, as a sampler of the plan gives them"
+        )
 
 
 def _places(trained: list[nn.Parameter], stepped: list[nn.Parameter]) -> list[int]:

@@ -20,6 +20,10 @@ _DENSE_BYTES = 2**27
 """Up to this size the gradients of all examples are written out; beyond it their norms come from a Gram matrix."""
 
 
+_LONGEST_ROW = 4096
+"""So many squares may be added in float32: its roundings stay well within the slack of the sensitivity."""
+
+
 class PerExample(Protocol):
     """n gradients of one parameter."""
 
@@ -65,8 +69,8 @@ class Dense:
         return self._gradients.numel()
 
     def norms(self) -> Tensor:
-        if self._gradients.ndim < 3:
-            return _norms(self._gradients)
+        if self._gradients.ndim < 3 or self._gradients[0, 0].numel() > _LONGEST_ROW:
+            return _norms(self._gradients.flatten(1))
         # In float32 within a row of the parameter, where few enough are added; in float64 over the rows.
         return _norms(torch.linalg.vector_norm(self._gradients.flatten(2), dim=2))
 
