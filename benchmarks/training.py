@@ -190,7 +190,7 @@ class Bench:
             optimizer=torch.optim.SGD(network.parameters(), lr=0.01),
             synthetic=self.gather(range(GUARD_EXAMPLES)),
             has_constant_work=has_constant_work,
-            is_compiled=is_compiled and not isinstance(getattr(network, "layer", None), torch.nn.RNNBase),
+            is_compiled=is_compiled,
         )
         return lambda: private.step(sampler.draw(), self.gather)
 

@@ -26,10 +26,10 @@ from cloister_privacy.canaries import (
     epsilon_lower_bound,
 )
 from cloister_privacy.errors import TrainingDiverged
-from cloister_privacy.training.noise import NoiseAhead
+from cloister_privacy.training.noise import NoiseDraws
 
 # The seams of the production path at which faults are planted, from outside.
-NOISE = "cloister_privacy.training.noise.NoiseAhead.take"
+NOISE = "cloister_privacy.training.noise.NoiseDraws.take"
 """take(self) -> Tensor: all noise of a step."""
 DRAW = "cloister_privacy.training.sampler.PoissonSampler.draw"
 """draw(self) -> the indices of a step."""
@@ -66,7 +66,7 @@ def _noise(change: Callable[[Callable[..., torch.Tensor], int, float, dict[str, 
         take = resolve_name(NOISE)
 
         def sound(count: int, *, std: float) -> torch.Tensor:
-            with NoiseAhead(count, std=std, device="cpu") as draws:
+            with NoiseDraws(count, std=std, device="cpu") as draws:
                 drawn: torch.Tensor = take(draws)
             return drawn
 

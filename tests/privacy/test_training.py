@@ -198,7 +198,7 @@ def test_without_any_row_a_step_is_pure_noise_of_the_plans_size_on_every_coordin
 def test_a_step_applies_the_clipped_sum_by_the_declared_batch_whatever_the_micro_batch(
     spec_of: Callable[..., TrainingSpec], rows_of: Callable[[int], Rows], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cloister_privacy.training.noise.NoiseAhead.take", _no_noise)
+    monkeypatch.setattr("cloister_privacy.training.noise.NoiseDraws.take", _no_noise)
     spec = spec_of(
         nominal_size=10, batch_size=10, optimizer=SGD(learning_rate=1.0)
     )  # a rate of 1: all rows, every step

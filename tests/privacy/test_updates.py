@@ -99,7 +99,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_where_one_that_was_not_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the noise taken away and every row in every step, so that nothing is left to chance but the initial weights."""
-    monkeypatch.setattr("cloister_privacy.training.noise.NoiseAhead.take", lambda draws: torch.zeros(draws._count))
+    monkeypatch.setattr("cloister_privacy.training.noise.NoiseDraws.take", lambda draws: torch.zeros(draws._count))
     spec = spec_of(nominal_size=10, batch_size=10, steps=8, optimizer=OPTIMIZERS[name])
     snapshots: dict[int, bytes] = {}
 
@@ -133,7 +133,7 @@ def test_every_way_to_clip_and_to_compute_bounds_a_step(
     rows_of: Callable[[int], Rows],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cloister_privacy.training.noise.NoiseAhead.take", lambda draws: torch.zeros(draws._count))
+    monkeypatch.setattr("cloister_privacy.training.noise.NoiseDraws.take", lambda draws: torch.zeros(draws._count))
     spec = spec_of(nominal_size=1, batch_size=1, steps=1, optimizer=SGD(learning_rate=1.0), clip=1e-3, **fields)
     run = engine._Run(spec, DPPlan.of(spec), device="cpu")
     before = torch.cat([each.detach().flatten() for each in run.network.parameters()]).double()

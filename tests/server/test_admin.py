@@ -492,27 +492,27 @@ def test_an_engine_that_stops_in_the_audit_is_a_fault(
     admin: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cloister_privacy.errors import TrainingError
-    from cloister_privacy.training.noise import NoiseAhead
+    from cloister_privacy.training.noise import NoiseDraws
 
-    def stop(_: NoiseAhead) -> None:
+    def stop(_: NoiseDraws) -> None:
         raise TrainingError("no noise today")
 
     done(admin("init", "--json"))
-    monkeypatch.setattr(NoiseAhead, "take", stop)
+    monkeypatch.setattr(NoiseDraws, "take", stop)
     assert "no noise today" in _faults(admin("doctor", "--audit", "--json"))
 
 
 def test_the_doctor_audits_the_engine_as_it_runs_here(
     admin: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cloister_privacy.training.noise import NoiseAhead
+    from cloister_privacy.training.noise import NoiseDraws
 
     done(admin("init", "--json"))
     rows = {row["check"]: row["state"] for row in done(admin("doctor", "--audit", "--json"))}
     assert len(rows) > 10
     assert rows["canary audit"] == "ok"
-    take = NoiseAhead.take
-    monkeypatch.setattr(NoiseAhead, "take", lambda draws: take(draws) / 2)
+    take = NoiseDraws.take
+    monkeypatch.setattr(NoiseDraws, "take", lambda draws: take(draws) / 2)
     broken = admin("doctor", "--audit", "--json")
     assert broken.exit_code == 1
     assert any(row["state"] == "FAULT" and "noise" in row["check"] for row in json.loads(broken.stdout))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cloister.wire.plans import Clipping
 from cloister_privacy.errors import TrainingError, UncoveredParameter
+from cloister_privacy.training.native import Kernels
 from cloister_privacy.training.rules import PerExample, Tape, Use, rule_of
 
 __all__ = ["ClippedGradients", "Losses"]
@@ -58,6 +59,11 @@ class ClippedGradients:
         if len(total) != len(self.parameters):
             raise UncoveredParameter("a layer took no part in the pass, so its gradient is unknown; leave it out")
         return [total[id(parameter)].detach() for parameter in self.parameters]
+
+    def with_kernels(self, kernels: Kernels | None) -> Callable[[Any, Tensor], list[Tensor]]:
+        """`sums`, from now on by the compiled loops where a rule has one; the network is on the CPU."""
+        self._tape.kernels = kernels
+        return self.sums
 
     def norms(self, batch: Any) -> Tensor:
         """Each example's gradient norm, float64 [n]: private, for tests and synthetic batches only."""

@@ -1,31 +1,38 @@
-"""Uniform random bits from a cryptographic generator. Keeps no state: what was drawn cannot be drawn again."""
+"""Uniform random bits from a cryptographic generator: AES-256 in counter mode, each call under a key that the operating system gave
+and nobody keeps. There is no state and no seed: what was drawn cannot be drawn again."""
 
 from __future__ import annotations
 
 import os
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_BYTES", "BLOCK_WORDS", "random_below", "random_bytes", "random_words"]
+__all__ = ["BLOCK_BYTES", "BLOCK_WORDS", "fill", "random_below", "random_bytes", "random_words"]
 
-BLOCK_WORDS = 2**17
-"""The most words that one call gives: 1 MiB."""
-
-BLOCK_BYTES = 8 * BLOCK_WORDS
+BLOCK_BYTES = 2**24
 """The most bytes that one call gives."""
 
+BLOCK_WORDS = BLOCK_BYTES // 8
+"""The most words that one call gives."""
+
 _ZEROS = bytes(BLOCK_BYTES)
+"""What is encrypted to get the keystream. Never written to, so it takes no memory of its own."""
+
+
+def fill(block: NDArray[np.uint8]) -> None:
+    """Overwrite a block, one-dimensional and contiguous, with independent uniform bytes."""
+    if len(block) > BLOCK_BYTES:
+        raise ValueError(f"one call gives at most {BLOCK_BYTES} bytes, not {len(block)}; draw in blocks")
+    cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
+    cipher.update_into(memoryview(_ZEROS)[: len(block)], block.data)
 
 
 def random_bytes(count: int) -> NDArray[np.uint8]:
-    """`count` independent uniform bytes: ChaCha20 under a key that the operating system gave and nobody keeps."""
-    if not 0 <= count <= BLOCK_BYTES:
-        raise ValueError(f"one call gives 0 to {BLOCK_BYTES} bytes, not {count}; draw in blocks")
+    """`count` independent uniform bytes, at most BLOCK_BYTES of them."""
     drawn = np.empty(count, dtype=np.uint8)
-    encryptor = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
-    encryptor.update_into(memoryview(_ZEROS)[:count], drawn.data)
+    fill(drawn)
     return drawn
 
 

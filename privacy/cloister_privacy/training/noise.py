@@ -1,8 +1,10 @@
-"""Gaussian noise from a cryptographic keystream, drawn ahead by a thread. Knows a count and a deviation; nothing of gradients.
+"""Gaussian noise from a cryptographic keystream. Knows a count and a deviation; nothing of gradients.
 
-The keystream runs on the CPU, for every device: on CUDA its words are copied over from pinned memory, and made into Gaussians
-there. Each block has its own key from the operating system, which nobody keeps: there is no seed, and what was drawn cannot be
-drawn again, by a resumed run either.
+The keystream runs on the CPU, for every device. Beside a GPU a thread draws it ahead, and its words are copied over from pinned
+memory and made into Gaussians there. Where the network itself runs on the CPU every core is in use: a thread would only take one
+away in the middle of a product that waits for all of them, so the words are drawn when they are asked for. Each block has its own
+key from the operating system, which nobody keeps: there is no seed, and what was drawn cannot be drawn again, by a resumed run
+either.
 
 Distribution. 30 random bits give u = (k + 1/2) / 2^30 and 32 an angle; Box and Muller make two Gaussians of them. Four are
 summed into each coordinate, so that the largest reachable deviation is 13.1 standard deviations: Gaussians lie beyond it less
@@ -27,17 +29,19 @@ import math
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from cloister_privacy.errors import TrainingError
 from cloister_privacy.training.compilation import compiled
+from cloister_privacy.training.keystream import fill
+from cloister_privacy.training.native import kernels
 
-__all__ = ["NoiseAhead"]
+__all__ = ["NoiseDraws"]
 
 _TOGETHER = 8
 """Coordinates made of one group of words: four from the cosines of eight pairs, four from their sines."""
@@ -51,26 +55,31 @@ _MOST_PARTS = 16
 _READY = 1
 """Keystreams kept ahead. More would only hold memory."""
 
-_ZEROS = bytes(8 * (_BLOCK + _TOGETHER))
-"""What is encrypted to get the keystream. Never written to, so it takes no memory of its own."""
 
+class NoiseDraws:
+    """Draws of `count` coordinates of N(0, std^2) on `device`. Each word of the keystream is used once.
 
-class NoiseAhead:
-    """Draws of `count` coordinates of N(0, std^2) on `device`, of a keystream that a thread makes before it is asked for.
-
-    A context manager: the thread runs between entering and leaving, keeps a keystream ready, and what is left at the end is
-    dropped. Each word is used once. `is_compiled` compiles the way from words to Gaussians, for as long as these draws live.
+    A context manager. With `is_ahead` a thread runs between entering and leaving and keeps a keystream ready; what is left at
+    the end is dropped. `is_compiled` compiles the way from words to Gaussians.
     """
 
-    def __init__(self, count: int, *, std: float, device: str | torch.device, is_compiled: bool = False) -> None:
-        self._count, self._std, self._device = count, std, torch.device(device)
+    def __init__(
+        self,
+        count: int,
+        *,
+        std: float,
+        device: str | torch.device,
+        is_ahead: bool = False,
+        is_compiled: bool = False,
+    ) -> None:
+        self._count, self._std, self._device, self._is_ahead = count, std, torch.device(device), is_ahead
         # Passes of equal size, since what the last one makes too much is thrown away.
         self._passes = -(-count // _BLOCK)
         self._groups = -(-count // (_TOGETHER * max(1, self._passes)))
-        self._parts = min(_MOST_PARTS, _BLOCK // (_TOGETHER * self._groups)) if count else 1
-        self._compiled = None
+        self._parts = min(_MOST_PARTS, _BLOCK // (_TOGETHER * self._groups)) if count and is_ahead else 1
+        self._make: Callable[..., Tensor] = _gaussians
         if is_compiled and count:
-            self._compiled = compiled(_gaussians, _keystream(1, self._groups)[0].to(self._device), std=std)
+            self._make = self._compiled()
         self._words: list[Tensor] = []
         self._ready: deque[Tensor] = deque()
         self._changed = threading.Condition()
@@ -80,9 +89,11 @@ class NoiseAhead:
         self._process = 0
 
     def __enter__(self) -> Self:
-        if self._thread is not None:
+        if self._process:
             raise TrainingError("these draws were opened before; make new ones")
         self._closed, self._process = False, os.getpid()
+        if not self._is_ahead:
+            return self
         self._thread = threading.Thread(target=self._run, name="noise-ahead", daemon=True)
         self._thread.start()
         return self
@@ -108,27 +119,33 @@ class NoiseAhead:
             self._thread.join()
 
     def take(self) -> Tensor:
-        """A fresh draw, float32 [count] on the device; waits until there is one.
+        """A fresh draw, float32 [count] on the device.
 
         Raises TrainingError if the draws are not open, if the thread failed, and in a forked process, where they would repeat.
         """
         if not self._closed and self._process != os.getpid():
             raise TrainingError("noise drawn before a fork belongs to the parent alone; open new draws in this process")
-        make = self._compiled or _gaussians
-        made = [make(self._next(), std=self._std) for _ in range(self._passes)]
+        made = [self._make(self._next(), std=self._std) for _ in range(self._passes)]
         noise = made[0] if len(made) == 1 else torch.cat(made or [torch.empty(0, device=self._device)])
         return noise[: self._count]
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        if self._device.type != "cpu":
+            return compiled(_gaussians, _keystream(1, self._groups)[0].to(self._device), std=self._std)
+        loops = kernels()
+        return _gaussians if loops is None else loops.gaussians
 
     def _next(self) -> Tensor:
         """The words of one pass, on the device."""
         with self._changed:
             while not self._words:
-                self._changed.wait_for(lambda: self._ready or self._closed or self._failure)
+                self._changed.wait_for(lambda: self._ready or self._closed or self._failure or not self._is_ahead)
                 if self._closed:
                     raise TrainingError("the noise was asked for outside of its `with` block")
-                if not self._ready:
+                if self._failure:
                     raise TrainingError("the noise could not be drawn") from self._failure
-                self._words.extend(self._ready.popleft().to(self._device, non_blocking=True))
+                drawn = self._ready.popleft() if self._is_ahead else _keystream(self._parts, self._groups)
+                self._words.extend(drawn.to(self._device, non_blocking=True))
                 self._changed.notify_all()
             return self._words.pop()
 
@@ -151,10 +168,9 @@ class NoiseAhead:
 
 
 def _keystream(parts: int, groups: int, *, is_pinned: bool = False) -> Tensor:
-    """Uniform words, int32 [parts, radius or angle, a or b, i, j, groups]: AES-256 in counter mode under a fresh key."""
+    """Uniform words, int32 [parts, radius or angle, a or b, i, j, groups]."""
     words = torch.empty((parts, 2, 2, 2, 2, groups), dtype=torch.int32, pin_memory=is_pinned)
-    cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16))).encryptor()
-    cipher.update_into(memoryview(_ZEROS)[: words.nbytes], words.view(-1).view(torch.uint8).numpy().data)
+    fill(words.view(-1).view(torch.uint8).numpy())
     return words
 
 

@@ -19,9 +19,10 @@ from cloister.wire.plans import Clipping, Precision
 from cloister_privacy.errors import TrainingError
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training.clipping import ClippedGradients, Losses
-from cloister_privacy.training.compilation import compiled, pays
+from cloister_privacy.training.compilation import compiled, is_recurrent, pays
 from cloister_privacy.training.guard import GUARD_EXAMPLES, guard, require_exact_clipping
-from cloister_privacy.training.noise import NoiseAhead
+from cloister_privacy.training.native import kernels
+from cloister_privacy.training.noise import NoiseDraws
 from cloister_privacy.training.optimizer import NoisyOptimizer
 from cloister_privacy.training.precision import full_float32
 from cloister_privacy.training.reference import ReferenceGradients
@@ -34,6 +35,9 @@ _MICRO_BATCH_BYTES = 2**26
 """What one pass may take: little enough to stay in the last caches, and to be used again without asking the system for it."""
 
 _LEAST_MICRO_BATCH = 2
+
+_ROUNDING = 1e-2
+"""How far a compiled sum may be from the one that was tried, relatively to the most it may be: bfloat16 and deep networks round."""
 
 
 class PrivateSteps:
@@ -90,8 +94,13 @@ class PrivateSteps:
             is_compiled = self._pays(synthetic)
         self._sums = self._compiled(synthetic) if is_compiled else self._clipped.sums
         count = sum(parameter.numel() for parameter in self._parameters)
-        self._ahead = NoiseAhead(count, std=plan.noise_std, device=self._device, is_compiled=is_compiled)
-        self._is_ahead = False
+        self._draws = NoiseDraws(
+            count,
+            std=plan.noise_std,
+            device=self._device,
+            is_ahead=self._device.type != "cpu",
+            is_compiled=is_compiled,
+        )
 
     @full_float32()
     def step(self, drawn: NDArray[np.intp], gather: Callable[[NDArray[np.intp]], Any]) -> None:
@@ -126,22 +135,28 @@ class PrivateSteps:
         raise TrainingError("the steps of a run are not pickled; keep the network's and the optimizer's state")
 
     def _noise(self) -> Tensor:
-        """A fresh draw for all coordinates; from the first step on a thread draws ahead, for as long as these steps are in use."""
-        if not self._is_ahead:
-            self._ahead.__enter__()
-            self._is_ahead = True
-            weakref.finalize(self, self._ahead.close)
-        return self._ahead.take()
+        """A fresh draw for all coordinates; the draws are open from the first step on, for as long as these steps are in use."""
+        if self._steps == 1:
+            self._draws.__enter__()
+            weakref.finalize(self, self._draws.close)
+        return self._draws.take()
 
     def _pays(self, synthetic: Any) -> bool:
         passes = self._plan.steps * max(1, -(-self._slots // self.micro_batch))
         return pays(self._clipped.network, lambda: self._clipped.sums(*self._pass(synthetic)), passes=passes)
 
     def _compiled(self, synthetic: Any) -> Callable[[Any, Tensor], list[Tensor]]:
+        """The passes, compiled; or as they were tried, should the compiled ones give other sums."""
         batch, mask = self._pass(synthetic)
-        if not self._slots:
-            _for_any_size((batch, mask))
-        return compiled(self._clipped.sums, batch, mask)
+        tried = self._clipped.sums(batch, mask)
+        if is_recurrent(self._clipped.network):
+            fast = self._clipped.with_kernels(kernels()) if self._device.type == "cpu" else self._clipped.sums
+        else:
+            if not self._slots:
+                _for_any_size((batch, mask))
+            fast = compiled(self._clipped.sums, batch, mask)
+        off = sum(float((a - b).norm()) ** 2 for a, b in zip(fast(batch, mask), tried, strict=True)) ** 0.5
+        return fast if off <= _ROUNDING * self._plan.row_clip * len(mask) else self._clipped.with_kernels(None)
 
     def _pass(self, synthetic: Any) -> tuple[Any, Tensor]:
         expected = self._plan.batch_size * self._plan.rows_per_unit
@@ -163,7 +178,9 @@ def _require_known(**given: tuple[str, Any]) -> None:
 def _require_drawn(drawn: NDArray[np.intp]) -> None:
     """An example that comes twice would count twice."""
     is_indices = drawn.ndim == 1 and np.issubdtype(drawn.dtype, np.integer)
-    if not is_indices or (len(drawn) and (drawn.min() < 0 or len(np.unique(drawn)) < len(drawn))):
+    if is_indices and (not len(drawn) or (drawn[0] >= 0 and (drawn[1:] > drawn[:-1]).all())):
+        return  # in order, as samplers of rows give them
+    if not is_indices or drawn.min() < 0 or len(np.unique(drawn)) < len(drawn):
         raise TrainingError(
             "`drawn` must be indices [n], none negative and none twice, as a sampler of the plan gives them"
         )

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from cloister_privacy.errors import UncoveredParameter
+from cloister_privacy.training.native import Kernels
 from cloister_privacy.training.rules.tape import LinearUse, Tape, constant
 
 __all__ = ["recurrent"]
@@ -81,7 +82,8 @@ class _Cell:
             came_in = tape.tap(came_in if self._b_hh is None else came_in + self._b_hh.detach())
             recurrent = came_in
             if isinstance(self._module, nn.LSTM):
-                outputs, cell = _LSTM.apply(came_in, weight, *start)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                loop = (_LSTM, ()) if tape.kernels is None else (_CompiledLSTM, (tape.kernels,))
+                outputs, cell = loop[0].apply(came_in, weight, *start, *loop[1])  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 end = (outputs[:, -1], cell)
             else:
                 outputs = _rnn(came_in, weight, start[0], self._module.nonlinearity)
@@ -165,3 +167,22 @@ class _LSTM(torch.autograd.Function):
             at_cell.mul_(forget)
             at_hidden = torch.addmm(at_outputs[step - 1], whole, weight) if step else whole @ weight
         return flat.transpose(0, 1), None, at_hidden, at_cell
+
+
+class _CompiledLSTM(torch.autograd.Function):
+    """The same recurrence by compiled loops, on the CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, came_in: Tensor, weight: Tensor, hidden: Tensor, cell: Tensor, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        gates, hiddens, cells, squashed = kernels.lstm_forward(came_in, weight, hidden, cell)
+        ctx.kernels = kernels
+        ctx.save_for_backward(weight, gates, cells, squashed)
+        return hiddens[:, 1:], cells[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, at_outputs: Tensor, at_cell: Tensor) -> tuple[Tensor, None, Tensor, Tensor, None]:
+        back, at_hidden, at_cell = ctx.kernels.lstm_backward(at_outputs, at_cell, *ctx.saved_tensors)
+        return back, None, at_hidden, at_cell, None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from cloister_privacy.training.native import Kernels
 from cloister_privacy.training.rules.gradients import Dense, PerExample, of_linear
 
 __all__ = ["LinearUse", "Tape", "Use", "constant", "of_bias", "trainable"]
@@ -43,10 +44,11 @@ class LinearUse(Use):
 
 
 class Tape:
-    """The uses of one pass, in order."""
+    """The uses of one pass, in order, and the compiled loops that rules may run, where there are any."""
 
     def __init__(self) -> None:
         self.uses: list[Use] = []
+        self.kernels: Kernels | None = None
 
     def tap(self, tensor: Tensor) -> Tensor:
         """The tensor itself, ready to be differentiated at."""
