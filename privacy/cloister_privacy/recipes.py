@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 
-from cloister.wire.architecture import Architecture, Encode, Layer, Linear, Loss, Tanh
+from cloister.wire.architecture import Architecture, Loss
 from cloister.wire.columns import CategoryColumn, Column, InputColumn, NumberColumn, TensorColumn
+from cloister.wire.layers import Encode, Layer, Linear, Tanh
 from cloister.wire.plans import SGD, Guarantee, PlanRequest, Privacy, TrainingSpec
 from cloister_privacy.architecture import check, encoded_width
 from cloister_privacy.errors import ArchitectureRefused, PlanImpossible

@@ -40,19 +40,15 @@ if TYPE_CHECKING:
     from cloister._handles import Job as Job
     from cloister._handles import Model as Model
     from cloister._plans import Plan as Plan
-    from cloister.wire.architecture import Encode as Encode
-    from cloister.wire.architecture import Flatten as Flatten
-    from cloister.wire.architecture import Linear as Linear
-    from cloister.wire.architecture import ReLU as ReLU
-    from cloister.wire.architecture import Rescale as Rescale
-    from cloister.wire.architecture import Tanh as Tanh
+    from cloister.wire import layers as layers
     from cloister.wire.certificate import Certificate as Certificate
     from cloister.wire.certificate import InvalidCertificate as InvalidCertificate
     from cloister.wire.certificate import verify as verify
-    from cloister.wire.columns import BytesColumn as Bytes
+    from cloister.wire.columns import AudioColumn as Audio
     from cloister.wire.columns import CategoryColumn as Category
     from cloister.wire.columns import NumberColumn as Number
     from cloister.wire.columns import TensorColumn as Tensor
+    from cloister.wire.columns import TextColumn as Text
     from cloister.wire.columns import UnitColumn as Unit
     from cloister.wire.jobs import ModelSchema as ModelSchema
     from cloister.wire.plans import EMA as EMA
@@ -97,19 +93,19 @@ _HOME: dict[str, tuple[str, str]] = {
     **{name: ("cloister._errors", name) for name in _ERRORS},
     **{name: ("cloister._client", name) for name in ("AsyncCloister", "Cloister")},
     **{name: ("cloister._handles", name) for name in ("AsyncJob", "AsyncModel", "Job", "Model")},
-    **{
-        name: ("cloister.wire.architecture", name)
-        for name in ("Encode", "Flatten", "Linear", "ReLU", "Rescale", "Tanh")
-    },
     **{name: ("cloister.wire.certificate", name) for name in ("Certificate", "InvalidCertificate", "verify")},
-    **{name: ("cloister.wire.columns", f"{name}Column") for name in ("Bytes", "Category", "Number", "Tensor", "Unit")},
+    **{
+        name: ("cloister.wire.columns", f"{name}Column")
+        for name in ("Audio", "Category", "Number", "Tensor", "Text", "Unit")
+    },
     **{name: ("cloister.wire.plans", name) for name in ("EMA", "SGD", "Adam", "AdamW", "Schedule", "Tail")},
     **{name: ("cloister.wire.sources", name) for name in ("Budget", "Dataset", "Source")},
     "ModelSchema": ("cloister.wire.jobs", "ModelSchema"),
     "DP": ("cloister.wire.plans", "Privacy"),
     "Plan": ("cloister._plans", "Plan"),
+    "layers": ("cloister.wire.layers", ""),
 }
-"""Public name -> the module that has it and its name there."""
+"""Public name -> the module that has it and its name there; no name where it is the module itself."""
 
 __all__ = sorted(_HOME)  # noqa: PLE0605 (a list, computed from the one table)
 
@@ -118,7 +114,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'cloister' has no attribute {name!r}")
     module, attribute = _HOME[name]
-    value = getattr(import_module(module), attribute)
+    home = import_module(module)
+    value = getattr(home, attribute) if attribute else home
     globals()[name] = value
     return value
 

@@ -23,7 +23,7 @@ from cloister._resources import (
     Sources,
 )
 from cloister.wire import jobs as wire
-from cloister.wire.architecture import Layer
+from cloister.wire.layers import Layer
 from cloister.wire.plans import Optimizer, PlanRequest, Precision, Privacy
 from cloister.wire.sources import Dataset
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import wave
 from typing import Any
 
 import numpy as np
@@ -10,16 +12,17 @@ from numpy.typing import NDArray
 from cloister._errors import RowsNotFit
 from cloister.wire.columns import (
     UNIT_ID_BYTES,
-    BytesColumn,
+    AudioColumn,
     CategoryColumn,
     Column,
     NumberColumn,
     TensorColumn,
+    TextColumn,
     UnitColumn,
 )
 from cloister.wire.rows import Rows
 
-__all__ = ["category_indices", "convert"]
+__all__ = ["category_indices", "convert", "recordings", "text"]
 
 _MOST_NAMED = 12
 
@@ -34,10 +37,12 @@ def convert(name: str, column: Column, values: Any, start: int) -> Rows:
             return {name: _cast(name, _array(name, values, start, shape=()), "float32", start)}
         case CategoryColumn():
             return {name: category_indices(name, column, _array(name, values, start, shape=()), start)}
-        case BytesColumn():
+        case TextColumn():
             return _byte_strings(
                 name, [_bytes(name, v, start + row) for row, v in enumerate(values)], column.max_length, start
             )
+        case AudioColumn():
+            return recordings(name, column, values, start)
         case UnitColumn():
             return _byte_strings(
                 name, [_user_id(name, v, start + row) for row, v in enumerate(values)], UNIT_ID_BYTES, start
@@ -106,6 +111,67 @@ def category_indices(name: str, column: CategoryColumn, values: NDArray[Any], st
 
 def _spelled(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def recordings(name: str, column: AudioColumn, values: Any, start: int = 0) -> Rows:
+    """Recordings as padded int16 samples and their lengths. Each is an array of samples, int16 or from -1 to 1, or the bytes of a WAV
+    file. Raises RowsNotFit."""
+    samples = [_samples(name, column, value, start + row) for row, value in enumerate(values)]
+    array = np.zeros((len(samples), column.max_samples), dtype=np.int16)
+    for row, each in enumerate(samples):
+        if len(each) > column.max_samples:
+            raise RowsNotFit(
+                f"column {name!r} row {start + row}: {len(each)} samples, and at most {column.max_samples} are declared"
+            )
+        array[row, : len(each)] = each
+    return {name: array, f"{name}.length": np.array([len(each) for each in samples], dtype=np.int32)}
+
+
+def _samples(name: str, column: AudioColumn, value: Any, row: int) -> NDArray[np.int16]:
+    where = f"column {name!r} row {row}"
+    if isinstance(value, bytes | bytearray | memoryview):
+        return _wav(where, column, bytes(value))
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.empty((0, 0))
+    if array.ndim != 1 or array.dtype.kind not in "if":
+        raise RowsNotFit(f"{where}: no recording; give its samples as a flat array, or the bytes of a WAV file")
+    if array.dtype.kind == "i":
+        if array.size and not (array.min() >= -(2**15) and array.max() < 2**15):
+            raise RowsNotFit(f"{where}: samples beyond 16 bits; scale them down")
+        return array.astype(np.int16)
+    if not (np.abs(array) <= 1).all():
+        raise RowsNotFit(f"{where}: samples that are not from -1 to 1; scale them, or give int16")
+    scaled: NDArray[np.int16] = np.clip(np.rint(array * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
+    return scaled
+
+
+def _wav(where: str, column: AudioColumn, body: bytes) -> NDArray[np.int16]:
+    try:
+        with wave.open(io.BytesIO(body)) as file:
+            channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+            samples = file.readframes(file.getnframes())
+    except (wave.Error, EOFError):
+        raise RowsNotFit(f"{where}: the bytes are no WAV file; give one, or the samples as an array") from None
+    if rate != column.rate:
+        raise RowsNotFit(f"{where}: recorded at {rate} samples a second, and {column.rate} are declared; resample it")
+    if (channels, width) != (1, 2):
+        raise RowsNotFit(f"{where}: {channels} channels of {8 * width} bits; give one channel of 16 bits")
+    return np.frombuffer(samples, dtype="<i2").astype(np.int16)
+
+
+def text(name: str, column: TextColumn, value: Any, row: int) -> str:
+    """A text as it is sent to a model. Raises RowsNotFit."""
+    encoded = _bytes(name, value, row)
+    if len(encoded) > column.max_length:
+        raise RowsNotFit(
+            f"column {name!r} row {row}: {len(encoded)} bytes, and the model reads {column.max_length}; cut it"
+        )
+    try:
+        return encoded.decode()
+    except UnicodeDecodeError:
+        raise RowsNotFit(f"column {name!r} row {row}: the text is not UTF-8; decode it first") from None
 
 
 def _bytes(name: str, value: Any, row: int) -> bytes:

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister._convert import category_indices
+from cloister._convert import category_indices, recordings, text
 from cloister._errors import RowsNotFit
-from cloister.wire.columns import CategoryColumn, InputColumn, TensorColumn
+from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, TensorColumn, TextColumn
 
 __all__ = ["model_inputs"]
 
 
 def model_inputs(declared: Mapping[str, InputColumn], x: Any) -> dict[str, NDArray[Any]]:
-    """The caller's array or arrays as the model reads them: float32, or int64 indices. Raises RowsNotFit."""
+    """The caller's array or arrays as the model reads them: float32, int64 indices, texts or int16 samples. Raises RowsNotFit."""
     if not isinstance(x, Mapping):
         if len(declared) != 1:
             raise RowsNotFit(f"this model reads {', '.join(declared)}; give a dict with an array for each")
@@ -31,6 +31,13 @@ def model_inputs(declared: Mapping[str, InputColumn], x: Any) -> dict[str, NDArr
 
 def _input(name: str, column: InputColumn, values: Any) -> NDArray[Any]:
     """One input in the model's own type, read as an upload reads it. Nothing is rounded on the way."""
+    if isinstance(column, TextColumn):
+        _require_rows(name, values)
+        return np.array([text(name, column, value, row) for row, value in enumerate(values)], dtype=object)
+    if isinstance(column, AudioColumn):
+        _require_rows(name, values)
+        rows = recordings(name, column, values)
+        return rows[name][:, : max(1, int(rows[f"{name}.length"].max(initial=0)))]
     row_shape = tuple(column.shape) if isinstance(column, TensorColumn) else ()
     try:
         given = np.asarray(values)
@@ -54,3 +61,8 @@ def _input(name: str, column: InputColumn, values: Any) -> NDArray[Any]:
     if not np.isfinite(array).all():
         raise RowsNotFit(f"input {name!r} holds values that are no finite float32; remove those rows")
     return array
+
+
+def _require_rows(name: str, values: Any) -> None:
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+        raise RowsNotFit(f"input {name!r} is a single value, without a row axis; add one: [x]")

@@ -195,7 +195,7 @@ class Operations:
         """The outputs for these rows, asked for in requests of bearable size."""
         inputs = model_inputs((yield from self.schema(model, version)).inputs, x)
         count = len(next(iter(inputs.values())))
-        width = sum(array[:1].size for array in inputs.values())
+        width = sum(_width(array) for array in inputs.values())
         size = max(1, _ELEMENTS_A_REQUEST // max(1, width))
         answers = []
         for start in range(0, max(1, count), size):
@@ -248,6 +248,11 @@ class Operations:
         except _errors.RowsRefused as refusal:
             refusal.first_row = first_row
             raise
+
+
+def _width(array: NDArray[Any]) -> int:
+    """About how many elements of a request one row takes; a text takes its longest one's letters."""
+    return max(map(len, array), default=1) if array.dtype == object else array[:1].size
 
 
 def _told(model: type[M], answer: dict[str, Any]) -> M:

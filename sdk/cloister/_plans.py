@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from cloister.wire import plans as wire
-from cloister.wire.architecture import Linear
+from cloister.wire.layers import Linear
 
 __all__ = ["Plan"]
 

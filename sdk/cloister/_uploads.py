@@ -15,7 +15,7 @@ import numpy as np
 
 from cloister._convert import convert
 from cloister._errors import InvalidArgument, RowsNotFit
-from cloister.wire.columns import BytesColumn, CategoryColumn, Column, TensorColumn
+from cloister.wire.columns import AudioColumn, CategoryColumn, Column, TensorColumn, TextColumn
 from cloister.wire.rows import Rows, RowsRefused, check_rows, part_rows
 
 __all__ = ["RowData", "checked", "windows"]
@@ -132,7 +132,7 @@ def _csv_tables(
     columns: Mapping[str, Column], path: Path, size: int, *, ignore_undeclared: bool
 ) -> Iterator[dict[str, list[str]]]:
     """Up to `size` rows at a time, as text. Blank lines are no rows; undeclared columns are not kept."""
-    tensors = [name for name, column in columns.items() if isinstance(column, TensorColumn)]
+    tensors = [name for name, column in columns.items() if isinstance(column, TensorColumn | AudioColumn)]
     if tensors:
         raise RowsNotFit(f"a CSV carries numbers, categories and text; give arrays for {', '.join(tensors)}")
     try:
@@ -165,7 +165,7 @@ def _check_delimiter(path: Path, header: list[str]) -> None:
 
 
 def _values(column: Column, texts: list[str]) -> list[str]:
-    return texts if isinstance(column, BytesColumn) else [text.strip() for text in texts]
+    return texts if isinstance(column, TextColumn) else [text.strip() for text in texts]
 
 
 def _text(path: Path) -> IO[str]:

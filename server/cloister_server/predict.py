@@ -13,11 +13,11 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 from pydantic import ValidationError
 
-from cloister.wire.columns import CategoryColumn, InputColumn, TensorColumn
+from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs, encode_outputs
 from cloister_server import models
 from cloister_server.errors import BadRequest, Invalid, NotFound, TooLarge
@@ -138,9 +138,19 @@ def _metadata(model: Model, version: ModelVersion, network: Network) -> dict[str
 
 
 def _input_metadata(name: str, column: InputColumn) -> dict[str, Any]:
-    if isinstance(column, TensorColumn):
-        return {"name": name, "datatype": "FP32", "shape": [-1, *column.shape]}
-    return {"name": name, "datatype": "INT64" if isinstance(column, CategoryColumn) else "FP32", "shape": [-1]}
+    match column:
+        case TensorColumn():
+            return {"name": name, "datatype": "FP32", "shape": [-1, *column.shape]}
+        case NumberColumn():
+            return {"name": name, "datatype": "FP32", "shape": [-1]}
+        case CategoryColumn():
+            return {"name": name, "datatype": "INT64", "shape": [-1]}
+        case TextColumn():
+            return {"name": name, "datatype": "BYTES", "shape": [-1]}
+        case AudioColumn():
+            return {"name": name, "datatype": "INT16", "shape": [-1, -1]}
+        case _:
+            assert_never(column)
 
 
 async def _body(receive: _Receive, headers: dict[bytes, bytes], limit: int) -> bytes:

@@ -57,9 +57,9 @@ def _journey(deployment: Deployment, app: App) -> dict[str, list[bytes]]:
                 "bad", {"x": rows * 2, "y": labels}, source=source, columns=columns, nominal_size=300, capacity=400
             )
         layers = [
-            cloister.Linear(in_features=4, out_features=517),
-            cloister.Tanh(),
-            cloister.Linear(in_features=517, out_features=2),
+            cloister.layers.Linear(in_features=4, out_features=517),
+            cloister.layers.Tanh(),
+            cloister.layers.Linear(in_features=517, out_features=2),
         ]
         plan = client.plan(data, target="y", layers=layers, privacy=cloister.DP(epsilon=10), epochs=10, batch_size=50)
         model = client.train(plan, model="m").wait()

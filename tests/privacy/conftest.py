@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cloister.wire.architecture import Architecture, Encode, Linear, Tanh
+from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, NumberColumn
+from cloister.wire.layers import Encode, Linear, Tanh
 from cloister.wire.plans import SGD, TrainingSpec
 
 DATASET = "ds_" + "0" * 32

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cloister.wire.architecture import Encode, Flatten, Linear, ReLU, Tanh
-from cloister.wire.columns import BytesColumn, CategoryColumn, Column, NumberColumn, TensorColumn
+from cloister.wire.columns import CategoryColumn, Column, NumberColumn, TensorColumn, TextColumn
+from cloister.wire.layers import Encode, Flatten, Linear, ReLU, Tanh
 from cloister.wire.plans import SGD, Adam, Guarantee, PlanRequest, Privacy, TrainingSpec
 from cloister_privacy import DPPlan
 from cloister_privacy.errors import ArchitectureRefused, BatchLargerThanNominal, PlanImpossible, PrivacyError
@@ -17,7 +17,7 @@ from cloister_privacy.recipes import require_fit, resolve
 COLUMNS: dict[str, Column] = {
     "image": TensorColumn(shape=(28, 28), low=0, high=1),
     "age": NumberColumn(low=0, high=120),
-    "note": BytesColumn(max_length=10),
+    "note": TextColumn(max_length=10),
     "label": CategoryColumn(values=tuple("abcdefghij")),
 }
 
@@ -104,12 +104,12 @@ def test_every_nominal_size_has_a_batch_that_fits(nominal_size: int) -> None:
         ({"target": "colour"}, ArchitectureRefused, "'colour' is not a column"),
         ({"target": "image"}, ArchitectureRefused, "predict a category or a number"),
         ({"target": "note"}, ArchitectureRefused, "predict a category or a number"),
-        ({"features": ("note",)}, ArchitectureRefused, "of type bytes"),
+        ({"features": ("note",)}, ArchitectureRefused, "of type text"),
         ({"features": ("colour",)}, ArchitectureRefused, "not a column"),
         ({"features": ("age", "age")}, ArchitectureRefused, "only once"),
         ({"features": ()}, ArchitectureRefused, "at least one column"),
         ({"features": ("label",)}, ArchitectureRefused, "both an input and the target"),
-        ({"layers": (Flatten(),)}, ArchitectureRefused, "no encode to join"),
+        ({"layers": (Flatten(),)}, ArchitectureRefused, "put encode first to join them"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_by_name(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_diabetes, load_digits
 
-from cloister.wire.architecture import Flatten, Linear, ReLU
 from cloister.wire.columns import CategoryColumn, Column, NumberColumn, TensorColumn
+from cloister.wire.layers import Flatten, Linear, ReLU
 from cloister.wire.plans import SGD, PlanRequest, Privacy, TrainingSpec
 from cloister_privacy import DPPlan
 from cloister_privacy.architecture import from_bytes

@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 
 from cloister.wire.plans import SGD, Adam, TrainingSpec
-from cloister_privacy.architecture import from_bytes
+from cloister_privacy.architecture import Network, from_bytes
 from cloister_privacy.errors import CheckpointRefused, RowsDoNotFit, TrainingDiverged, TrainingError, WeightsRefused
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training import engine, train
@@ -176,7 +176,7 @@ def steps_of(spec: TrainingSpec, rows: Rows, *, count: int) -> np.ndarray:
     """By how much each of `count` single steps moved every weight, times the divisor: the noisy sum, where the rate is 1."""
     spec = spec.model_copy(update={"steps": count + 1})
     run_ = engine._Run(spec, DPPlan.of(spec), device="cpu")
-    examples = Examples(spec.architecture, rows, device="cpu")
+    examples = Examples(run_.network, rows, slots=len(rows["age"]), device="cpu")
     path = []
     for _ in range(count + 1):
         path.append(torch.cat([weight.detach().flatten().double() for weight in run_.network.parameters()]).numpy())
@@ -208,7 +208,7 @@ def test_a_step_applies_the_clipped_sum_by_the_declared_batch_whatever_the_micro
         run_ = engine._Run(spec, DPPlan.of(spec), device="cpu")
         run_.network.load_state_dict(state)
         run_._private.micro_batch = micro_batch
-        examples = Examples(spec.architecture, rows_of(25), device="cpu")
+        examples = Examples(run_.network, rows_of(25), slots=25, device="cpu")
         run_.steps(examples, everything(spec, examples), 0, 1)
         return np.concatenate(
             [(state[name] - weight).numpy(force=True).ravel() for name, weight in run_.network.state_dict().items()]
@@ -226,8 +226,8 @@ def test_values_that_are_missing_or_out_of_bounds_are_mended_silently(
     rows = dict(rows_of(5))
     rows["age"] = np.array([np.nan, np.inf, -np.inf, 1e30, 55], dtype=np.float32)
     rows["colour"] = np.array([-5, 99, 0, 1, 2], dtype=np.int32)
-    columns, target = Examples(spec_of().architecture, rows, device="cpu").batch(np.arange(5))
-    assert columns["age"].tolist() == [0, 100, 0, 100, 55]
+    columns, target = Examples(Network(spec_of().architecture), rows, slots=5, device="cpu").batch(np.arange(5))
+    assert columns["age"].squeeze(1).tolist() == [0, 100, 0, 100, 55]
     assert columns["colour"].tolist() == [0, 2, 0, 1, 2]
     assert target.tolist() == rows["kind"].tolist()
     assert np.isfinite(flat(run(spec_of(), rows))).all()

@@ -137,7 +137,7 @@ def test_every_way_to_clip_and_to_compute_bounds_a_step(
     spec = spec_of(nominal_size=1, batch_size=1, steps=1, optimizer=SGD(learning_rate=1.0), clip=1e-3, **fields)
     run = engine._Run(spec, DPPlan.of(spec), device="cpu")
     before = torch.cat([each.detach().flatten() for each in run.network.parameters()]).double()
-    examples = engine.Examples(spec.architecture, rows_of(1), device="cpu")
+    examples = engine.Examples(run.network, rows_of(1), slots=1, device="cpu")
     run.steps(examples, engine.PoissonSampler(1, batch_size=1, nominal_size=1), 0, 1)
     after = torch.cat([each.detach().flatten() for each in run.network.parameters()]).double()
     # Weights are rounded to float32, so the move is told to about 1e-7 for each of them.

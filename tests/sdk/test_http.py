@@ -322,7 +322,7 @@ def test_a_name_with_a_blank_is_refused_in_words(server: Server) -> None:
         (lambda: cloister.Category(values=(0, 1)), "^Category: values.0: must be text, in quotes; values.1: [^;]*$"),
         (lambda: cloister.Category(values=("a",)), "Category: values: .*at least 2"),
         (lambda: cloister.Tensor(shape=(0,), low=0, high=1), "Tensor: shape.0"),
-        (lambda: cloister.Linear(in_features=0, out_features=1), "Linear: in_features"),
+        (lambda: cloister.layers.Linear(in_features=0, out_features=1), "Linear: in_features"),
         (lambda: cloister.Adam(learning_rate=-1), "Adam: learning_rate"),
     ],
 )

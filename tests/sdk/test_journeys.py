@@ -105,7 +105,7 @@ def body(request: httpx2.Request) -> Any:
 
 def test_a_plan_asks_with_what_was_given_and_leaves_the_rest_to_the_recipe(server: Server) -> None:
     trained(server)
-    layers = [cloister.Flatten(), cloister.Linear(in_features=64, out_features=2)]
+    layers = [cloister.layers.Flatten(), cloister.layers.Linear(in_features=64, out_features=2)]
     with server.client() as client:
         client.plan(DATASET, target="digit")
         client.plan(
@@ -125,7 +125,7 @@ def test_a_plan_asks_with_what_was_given_and_leaves_the_rest_to_the_recipe(serve
         "dataset": DATASET,
         "target": "digit",
         "features": ["scan"],
-        "layers": [{"type": "flatten"}, {"type": "linear", "in_features": 64, "out_features": 2, "bias": True}],
+        "layers": [layer.model_dump(mode="json", exclude_none=True) for layer in layers],
         "privacy": {"noise_multiplier": 1, "clip": 0.5, "clipping": "flat"},
         "batch_size": 100,
         "epochs": 4,

@@ -51,11 +51,22 @@ def test_data_may_be_nested_row_by_row() -> None:
     assert decoded("FP32", [2, 2], [[1, 2], [3, 4.5]]).tolist() == [[1, 2], [3, 4.5]]
 
 
+def test_texts_cross_as_they_are() -> None:
+    texts = np.array([["a", ""], ["\u00e9\n", "x" * 1000]], dtype=object)
+    body = json.loads(json.dumps(encode_request({"text": texts})))
+    assert body["inputs"][0]["datatype"] == "BYTES"
+    body["inputs"][0]["data"] = texts.tolist()  # nested is as good as flat
+    for inputs in (encode_request({"text": texts}), body):
+        assert (decode_inputs(InferRequest.model_validate(inputs))["text"] == texts).all()
+
+
 @pytest.mark.parametrize(
     ("datatype", "shape", "data"),
     [
         ("BF16", [1], [1]),
-        ("BYTES", [1], ["a"]),
+        ("BYTES", [1], [1]),
+        ("BYTES", [2], ["a"]),
+        ("FP32", [1], ["a"]),
         ("UINT64", [2], [0, 2**63]),
         ("FP32", [2], [1]),
         ("FP32", [2, 2], [[1, 2, 3, 4]]),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors import numpy as safetensors
 
-from cloister.wire.columns import BytesColumn, CategoryColumn, Column, NumberColumn, TensorColumn, UnitColumn
+from cloister.wire.columns import CategoryColumn, Column, NumberColumn, TensorColumn, TextColumn, UnitColumn
 from cloister.wire.rows import RowsRefused, decode_rows, encode_rows, open_form, part_rows, row_bytes, seal_form
 
 COLUMNS: dict[str, Column] = {
@@ -21,7 +21,7 @@ COLUMNS: dict[str, Column] = {
     "heat": TensorColumn(shape=(2,), low=-1, high=1),
     "age": NumberColumn(low=0, high=120),
     "region": CategoryColumn(values=("north", "south")),
-    "note": BytesColumn(max_length=4),
+    "note": TextColumn(max_length=4),
     "who": UnitColumn(),
 }
 

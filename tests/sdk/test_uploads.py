@@ -32,7 +32,7 @@ SIZE = part_rows(COLUMNS)
 TABLE: dict[str, Column] = {
     "age": cloister.Number(low=0, high=120),
     "region": cloister.Category(values=("north", "south")),
-    "note": cloister.Bytes(max_length=8),
+    "note": cloister.Text(max_length=8),
     "who": cloister.Unit(),
 }
 PUBLIC = {"nominal_size": 500, "capacity": 1000}
@@ -155,7 +155,7 @@ def test_a_memory_mapped_file_is_read_a_part_at_a_time(server: Server, tmp_path:
 
 def test_a_csv_is_read_a_part_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    columns: dict[str, Column] = {"note": cloister.Bytes(max_length=2**17)}
+    columns: dict[str, Column] = {"note": cloister.Text(max_length=2**17)}
     with path.open("w") as stream:
         stream.write("note\n" + ("x" * 2**17 + "\n") * 160)
     tracemalloc.start()
@@ -215,7 +215,7 @@ def test_a_csv_that_is_no_text_or_cut_short_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_csv_row_is_counted_over_all_parts(tmp_path: Path) -> None:
-    path, columns = tmp_path / "rows.csv", {"note": cloister.Bytes(max_length=2**17)}
+    path, columns = tmp_path / "rows.csv", {"note": cloister.Text(max_length=2**17)}
     size = part_rows(columns)
     path.write_text("note\n" + "a\n" * (size + 1) + "b,c\n")
     assert f"row {size + 1}: 2 values" in refused(columns, path)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from cloister.wire.architecture import Architecture, Encode, Linear
+from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, NumberColumn
+from cloister.wire.layers import Encode, Linear
 from cloister.wire.plans import SGD, TrainingSpec
 from cloister_privacy.plan import DPPlan
 from cloister_server import grants, models, vault

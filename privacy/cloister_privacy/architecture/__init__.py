@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cloister_privacy.architecture.inputs import validate_inputs
-from cloister_privacy.architecture.shapes import PARAMETER_LIMIT, check, encoded_width
+from cloister_privacy.architecture.shapes import PARAMETER_LIMIT, check, encoded_width, measure
 
 if TYPE_CHECKING:
     from cloister_privacy.architecture.network import Network, build
@@ -22,6 +22,7 @@ __all__ = [
     "check",
     "encoded_width",
     "from_bytes",
+    "measure",
     "to_bytes",
     "validate_inputs",
 ]

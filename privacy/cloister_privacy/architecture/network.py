@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections.abc import Mapping
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -15,12 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cloister.wire import architecture as wire
-from cloister.wire.columns import CategoryColumn, InputColumn, NumberColumn, TensorColumn
+from cloister.wire import layers
+from cloister.wire.columns import NumberColumn
+from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.inputs import validate_inputs
-from cloister_privacy.architecture.shapes import check
+from cloister_privacy.architecture.modules import module_of
+from cloister_privacy.architecture.shapes import column_value, measure
+from cloister_privacy.architecture.values import values_of
 from cloister_privacy.errors import InputRefused
 
 __all__ = ["Network", "build"]
+
+_HUBER = 0.1
+"""Up to this share of the target's range an error counts by its square."""
+
+_ROWS_AT_ONCE = 1024
+"""Of a prediction: the layers of more would take memory for nothing."""
+
+_COSTLY = (layers.Scattering, layers.LogMel, layers.HashedText)
+"""Fixed layers that cost more than to read what they gave."""
 
 
 def build(architecture: wire.Architecture) -> Network:
@@ -39,103 +53,103 @@ class Network(nn.Module):
     """SHA-256 of the weights that training started from, as safetensors."""
 
     def __init__(self, architecture: wire.Architecture) -> None:
-        check(architecture)
+        measured = measure(architecture)
         super().__init__()
         self.architecture = architecture
-        self.layers = nn.Sequential(*(_module(layer, architecture.inputs) for layer in architecture.layers))
+        self._nodes = [each.node for each in measured]
+        self._shapes = {each.node.key: each.gives.shape for each in measured}
+        known = {name: column_value(column) for name, column in architecture.inputs.items()}
+        known |= {each.node.key: each.gives for each in measured}
+        self.layers = nn.ModuleList(
+            module_of(node, [known[name] for name in node.reads], architecture.inputs) for node in self._nodes
+        )
+        self.find_stem()
 
-    def forward(self, columns: Mapping[str, Tensor]) -> Tensor:
-        """Logits [n, k] of a category, or values [n] of a number in its own units."""
-        outputs: Tensor = self.layers(columns if self._encodes() else self._only(columns))
+    def forward(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Logits [n, k] or [n] of a category, or values [n] of a number in its own units.
+
+        `values` holds the columns as `values_of` gives them, or what `stem` made of them.
+        """
+        known = dict(values)
+        is_after_stem = any(key in known for key in self._stem)
+        for node, module in zip(self._nodes, self.layers, strict=True):
+            if not (is_after_stem and node.key in self._stem):
+                known[node.key] = module(*[known[name] for name in node.reads])
+        outputs = known[self._nodes[-1].key]
         output = self.architecture.output
         if isinstance(output, NumberColumn):
             # An output of 0 is the middle of the declared range and an output of 1 one range above it.
             return output.low / 2 + output.high / 2 + (output.high - output.low) * outputs.squeeze(-1)
-        return outputs
+        return outputs.squeeze(-1) if self.architecture.loss == "binary_cross_entropy" else outputs
+
+    def find_stem(self) -> None:
+        """The stem is what nothing trains and costs much, with what follows from it alone: it is computed once for a run, and not in
+        every step. To be found anew after layers were frozen, thawed or replaced."""
+        fixed: dict[str, Node] = {}
+        stem: set[str] = set()
+        for node, module in zip(self._nodes, self.layers, strict=True):
+            parameters = list(module.parameters())
+            is_fixed = not any(each.requires_grad for each in parameters) and not isinstance(node.layer, layers.Dropout)
+            if is_fixed and all(name in fixed or name in self.architecture.inputs for name in node.reads):
+                fixed[node.key] = node
+                if isinstance(node.layer, _COSTLY) or parameters or any(name in stem for name in node.reads):
+                    stem.add(node.key)
+        for key in reversed(fixed):
+            if key in stem:
+                stem.update(name for name in fixed[key].reads if name in fixed)
+        self._stem = frozenset(stem)
+        after = [name for node in self._nodes if node.key not in stem for name in node.reads]
+        self._after_stem = tuple(
+            dict.fromkeys(name for name in after if name in stem or name in self.architecture.inputs)
+        )
+
+    @property
+    def stem_numbers(self) -> int:
+        """How many numbers the stem gives of one example to the layers after it; 0 without a stem."""
+        return sum(math.prod(self._shapes[name]) for name in self._after_stem if name in self._stem)
+
+    @torch.no_grad()
+    def stem(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the layers after the stem read: columns as they are, and what the stem makes of them."""
+        known = dict(values)
+        for node, module in zip(self._nodes, self.layers, strict=True):
+            if node.key in self._stem:
+                known[node.key] = module(*[known[name] for name in node.reads])
+        return {name: known[name] for name in self._after_stem}
 
     def losses(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """The loss of each example, [n]; squared errors are in units of the target's declared range."""
+        """The loss of each example, [n]; errors of a number are in units of its declared range."""
         output = self.architecture.output
         if isinstance(output, NumberColumn):
-            return ((target - outputs) / (output.high - output.low)).square()
+            error = (target - outputs) / (output.high - output.low)
+            if self.architecture.loss == "huber":
+                return functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=_HUBER)
+            return error.square()
+        if self.architecture.loss == "binary_cross_entropy":
+            return functional.binary_cross_entropy_with_logits(outputs, target.to(outputs.dtype), reduction="none")
         return functional.cross_entropy(outputs, target, reduction="none")
 
-    def predict(self, columns: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def predict(self, columns: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """`probabilities` float32 [n, k] and `index` int64 [n] of a category, or `value` float32 [n] of a number.
 
         Raises InputRefused where an input is not what `validate_inputs` allows, or drives the network out of float32.
         """
         inputs = validate_inputs(self.architecture, columns)
+        count = len(next(iter(inputs.values())))
         device = next(self.parameters()).device
+        parts = []
         with torch.inference_mode():
-            outputs = self({name: torch.as_tensor(array, device=device) for name, array in inputs.items()})
+            for start in range(0, count, _ROWS_AT_ONCE):
+                rows = {name: array[start : start + _ROWS_AT_ONCE] for name, array in inputs.items()}
+                parts.append(self(values_of(self.architecture.inputs, rows, device=device)))
+        outputs = torch.cat(parts)
         if not bool(torch.isfinite(outputs).all()):
             raise InputRefused(
                 ", ".join(inputs), "gives an output that is not finite; stay nearer to the declared bounds"
             )
         if isinstance(self.architecture.output, NumberColumn):
             return {"value": outputs.numpy(force=True)}
+        if self.architecture.loss == "binary_cross_entropy":
+            outputs = torch.stack([torch.zeros_like(outputs), outputs], dim=1)
         probabilities = functional.softmax(outputs, dim=1).numpy(force=True)
         return {"probabilities": probabilities, "index": probabilities.argmax(axis=1).astype(np.int64)}
-
-    def _encodes(self) -> bool:
-        return isinstance(self.architecture.layers[0], wire.Encode)
-
-    def _only(self, columns: Mapping[str, Tensor]) -> Tensor:
-        ((name, column),) = self.architecture.inputs.items()
-        return columns[name].unsqueeze(1) if isinstance(column, NumberColumn) else columns[name]
-
-
-def _module(layer: wire.Layer, inputs: dict[str, InputColumn]) -> nn.Module:
-    match layer:
-        case wire.Encode():
-            return _Encode(inputs)
-        case wire.Rescale():
-            return _Rescale(layer)
-        case wire.Flatten():
-            return nn.Flatten()
-        case wire.Linear():
-            return nn.Linear(layer.in_features, layer.out_features, bias=layer.bias)
-        case wire.ReLU():
-            return nn.ReLU()
-        case wire.Tanh():
-            return nn.Tanh()
-        case _:
-            assert_never(layer)
-
-
-class _Encode(nn.Module):
-    """Fixed public numbers only, and no buffers: Opacus refuses a trainable module that holds any."""
-
-    def __init__(self, inputs: dict[str, InputColumn]) -> None:
-        super().__init__()
-        self._inputs = inputs
-
-    def forward(self, columns: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([self._encoded(columns[name], column) for name, column in self._inputs.items()], dim=1)
-
-    def _encoded(self, values: Tensor, column: InputColumn) -> Tensor:
-        match column:
-            case CategoryColumn():
-                return functional.one_hot(values, len(column.values)).to(torch.float32)
-            case NumberColumn():
-                return _to_unit(values, column.low, column.high).unsqueeze(1)
-            case TensorColumn():
-                return _to_unit(values, column.low, column.high).flatten(1)
-            case _:
-                assert_never(column)
-
-
-def _to_unit(values: Tensor, low: float, high: float) -> Tensor:
-    """[low, high] mapped to [-1, 1]; halved before they are joined, because high - low may lie outside float32."""
-    return (values - (low / 2 + high / 2)) / (high / 2 - low / 2)
-
-
-class _Rescale(nn.Module):
-    def __init__(self, layer: wire.Rescale) -> None:
-        super().__init__()
-        self._low, self._to_low = layer.low, layer.to_low
-        self._slope = (layer.to_high - layer.to_low) / (layer.high - layer.low)
-
-    def forward(self, values: Tensor) -> Tensor:
-        return (values - self._low) * self._slope + self._to_low

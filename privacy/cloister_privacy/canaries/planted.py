@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister.wire.architecture import Architecture, Linear
-from cloister.wire.columns import CategoryColumn, InputColumn, NumberColumn, TensorColumn
+from cloister.wire.architecture import Architecture
+from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
+from cloister.wire.layers import Linear
 
 __all__ = ["contribution", "deep_network", "dirac_network", "dirac_rows", "extreme_rows"]
 
@@ -55,12 +56,22 @@ def deep_network() -> Architecture:
 def extreme_rows(architecture: Architecture, count: int) -> dict[str, NDArray[Any]]:
     """The same row `count` times: everything it has at the end of its declared range."""
     columns: dict[str, InputColumn] = {**architecture.inputs, architecture.target: architecture.output}
-    return {name: _extreme(column, count) for name, column in columns.items()}
+    return {key: array for name, column in columns.items() for key, array in _extreme(name, column, count).items()}
 
 
-def _extreme(column: InputColumn, count: int) -> NDArray[Any]:
-    if isinstance(column, CategoryColumn):
-        return np.full(count, len(column.values) - 1, dtype=np.int32)
-    if isinstance(column, TensorColumn):
-        return np.full((count, *column.shape), column.high, dtype=column.dtype)
-    return np.full(count, column.high, dtype=np.float32)
+def _extreme(name: str, column: InputColumn, count: int) -> dict[str, NDArray[Any]]:
+    match column:
+        case CategoryColumn():
+            return {name: np.full(count, len(column.values) - 1, dtype=np.int32)}
+        case TensorColumn():
+            return {name: np.full((count, *column.shape), column.high, dtype=column.dtype)}
+        case NumberColumn():
+            return {name: np.full(count, column.high, dtype=np.float32)}
+        case TextColumn():
+            texts = np.full((count, column.max_length), ord("~"), dtype=np.uint8)
+            return {name: texts, f"{name}.length": np.full(count, column.max_length, dtype=np.int32)}
+        case AudioColumn():
+            samples = np.full((count, column.max_samples), 2**15 - 1, dtype=np.int16)
+            return {name: samples, f"{name}.length": np.full(count, column.max_samples, dtype=np.int32)}
+        case _:
+            assert_never(column)

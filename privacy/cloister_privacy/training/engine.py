@@ -22,7 +22,7 @@ from cloister_privacy.architecture.weights import to_bytes
 from cloister_privacy.errors import TrainingDiverged, TrainingError
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training import checkpoint
-from cloister_privacy.training.examples import Batch, Examples, synthetic
+from cloister_privacy.training.examples import Batch, Examples, keeps_stem, synthetic
 from cloister_privacy.training.sampler import PoissonSampler, UserSampler, sampler_of
 from cloister_privacy.training.steps import GUARD_EXAMPLES, PrivateSteps
 from cloister_privacy.training.updates import Updates
@@ -66,7 +66,7 @@ def train(
     while done < spec.steps:
         end = min(done + chunk_steps, spec.steps)
         before_chunk(done, end)
-        examples = examples or Examples(spec.architecture, rows, device=device)
+        examples = examples or Examples(run.network, rows, slots=_slots(plan), device=device)
         sampler = sampler or sampler_of(plan, examples.count, units() if units is not None else None)
         run.steps(examples, sampler, done, end)
         done = end
@@ -82,12 +82,15 @@ class _Run:
         self.network: Network = build(spec.architecture).to(device)
         self.updates = Updates(self.network, spec)
         self._spec, self._plan = spec, plan
+        tried, targets = synthetic(spec.architecture, GUARD_EXAMPLES, device=device)
+        if keeps_stem(self.network, slots=_slots(plan)):
+            tried = self.network.stem(tried)
         self._private = PrivateSteps(
             self.network,
             _losses,
             plan=plan,
             optimizer=self.updates.optimizer,
-            synthetic=synthetic(spec.architecture, GUARD_EXAMPLES, device=device),
+            synthetic=(tried, targets),
             clipping=spec.clipping,
             precision=spec.precision,
         )
@@ -113,6 +116,10 @@ class _Run:
 
     def _step(self, examples: Examples, drawn: NDArray[np.intp]) -> None:
         self._private.step(drawn, examples.batch)
+
+
+def _slots(plan: DPPlan) -> int:
+    return plan.capacity * plan.rows_per_unit
 
 
 def _losses(network: nn.Module, batch: Batch) -> Tensor:

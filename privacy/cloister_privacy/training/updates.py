@@ -70,7 +70,7 @@ def newest_share(averaging: EMA | Tail, step: int, steps: int) -> float:
 
 
 def _optimizer(network: Network, spec: TrainingSpec) -> torch.optim.Optimizer:
-    asked, parameters = spec.optimizer, network.parameters()
+    asked, parameters = spec.optimizer, [each for each in network.parameters() if each.requires_grad]
     match asked:
         case SGD():
             return torch.optim.SGD(parameters, lr=asked.learning_rate, momentum=asked.momentum)

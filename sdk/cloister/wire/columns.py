@@ -11,13 +11,15 @@ from cloister.wire._model import Name, Request
 
 __all__ = [
     "UNIT_ID_BYTES",
-    "BytesColumn",
+    "AudioColumn",
     "CategoryColumn",
     "Column",
     "InputColumn",
     "NumberColumn",
+    "OutputColumn",
     "Schema",
     "TensorColumn",
+    "TextColumn",
     "UnitColumn",
 ]
 
@@ -75,11 +77,19 @@ class CategoryColumn(Request):
         return self
 
 
-class BytesColumn(Request):
-    """A byte string per row, at most `max_length` long: text, audio, encoded images."""
+class TextColumn(Request):
+    """A text per row, at most `max_length` bytes of UTF-8."""
 
-    type: Literal["bytes"] = "bytes"
+    type: Literal["text"] = "text"
     max_length: Annotated[int, Field(ge=1, le=2**22)]
+
+
+class AudioColumn(Request):
+    """A recording per row: one channel of 16-bit samples, `rate` a second and at most `max_samples` of them."""
+
+    type: Literal["audio"] = "audio"
+    rate: Annotated[int, Field(ge=1, le=192_000)]
+    max_samples: Annotated[int, Field(ge=1, le=2**21)]
 
 
 class UnitColumn(Request):
@@ -88,9 +98,16 @@ class UnitColumn(Request):
     type: Literal["unit"] = "unit"
 
 
-Column = Annotated[TensorColumn | NumberColumn | CategoryColumn | BytesColumn | UnitColumn, Field(discriminator="type")]
-InputColumn = Annotated[TensorColumn | NumberColumn | CategoryColumn, Field(discriminator="type")]
-"""A column that a network can read or predict."""
+Column = Annotated[
+    TensorColumn | NumberColumn | CategoryColumn | TextColumn | AudioColumn | UnitColumn, Field(discriminator="type")
+]
+InputColumn = Annotated[
+    TensorColumn | NumberColumn | CategoryColumn | TextColumn | AudioColumn, Field(discriminator="type")
+]
+"""A column that a network can read."""
+
+OutputColumn = Annotated[NumberColumn | CategoryColumn, Field(discriminator="type")]
+"""A column that a network can predict."""
 
 Schema = Annotated[dict[Name, Column], Field(min_length=1, max_length=1024)]
 """Column name -> column, in the order in which a row carries them."""

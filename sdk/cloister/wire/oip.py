@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -38,6 +38,8 @@ _DTYPES = {
     "FP64": np.dtype(np.float64),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_TEXT = "BYTES"
+"""In JSON its elements are strings."""
 _ACCEPTED = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
 """Kind of a datatype -> the kinds of JSON data that may fill it."""
 
@@ -99,6 +101,8 @@ def decode_outputs(response: InferResponse) -> dict[str, NDArray[Any]]:
 
 
 def _encode(name: str, array: NDArray[Any]) -> dict[str, Any]:
+    if array.dtype == object:
+        return {"name": name, "shape": list(array.shape), "datatype": _TEXT, "data": array.ravel().tolist()}
     if array.dtype not in _NAMES:
         raise MalformedTensor(f"tensor {name!r} is {array.dtype}, which the protocol cannot carry; convert it first")
     _check_finite(name, array)
@@ -113,12 +117,15 @@ def _decode_all(tensors: list[TensorJSON]) -> dict[str, NDArray[Any]]:
 
 
 def _decode(tensor: TensorJSON) -> NDArray[Any]:
+    if tensor.datatype == _TEXT:
+        _check_leaves(tensor, (str,))
+        return np.array(_flat(tensor.data), dtype=object).reshape(tensor.shape)
     dtype = _DTYPES.get(tensor.datatype)
     if dtype is None:
         raise MalformedTensor(
-            f"tensor {tensor.name!r} has datatype {tensor.datatype!r}; known here: {', '.join(_DTYPES)}"
+            f"tensor {tensor.name!r} has datatype {tensor.datatype!r}; known here: {', '.join((*_DTYPES, _TEXT))}"
         )
-    _check_leaves(tensor)
+    _check_leaves(tensor, (int, float, bool))
     try:
         array = np.asarray(tensor.data)
     except (ValueError, OverflowError):
@@ -135,8 +142,26 @@ def _decode(tensor: TensorJSON) -> NDArray[Any]:
     return converted.reshape(tensor.shape)
 
 
-def _check_leaves(tensor: TensorJSON) -> None:
-    """Numbers, and as many as the shape says, before numpy takes memory for whatever it is that was sent."""
+def _flat(data: list[Any]) -> list[Any]:
+    """The leaves of nested lists, in order."""
+    flat: list[Any] = []
+    waiting: list[Iterator[Any]] = [iter(data)]
+    while waiting:
+        item = next(waiting[-1], _END)
+        if item is _END:
+            waiting.pop()
+        elif isinstance(item, list):
+            waiting.append(iter(item))
+        else:
+            flat.append(item)
+    return flat
+
+
+_END = object()
+
+
+def _check_leaves(tensor: TensorJSON, kinds: tuple[type, ...]) -> None:
+    """Of these kinds, and as many as the shape says, before numpy takes memory for whatever it is that was sent."""
     wanted, found = math.prod(tensor.shape), 0
     waiting = [tensor.data]
     while waiting:
@@ -144,7 +169,7 @@ def _check_leaves(tensor: TensorJSON) -> None:
         for item in items:
             if isinstance(item, list):
                 waiting.append(item)
-            elif type(item) in (int, float, bool):
+            elif type(item) in kinds:
                 found += 1
             else:
                 raise MalformedTensor(f"tensor {tensor.name!r} holds data that is not {tensor.datatype}")

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probability, Request, Response
-from cloister.wire.architecture import Architecture, Layer
+from cloister.wire.architecture import Architecture
+from cloister.wire.layers import Layer
 
 __all__ = [
     "EMA",

@@ -18,17 +18,19 @@ from safetensors import numpy as st
 
 from cloister.wire.columns import (
     UNIT_ID_BYTES,
-    BytesColumn,
+    AudioColumn,
     CategoryColumn,
     Column,
     NumberColumn,
     TensorColumn,
+    TextColumn,
     UnitColumn,
 )
 
 __all__ = [
     "Rows",
     "RowsRefused",
+    "arrays_of",
     "check_rows",
     "decode_rows",
     "encode_rows",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 Rows = dict[str, NDArray[Any]]
-"""Column name -> array whose first dimension is the row; `NAME.length` beside columns of bytes."""
+"""Column name -> array whose first dimension is the row; `NAME.length` beside texts, recordings and user ids."""
 
 _FORMAT = "cloister.rows/1"
 _PART_BYTES = 4 * 2**20
@@ -58,6 +60,11 @@ class RowsRefused(Exception):
         self.column, self.row, self.problem = column, row, problem
 
 
+def arrays_of(columns: Mapping[str, Column]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """The arrays that carry these columns: name, dtype and shape per row."""
+    return [array for name, column in columns.items() for array in _tensors(name, column)]
+
+
 def row_bytes(columns: Mapping[str, Column]) -> int:
     """The bytes of one row: from the schema alone."""
     return sum(
@@ -73,7 +80,7 @@ def part_rows(columns: Mapping[str, Column]) -> int:
 
 def encode_rows(columns: Mapping[str, Column], rows: Mapping[str, NDArray[Any]]) -> bytes:
     """One part's body. `rows` are in the schema's dtypes and shapes, as `decode_rows` gives them back."""
-    ordered = {name: np.ascontiguousarray(rows[name]) for name, _, _ in _all_tensors(columns)}
+    ordered = {name: np.ascontiguousarray(rows[name]) for name, _, _ in arrays_of(columns)}
     return st.save(ordered, metadata={"format": _FORMAT})
 
 
@@ -97,7 +104,7 @@ def seal_form(columns: Mapping[str, Column], rows: Mapping[str, NDArray[Any]], s
     """The rows padded to `slots`, their count inside: the same length for any count, none included."""
     count = len(next(iter(rows.values()))) if rows else 0
     padded: Rows = {_COUNT: np.array([count], dtype=np.int64)}
-    for name, dtype, shape in _all_tensors(columns):
+    for name, dtype, shape in arrays_of(columns):
         padded[name] = np.zeros((slots, *shape), dtype=dtype)
         if count:
             padded[name][:count] = rows[name]
@@ -108,7 +115,7 @@ def open_form(columns: Mapping[str, Column], body: bytes | memoryview) -> Rows:
     """The rows that `seal_form` padded."""
     padded = st.load(bytes(body))
     count = int(padded[_COUNT][0])
-    return {name: padded[name][:count] for name, _, _ in _all_tensors(columns)}
+    return {name: padded[name][:count] for name, _, _ in arrays_of(columns)}
 
 
 def _tensors(name: str, column: Column) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -120,16 +127,15 @@ def _tensors(name: str, column: Column) -> Iterator[tuple[str, str, tuple[int, .
             yield name, "float32", ()
         case CategoryColumn():
             yield name, "int32", ()
-        case BytesColumn():
+        case TextColumn():
             yield name, "uint8", (column.max_length,)
+            yield f"{name}.length", "int32", ()
+        case AudioColumn():
+            yield name, "int16", (column.max_samples,)
             yield f"{name}.length", "int32", ()
         case UnitColumn():
             yield name, "uint8", (UNIT_ID_BYTES,)
             yield f"{name}.length", "int32", ()
-
-
-def _all_tensors(columns: Mapping[str, Column]) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [tensor for name, column in columns.items() for tensor in _tensors(name, column)]
 
 
 def _load(columns: Mapping[str, Column], body: bytes) -> Rows:
@@ -143,7 +149,7 @@ def _load(columns: Mapping[str, Column], body: bytes) -> Rows:
         ) from None
     if metadata.get("format") != _FORMAT:
         raise RowsRefused(None, None, f"the body's format is not {_FORMAT}; upgrade the SDK")
-    expected = _all_tensors(columns)
+    expected = arrays_of(columns)
     if found.keys() != {name for name, _, _ in expected}:
         raise RowsRefused(None, None, "the body's columns are not those of the schema; send all of them and no others")
     counts = {len(array) if array.ndim else -1 for array in found.values()}
@@ -168,12 +174,19 @@ def _check(name: str, column: Column, rows: Rows) -> None:
         case CategoryColumn():
             outside = (rows[name] < 0) | (rows[name] >= len(column.values))
             _refuse_first(name, outside, f"holds an index outside the {len(column.values)} declared categories")
-        case BytesColumn() | UnitColumn():
-            least, most = (0, column.max_length) if isinstance(column, BytesColumn) else (1, UNIT_ID_BYTES)
-            lengths = rows[f"{name}.length"]
-            _refuse_first(name, (lengths < least) | (lengths > most), f"must be {least} to {most} bytes long")
-            beyond = np.arange(most) >= lengths[:, None]
-            _refuse_first(name, beyond & (rows[name] != 0), "holds bytes past its own length")
+        case TextColumn():
+            _check_lengths(name, rows, 0, column.max_length, "bytes")
+        case AudioColumn():
+            _check_lengths(name, rows, 0, column.max_samples, "samples")
+        case UnitColumn():
+            _check_lengths(name, rows, 1, UNIT_ID_BYTES, "bytes")
+
+
+def _check_lengths(name: str, rows: Rows, least: int, most: int, of: str) -> None:
+    lengths = rows[f"{name}.length"]
+    _refuse_first(name, (lengths < least) | (lengths > most), f"must be {least} to {most} {of} long")
+    beyond = np.arange(most) >= lengths[:, None]
+    _refuse_first(name, beyond & (rows[name] != 0), f"holds {of} past its own length")
 
 
 def _refuse_first(name: str, wrong: NDArray[np.bool_], problem: str) -> None:
