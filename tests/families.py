@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister._convert import convert
 from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture, Loss
 from cloister.wire.columns import (
@@ -20,8 +21,9 @@ from cloister.wire.columns import (
     TensorColumn,
     TextColumn,
 )
+from cloister.wire.plans import SGD, TrainingSpec
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = ["FAMILIES", "ROWS", "Family", "converted", "spec_of"]
 
 KIND = CategoryColumn(values=("low", "high"))
 LENGTH, RATE = 12, 1000
@@ -241,3 +243,23 @@ FAMILIES: dict[str, Family] = {
         loss="huber",
     ),
 }
+
+ROWS = 60
+
+
+def converted(family: Family, count: int) -> dict[str, NDArray[Any]]:
+    """Rows of the family as they lie in a dataset."""
+    columns = {**family.inputs, "kind": family.output}
+    given = family.rows(count)
+    return {
+        key: array for name, column in columns.items() for key, array in convert(name, column, given[name], 0).items()
+    }
+
+
+def spec_of(family: Family, **fields: Any) -> TrainingSpec:
+    """A short run of the family's network; any field may be given."""
+    defaults: dict[str, Any] = {
+        "dataset": "ds_" + "0" * 32, "architecture": family.architecture, "nominal_size": ROWS, "capacity": 70, "batch_size": 30,
+        "steps": 4, "noise_multiplier": 1.0, "clip": 1.0, "delta": 1e-5, "optimizer": SGD(learning_rate=0.1),
+    }  # fmt: skip
+    return TrainingSpec(**(defaults | fields))

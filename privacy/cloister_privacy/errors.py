@@ -13,6 +13,7 @@
     │   ├── InPlaceLayer
     │   └── UncoveredParameter
     ├── WeightsRefused
+    │   └── InitialRefused
     ├── InputRefused
     └── TrainingError
         ├── CheckpointRefused
@@ -33,6 +34,7 @@ __all__ = [
     "ClippingNotExact",
     "CrossExampleLayer",
     "InPlaceLayer",
+    "InitialRefused",
     "InputRefused",
     "PlanError",
     "PlanImpossible",
@@ -96,6 +98,10 @@ class UncoveredParameter(ArchitectureRefused):
 
 class WeightsRefused(PrivacyError):
     """Bytes that are not the weights of a network of ours."""
+
+
+class InitialRefused(WeightsRefused):
+    """Weights that somebody gave to start training from, and that are not of the network or no weights at all."""
 
 
 class InputRefused(PrivacyError):

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from cloister.wire.plans import SGD as SGD
     from cloister.wire.plans import Adam as Adam
     from cloister.wire.plans import AdamW as AdamW
+    from cloister.wire.plans import LoRA as LoRA
     from cloister.wire.plans import Privacy as DP  # noqa: N814 (DP is its public name)
     from cloister.wire.plans import Schedule as Schedule
     from cloister.wire.plans import Tail as Tail
@@ -98,7 +99,7 @@ _HOME: dict[str, tuple[str, str]] = {
         name: ("cloister.wire.columns", f"{name}Column")
         for name in ("Audio", "Category", "Number", "Tensor", "Text", "Unit")
     },
-    **{name: ("cloister.wire.plans", name) for name in ("EMA", "SGD", "Adam", "AdamW", "Schedule", "Tail")},
+    **{name: ("cloister.wire.plans", name) for name in ("EMA", "SGD", "Adam", "AdamW", "LoRA", "Schedule", "Tail")},
     **{name: ("cloister.wire.sources", name) for name in ("Budget", "Dataset", "Source")},
     "ModelSchema": ("cloister.wire.jobs", "ModelSchema"),
     "DP": ("cloister.wire.plans", "Privacy"),

@@ -10,6 +10,7 @@ from cloister._auth import ClientCredentials
 from cloister._errors import ConfigurationError, InvalidArgument, valid
 from cloister._handles import AsyncJob, Job
 from cloister._http import AsyncSender, Sender, check_url
+from cloister._networks import ImportedNetwork, network_of
 from cloister._operations import Operations, id_or_blank
 from cloister._plans import Plan
 from cloister._resources import (
@@ -23,8 +24,9 @@ from cloister._resources import (
     Sources,
 )
 from cloister.wire import jobs as wire
+from cloister.wire.architecture import Loss
 from cloister.wire.layers import Layer
-from cloister.wire.plans import Optimizer, PlanRequest, Precision, Privacy
+from cloister.wire.plans import LoRA, Optimizer, PlanRequest, Precision, Privacy
 from cloister.wire.sources import Dataset
 
 __all__ = ["AsyncCloister", "Cloister"]
@@ -85,6 +87,10 @@ class Cloister:
         target: str,
         features: Sequence[str] | None = None,
         layers: Sequence[Layer] | None = None,
+        network: ImportedNetwork | None = None,
+        freeze: Sequence[str] = (),
+        lora: LoRA | None = None,
+        loss: Loss | None = None,
         privacy: Privacy | None = None,
         batch_size: int | None = None,
         epochs: float | None = None,
@@ -92,11 +98,28 @@ class Cloister:
         rows_per_unit: int | None = None,
         precision: Precision | None = None,
     ) -> Plan:
-        """What a run would cost; free. `dataset`: itself, its id or its name. What is left out is filled by a public recipe."""
+        """What a run would cost; free. `dataset`: itself, its id or its name. What is left out is filled by a public recipe.
+
+        `layers` describe a network; `network` is an imported one (`cloister_privacy.architecture.from_torch` and its like),
+        whose weights are uploaded and started from. `freeze` names layers that keep theirs, `*` standing for anything ("conv*");
+        with `lora` the linear layers among them are trained through adapters.
+        """
+        layers, weights = network_of(layers, network, freeze)
         request = _plan_request(
-            dataset, target, features, layers, privacy, batch_size, epochs, optimizer, rows_per_unit, precision
+            dataset,
+            target,
+            features,
+            layers,
+            loss=loss,
+            lora=lora,
+            privacy=privacy,
+            batch_size=batch_size,
+            epochs=epochs,
+            optimizer=optimizer,
+            rows_per_unit=rows_per_unit,
+            precision=precision,
         )
-        return self._sender.run(self._operations.plan(request, dataset))
+        return self._sender.run(self._operations.plan(request, dataset, weights=weights))
 
     def train(self, plan: Plan, *, model: str, require_revision: bool = False) -> Job:
         """Reserve the plan's whole cost and queue the run. Raises BudgetExceeded, or RevisionMoved where it is required."""
@@ -152,6 +175,10 @@ class AsyncCloister:
         target: str,
         features: Sequence[str] | None = None,
         layers: Sequence[Layer] | None = None,
+        network: ImportedNetwork | None = None,
+        freeze: Sequence[str] = (),
+        lora: LoRA | None = None,
+        loss: Loss | None = None,
         privacy: Privacy | None = None,
         batch_size: int | None = None,
         epochs: float | None = None,
@@ -160,10 +187,22 @@ class AsyncCloister:
         precision: Precision | None = None,
     ) -> Plan:
         """As `Cloister.plan`."""
+        layers, weights = network_of(layers, network, freeze)
         request = _plan_request(
-            dataset, target, features, layers, privacy, batch_size, epochs, optimizer, rows_per_unit, precision
+            dataset,
+            target,
+            features,
+            layers,
+            loss=loss,
+            lora=lora,
+            privacy=privacy,
+            batch_size=batch_size,
+            epochs=epochs,
+            optimizer=optimizer,
+            rows_per_unit=rows_per_unit,
+            precision=precision,
         )
-        return await self._sender.run(self._operations.plan(request, dataset))
+        return await self._sender.run(self._operations.plan(request, dataset, weights=weights))
 
     async def train(self, plan: Plan, *, model: str, require_revision: bool = False) -> AsyncJob:
         """As `Cloister.train`."""
@@ -189,12 +228,7 @@ def _plan_request(
     target: str,
     features: Sequence[str] | None,
     layers: Sequence[Layer] | None,
-    privacy: Privacy | None,
-    batch_size: int | None,
-    epochs: float | None,
-    optimizer: Optimizer | None,
-    rows_per_unit: int | None,
-    precision: Precision | None,
+    **fields: Any,
 ) -> PlanRequest:
     if isinstance(features, str):
         raise InvalidArgument(f"features is a sequence of names; give [{features!r}]")
@@ -204,12 +238,7 @@ def _plan_request(
         target=target,
         features=None if features is None else tuple(features),
         layers=None if layers is None else tuple(layers),
-        privacy=privacy,
-        batch_size=batch_size,
-        epochs=epochs,
-        optimizer=optimizer,
-        rows_per_unit=rows_per_unit,
-        precision=precision,
+        **fields,
     )
 
 

@@ -24,6 +24,7 @@ from cloister.wire.jobs import FINAL, Job, Model, ModelSchema, ModelVersion, Pag
 from cloister.wire.plans import PlanRequest
 from cloister.wire.rows import encode_rows
 from cloister.wire.sources import CreateDataset, CreateSource, Dataset, Source
+from cloister.wire.weights import WEIGHTS_TYPE, Weights
 
 __all__ = ["Operations", "id_or_blank"]
 
@@ -81,9 +82,17 @@ class Operations:
         found = yield from self._id("datasets", dataset, Dataset)
         yield from self._ask("DELETE", f"/v1/datasets/{found}")
 
-    def plan(self, body: PlanRequest, dataset: Dataset | str) -> Operation[Plan]:
-        body = body.model_copy(update={"dataset": (yield from self._id("datasets", dataset, Dataset))})
+    def plan(self, body: PlanRequest, dataset: Dataset | str, *, weights: bytes | None) -> Operation[Plan]:
+        """Quote a run; weights to start from are uploaded first."""
+        found = yield from self._id("datasets", dataset, Dataset)
+        body = body.model_copy(update={"dataset": found})
+        if weights is not None:
+            body = body.model_copy(update={"initial": (yield from self._upload_weights(weights)).id})
         return _told(Plan, (yield from self._ask("POST", "/v1/plans", body)))
+
+    def _upload_weights(self, content: bytes) -> Operation[Weights]:
+        ask = Ask("POST", "/v1/weights", content=content, headers={"Content-Type": WEIGHTS_TYPE})
+        return _told(Weights, (yield from asked(ask, max_retries=self._max_retries)))
 
     def start(self, body: StartJob) -> Operation[Job]:
         return _told(Job, (yield from self._ask("POST", "/v1/jobs", body)))

@@ -14,7 +14,7 @@ from cloister_server.errors import Invalid, NotFound, ServerError
 from cloister_server.principal import Principal
 from cloister_server.store import queries
 from cloister_server.store.queries import ANY, VERBS
-from cloister_server.store.tables import App, Dataset, Grant, Job, Model, Source, Table, Tenant, new_id
+from cloister_server.store.tables import App, Dataset, Grant, Job, Model, Source, Table, Tenant, Weights, new_id
 
 __all__ = [
     "ROLES",
@@ -36,7 +36,7 @@ Role = Literal["steward", "trainer", "predictor", "none"]
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "steward": tuple(VERBS),
-    "trainer": ("dataset.read", "dataset.train"),
+    "trainer": ("dataset.read", "dataset.train", "weights.create"),
     "predictor": ("model.read", "model.predict"),
     "none": (),
 }
@@ -47,6 +47,7 @@ _CREATOR: Mapping[type[Table], tuple[str, ...]] = {
     Dataset: ("dataset.read", "dataset.upload", "dataset.train"),
     Job: ("job.read", "job.cancel"),
     Model: ("model.read", "model.predict", "model.publish"),
+    Weights: ("weights.use",),
 }
 
 
@@ -63,7 +64,7 @@ class NoSuch(NotFound):
         )
 
 
-def grant_to_creator(session: Session, principal: Principal, row: Source | Dataset | Job | Model) -> None:
+def grant_to_creator(session: Session, principal: Principal, row: Source | Dataset | Job | Model | Weights) -> None:
     """What whoever makes a resource may do to it, as grants like all others; a source's go to its owner."""
     holder_id = row.owner_id if isinstance(row, Source) else principal.id
     for verb in _CREATOR[type(row)]:

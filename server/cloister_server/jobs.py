@@ -6,7 +6,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cloister.wire import jobs as wire
-from cloister_server import audit, budgets, grants, plans, policy, vault
+from cloister_server import audit, budgets, grants, plans, policy, vault, weights
 from cloister_server.errors import Conflict, Forbidden, RevisionMoved
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -35,6 +35,8 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     dataset = authorized.resource
     source = session.get_one(Source, (dataset.tenant_id, dataset.source_id))
     plan = plans.check_spec(dataset, source, spec)
+    start = weights.usable(session, principal, spec.initial.id if spec.initial else None, dataset=dataset)
+    weights.require_start(session, service, spec.architecture, spec.lora, row=start, named=spec.initial)
     if dataset.status != "ready":
         raise Conflict("the dataset is not ready; complete its upload, then train", code="dataset_not_ready")
     budgets.lock(session, source)

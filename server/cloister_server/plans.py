@@ -6,21 +6,23 @@ import math
 
 from sqlalchemy.orm import Session
 
-from cloister.wire.plans import Guarantee, Plan, PlanRequest, TrainingSpec
+from cloister.wire.plans import Guarantee, Initial, Plan, PlanRequest, TrainingSpec
 from cloister_privacy.errors import PlanImpossible
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.recipes import require_fit, resolve
-from cloister_server import budgets, datasets, policy
+from cloister_server import budgets, datasets, policy, weights
 from cloister_server.principal import Principal
+from cloister_server.service import Service
 from cloister_server.store.tables import Dataset, Source
 
 __all__ = ["check_spec", "make"]
 
 
-def make(session: Session, principal: Principal, body: PlanRequest) -> Plan:
+def make(session: Session, principal: Principal, service: Service, body: PlanRequest) -> Plan:
     """Fill the request's blanks by the public recipe and quote the event that training it would be charged."""
     dataset = policy.find(session, principal, "dataset.train", Dataset, body.dataset).resource
     source = session.get_one(Source, (dataset.tenant_id, dataset.source_id))
+    start = weights.usable(session, principal, body.initial, dataset=dataset)
     spec = resolve(
         body,
         columns=datasets.schema_of(dataset),
@@ -29,8 +31,10 @@ def make(session: Session, principal: Principal, body: PlanRequest) -> Plan:
         delta=source.delta,
         unit=source.unit,
         guarantee=_guarantee(source),
+        initial=Initial(id=start.id, digest=start.digest) if start is not None else None,
     )
     plan = check_spec(dataset, source, spec)
+    weights.require_start(session, service, spec.architecture, spec.lora, row=start, named=spec.initial)
     event = plan.event()
     return Plan(
         training=spec,

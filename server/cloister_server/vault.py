@@ -54,7 +54,7 @@ SYSTEM_KEY_ID = "system"
 _AT_ONCE = 500
 """Ids in one statement: databases bound the parameters of one."""
 
-Kind = Literal["part", "manifest", "spec", "checkpoint", "weights"]
+Kind = Literal["part", "manifest", "spec", "checkpoint", "weights", "initial"]
 Purpose = Literal["token", "certificate", "pepper"]
 
 

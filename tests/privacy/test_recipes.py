@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cloister.wire.columns import CategoryColumn, Column, NumberColumn, TensorColumn, TextColumn
+from cloister.wire.columns import CategoryColumn, Column, NumberColumn, TensorColumn, TextColumn, UnitColumn
 from cloister.wire.layers import Encode, Flatten, Linear, ReLU, Tanh
 from cloister.wire.plans import SGD, Adam, Guarantee, PlanRequest, Privacy, TrainingSpec
 from cloister_privacy import DPPlan
@@ -19,6 +19,7 @@ COLUMNS: dict[str, Column] = {
     "age": NumberColumn(low=0, high=120),
     "note": TextColumn(max_length=10),
     "label": CategoryColumn(values=tuple("abcdefghij")),
+    "who": UnitColumn(),
 }
 
 
@@ -33,16 +34,14 @@ def resolved(nominal_size: int = 60000, *, unit: str = "row", **fields: Any) -> 
     )  # fmt: skip
 
 
-def test_with_nothing_given_all_readable_columns_meet_one_hidden_layer_at_a_default_epsilon() -> None:
+def test_with_nothing_given_every_column_is_read_by_fixed_features_at_a_default_epsilon() -> None:
     spec = resolved()
-    assert list(spec.architecture.inputs) == ["image", "age"]
-    assert spec.architecture.layers == (
-        Encode(),
-        Linear(in_features=785, out_features=128),
-        Tanh(),
-        Linear(in_features=128, out_features=10),
-    )
+    assert list(spec.architecture.inputs) == ["image", "age", "note"]
+    types = [layer.type for layer in spec.architecture.layers]
+    image, text, table = ["rescale", "scattering", "flatten", "linear"], ["hashed_text", "linear"], ["encode", "linear"]
+    assert types == [*image, *text, *table, "add"]
     assert spec.architecture.loss == "cross_entropy"
+    assert spec.batch_size == 60000
     assert isinstance(spec.optimizer, SGD)
     assert spec.delta == 1e-6
     assert 2.999 < DPPlan.of(spec).epsilon() <= 3.0
@@ -82,10 +81,31 @@ def test_a_target_epsilon_is_met_from_below(epsilon: float) -> None:
     assert epsilon * 0.999 < DPPlan.of(resolved(privacy=Privacy(epsilon=epsilon))).epsilon() <= epsilon
 
 
+def test_networks_of_people_s_own_are_trained_in_batches_that_grow_with_the_root_of_the_rows() -> None:
+    spec = resolved(features=("age",), layers=(Encode(), Linear(in_features=1, out_features=10)))
+    assert (spec.batch_size, spec.steps) == (2939, 409)
+
+
+def test_layers_that_name_columns_are_given_those_alone() -> None:
+    head = Linear(in_features=2, out_features=10)
+    spec = resolved(layers=(Encode(reads=("age",), bins=1), head.model_copy(update={"in_features": 2})))
+    assert list(spec.architecture.inputs) == ["age"]
+
+
+@pytest.mark.parametrize("batch_size", [None, 600, 59_999])
+def test_the_steps_on_fixed_features_do_not_depend_on_the_batch(batch_size: int | None) -> None:
+    assert resolved(features=("age",), batch_size=batch_size).steps == resolved(features=("age",)).steps
+
+
 def test_a_number_is_learnt_by_squared_error() -> None:
     spec = resolved(target="age")
     assert spec.architecture.loss == "mean_squared_error"
-    assert spec.architecture.layers[-1] == Linear(in_features=128, out_features=1)
+    assert resolved(target="age", features=("label",)).architecture.layers == (
+        Encode(),
+        Linear(in_features=10, out_features=128),
+        Tanh(),
+        Linear(in_features=128, out_features=1),
+    )
 
 
 @pytest.mark.parametrize("nominal_size", [1, 2, 63, 64, 65, 1000, 10**9])
@@ -104,7 +124,7 @@ def test_every_nominal_size_has_a_batch_that_fits(nominal_size: int) -> None:
         ({"target": "colour"}, ArchitectureRefused, "'colour' is not a column"),
         ({"target": "image"}, ArchitectureRefused, "predict a category or a number"),
         ({"target": "note"}, ArchitectureRefused, "predict a category or a number"),
-        ({"features": ("note",)}, ArchitectureRefused, "of type text"),
+        ({"features": ("who",)}, ArchitectureRefused, "of type unit"),
         ({"features": ("colour",)}, ArchitectureRefused, "not a column"),
         ({"features": ("age", "age")}, ArchitectureRefused, "only once"),
         ({"features": ()}, ArchitectureRefused, "at least one column"),

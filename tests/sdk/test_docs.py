@@ -113,7 +113,7 @@ def test_the_roles_and_verbs_of_the_page_are_the_server_s() -> None:
     assert told.keys() == ROLES.keys() and (told.pop("steward"), told["none"]) == ("every verb", "no verb")
     for role, verbs in told.items():
         assert set(re.findall(r"`([\w.]+)`", verbs)) == set(ROLES[role])
-    assert set(re.findall(r"`((?:source|dataset|model|job)\.\w+)`", PAGE)) <= set(VERBS)
+    assert set(re.findall(r"`((?:source|dataset|model|job|weights)\.\w+)`", PAGE)) <= set(VERBS)
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.queries import ANY, OPERATOR_VERBS, VERBS, visible_to
 from cloister_server.store.session import reading, writing
-from cloister_server.store.tables import AuditRow, Dataset, Grant, Job, Model, Source, Tenant, new_id, now
+from cloister_server.store.tables import AuditRow, Dataset, Grant, Job, Model, Source, Tenant, Weights, new_id, now
 
 HERE, THERE = "tn_" + "1" * 32, "tn_" + "2" * 32
 WHO = Principal(HERE, "ap_" + "1" * 32, "app", "request-of-a-test")
@@ -35,6 +35,8 @@ def resource(table: type[Any], tenant_id: str = HERE, name: str = "thing") -> An
             tenant_id=tenant_id, id=new_id("src"), name=name, unit="row", adjacency="add_remove", epsilon=1.0,
             delta=1e-6, public=False, owner_id=WHO.id,
         )  # fmt: skip
+    if table is Weights:
+        return Weights(tenant_id=tenant_id, id=new_id("wts"), object_id="o", digest="0" * 64)
     if table is Model:
         return Model(tenant_id=tenant_id, id=new_id("mdl"), name=name, champion=0)
     source = resource(Source, tenant_id, f"of-{name}")

@@ -32,6 +32,10 @@ def module_of(node: Node, reads: list[Value], columns: Mapping[str, InputColumn]
             )
         case wire.HashedText():
             return frontends.HashedText(layer.features)
+        case wire.CosineFeatures():
+            return frontends.CosineFeatures(layer.in_features, layer.features, scale=layer.scale, seed=layer.seed)
+        case wire.Linear():
+            module = _linear(layer, is_sparse=reads[0].is_sparse)
         case _:
             module = _MODULES[type(layer)](layer)
     if getattr(layer, "frozen", False):
@@ -39,8 +43,9 @@ def module_of(node: Node, reads: list[Value], columns: Mapping[str, InputColumn]
     return module
 
 
-def _linear(layer: wire.Linear) -> nn.Module:
-    module = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias)
+def _linear(layer: wire.Linear, *, is_sparse: bool) -> nn.Module:
+    kind = frontends.SparseLinear if is_sparse else nn.Linear
+    module = kind(layer.in_features, layer.out_features, bias=layer.bias)
     if layer.init == "zeros":
         for parameter in module.parameters():
             nn.init.zeros_(parameter)
@@ -82,7 +87,6 @@ _MODULES: Mapping[type[Any], Callable[[Any], nn.Module]] = {
     wire.Flatten: lambda layer: nn.Flatten(),
     wire.Reshape: lambda layer: _Reshape(layer.shape),
     wire.Permute: lambda layer: _Permute(layer.dims),
-    wire.Linear: _linear,
     wire.Conv1d: _convolution,
     wire.Conv2d: _convolution,
     wire.MaxPool: _max_pool,
@@ -122,8 +126,9 @@ class _Encode(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         parts = [self._encoded(each, column) for each, column in zip(values, self._columns, strict=True)]
-        joined = torch.cat(parts, dim=1)
-        return functional.normalize(joined, dim=1) if self._normalized else joined
+        if self._normalized:
+            parts = [functional.normalize(part, dim=1) / len(parts) ** 0.5 for part in parts]
+        return torch.cat(parts, dim=1)
 
     def _encoded(self, values: Tensor, column: InputColumn) -> Tensor:
         if isinstance(column, CategoryColumn):

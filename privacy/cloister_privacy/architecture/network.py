@@ -18,14 +18,15 @@ from torch.nn import functional
 from cloister.wire import architecture as wire
 from cloister.wire import layers
 from cloister.wire.columns import NumberColumn
+from cloister_privacy.architecture.frontends import TOKENS
 from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.inputs import validate_inputs
 from cloister_privacy.architecture.modules import module_of
-from cloister_privacy.architecture.shapes import column_value, measure
+from cloister_privacy.architecture.shapes import Value, column_value, measure
 from cloister_privacy.architecture.values import values_of
 from cloister_privacy.errors import InputRefused
 
-__all__ = ["Network", "build"]
+__all__ = ["Network", "build", "digest"]
 
 _HUBER = 0.1
 """Up to this share of the target's range an error counts by its square."""
@@ -33,7 +34,7 @@ _HUBER = 0.1
 _ROWS_AT_ONCE = 1024
 """Of a prediction: the layers of more would take memory for nothing."""
 
-_COSTLY = (layers.Scattering, layers.LogMel, layers.HashedText)
+_COSTLY = (layers.Scattering, layers.LogMel, layers.HashedText, layers.CosineFeatures)
 """Fixed layers that cost more than to read what they gave."""
 
 
@@ -42,8 +43,18 @@ def build(architecture: wire.Architecture) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(secrets.randbits(63))
         network = Network(architecture)
-    network.initial_digest = hashlib.sha256(safetensors.torch.save(network.state_dict())).hexdigest()
+    network.initial_digest = digest(network.state_dict())
     return network
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights as safetensors, their names sorted."""
+    return hashlib.sha256(safetensors.torch.save(dict(sorted(weights.items())))).hexdigest()
+
+
+def _numbers(value: Value) -> int:
+    """How many numbers of memory it takes for one example."""
+    return 2 * TOKENS if value.is_sparse else math.prod(value.shape)
 
 
 class Network(nn.Module):
@@ -57,7 +68,7 @@ class Network(nn.Module):
         super().__init__()
         self.architecture = architecture
         self._nodes = [each.node for each in measured]
-        self._shapes = {each.node.key: each.gives.shape for each in measured}
+        self._numbers = {each.node.key: _numbers(each.gives) for each in measured}
         known = {name: column_value(column) for name, column in architecture.inputs.items()}
         known |= {each.node.key: each.gives for each in measured}
         self.layers = nn.ModuleList(
@@ -106,7 +117,7 @@ class Network(nn.Module):
     @property
     def stem_numbers(self) -> int:
         """How many numbers the stem gives of one example to the layers after it; 0 without a stem."""
-        return sum(math.prod(self._shapes[name]) for name in self._after_stem if name in self._stem)
+        return sum(self._numbers[name] for name in self._after_stem if name in self._stem)
 
     @torch.no_grad()
     def stem(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

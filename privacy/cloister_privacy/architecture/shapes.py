@@ -32,6 +32,8 @@ class Value:
     shape: Shape
     indices: int = 0
     """Where it holds indices: how many there are. 0 where it holds numbers."""
+    is_sparse: bool = False
+    """Whether it is told by the places and values of the few numbers that are not 0."""
     audio_rate: int = 0
     """Where it is a recording: its samples a second."""
 
@@ -127,6 +129,8 @@ def _through(node: Node, reads: list[Value], columns: Mapping[str, InputColumn])
         return _of_indices(node, layer, first)
     if first.indices:
         raise _refused(node, "numbers", "indices", "read them by an embedding, or encode")
+    if any(each.is_sparse for each in reads) and not isinstance(layer, wire.Linear):
+        raise _refused(node, "numbers", "hashed text", "read it by a linear layer first")
     shape, parameters = _SHAPES[type(layer)](node, layer, reads)
     return Value(shape), parameters
 
@@ -151,7 +155,7 @@ def _of_indices(node: Node, layer: wire.Embedding | wire.HashedText, value: Valu
     if isinstance(layer, wire.HashedText):
         if value.indices != 257 or len(value.shape) != 1:
             raise _refused(node, "a text", "something else", "let it read a column of text")
-        return Value((layer.features,)), 0
+        return Value((layer.features,), is_sparse=True), 0
     if layer.num_embeddings < value.indices:
         raise ArchitectureRefused(
             f"{node.where} has num_embeddings {layer.num_embeddings} and reads {value.indices} indices; set "
@@ -340,6 +344,14 @@ def _scattering(node: Node, layer: wire.Scattering, reads: list[Value]) -> tuple
     return (channels * each, *(-(-size // 2**layer.scales) for size in shape[-2:])), 0
 
 
+def _cosine(node: Node, layer: wire.CosineFeatures, reads: list[Value]) -> tuple[Shape, int]:
+    _require_rank(node, reads[0].shape, 1, "a vector", "put flatten before it")
+    _require_width(node, reads[0].shape[0], "in_features", layer.in_features)
+    if layer.in_features * layer.features > PARAMETER_LIMIT:
+        raise ArchitectureRefused(f"{node.where} has over {PARAMETER_LIMIT} numbers in its waves; take fewer features")
+    return (layer.features,), 0
+
+
 def _log_mel(node: Node, layer: wire.LogMel, reads: list[Value]) -> tuple[Shape, int]:
     if not reads[0].audio_rate:
         raise _refused(node, "a recording", "something else", "let it read a column of audio")
@@ -385,6 +397,7 @@ _SHAPES: Mapping[type[Any], Callable[[Node, Any, list[Value]], tuple[Shape, int]
     wire.Concatenate: _concatenate,
     wire.Scattering: _scattering,
     wire.LogMel: _log_mel,
+    wire.CosineFeatures: _cosine,
 }
 
 

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, assert_never
 
-from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import (
     AudioColumn,
@@ -21,10 +20,10 @@ from cloister.wire.layers import Layer
 from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.shapes import Measured, measure
 
-__all__ = ["FRONT_ENDS", "column_words", "options", "parameter_words", "state", "summary"]
+__all__ = ["column_words", "options", "parameter_words", "state", "summary"]
 
-FRONT_ENDS = (wire.Encode, wire.Rescale, wire.Scattering, wire.LogMel, wire.HashedText)
-"""Layers that say by declared numbers alone how a column enters the network."""
+_FRONT_ENDS = frozenset({"encode", "rescale", "scattering", "log_mel", "hashed_text", "cosine_features"})
+"""Layers that make features by declared numbers alone."""
 
 _WIDTH = 120
 _BETWEEN = 2
@@ -84,7 +83,7 @@ def state(measured: Measured) -> str:
     """`trained`, `frozen`, `fixed`, or nothing of a layer that has nothing to train."""
     if measured.parameters:
         return "frozen" if getattr(measured.node.layer, "frozen", False) else "trained"
-    return "fixed" if isinstance(measured.node.layer, FRONT_ENDS) else ""
+    return "fixed" if measured.node.layer.type in _FRONT_ENDS else ""
 
 
 def parameter_words(measured: Sequence[Measured]) -> str:
@@ -170,8 +169,7 @@ def _lines(rows: Sequence[tuple[str, ...]], is_right: Sequence[int] = ()) -> lis
     lines = []
     for row in rows:
         cells = [
-            textwrap.wrap(cell, width, break_on_hyphens=False) or [""]
-            for cell, width in zip(row, widths, strict=True)
+            textwrap.wrap(cell, width, break_on_hyphens=False) or [""] for cell, width in zip(row, widths, strict=True)
         ]
         for at in range(max(map(len, cells))):
             parts = [cell[at] if at < len(cell) else "" for cell in cells]

@@ -61,7 +61,7 @@ def _like(network: Network, spec: TrainingSpec) -> dict[str, Tensor]:
     like = {f"weights.{name}": weight for name, weight in network.state_dict().items()}
     if spec.optimizer.averaging is not None:
         like |= {f"average.{name}": weight for name, weight in network.state_dict().items()}
-    for index, parameter in enumerate(network.parameters()):
+    for index, parameter in enumerate(each for each in network.parameters() if each.requires_grad):
         if not isinstance(spec.optimizer, SGD):
             like[f"optimizer.{index}.step"] = torch.zeros(())
             like[f"optimizer.{index}.exp_avg"] = parameter

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cloister.wire.plans import TrainingSpec
-from cloister_privacy.architecture.network import Network, build
 from cloister_privacy.architecture.weights import to_bytes
 from cloister_privacy.errors import TrainingDiverged, TrainingError
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training import checkpoint
 from cloister_privacy.training.examples import Batch, Examples, keeps_stem, synthetic
 from cloister_privacy.training.sampler import PoissonSampler, UserSampler, sampler_of
+from cloister_privacy.training.start import adapted, network_of, plain
 from cloister_privacy.training.steps import GUARD_EXAMPLES, PrivateSteps
 from cloister_privacy.training.updates import Updates
 
@@ -39,6 +39,7 @@ def train(
     chunk_steps: int,
     before_chunk: Callable[[int, int], None],
     after_chunk: Callable[[int, Callable[[], bytes]], bool],
+    initial: bytes | None = None,
     resume: bytes | None = None,
     units: Callable[[], NDArray[np.integer[Any]]] | None = None,
 ) -> bytes | None:
@@ -46,7 +47,8 @@ def train(
 
     `before_chunk(first, end)` runs before any row is read for the steps [first, end): charge them there. `after_chunk(done,
     snapshot)` runs after the noise of step `done`; `snapshot()` gives the checkpoint that `resume` takes, and answering False
-    stops the run. Sampling and noise are fresh in every call, so a resumed step is a new event. Where the plan's unit is a user,
+    stops the run. `initial` are the weights that `spec.initial` names, as safetensors. Sampling and noise are fresh in every
+    call, so a resumed step is a new event. Where the plan's unit is a user,
     `units()` tells whose each row is: [rows], one number for each user; it is called when the rows are first read.
 
     Raises ArchitectureRefused, CheckpointRefused, RowsDoNotFit, TrainingDiverged, or what the callbacks raise.
@@ -59,7 +61,9 @@ def train(
         raise TrainingError("chunk_steps must be at least 1")
     if (plan.unit == "user") != (units is not None):
         raise TrainingError("a plan by user needs `units`, which tell whose each row is, and a plan by row takes none")
-    run = _Run(spec, plan, device=device)
+    if (spec.initial is None) != (initial is None):
+        raise TrainingError("a spec that starts from given weights needs them, and one that does not takes none")
+    run = _Run(spec, plan, initial=initial, device=device)
     done = run.resume(resume) if resume is not None else 0
     examples: Examples | None = None
     sampler: PoissonSampler | UserSampler | None = None
@@ -72,14 +76,15 @@ def train(
         done = end
         if not after_chunk(done, partial(run.snapshot, done)):
             return None
-    return to_bytes(run.updates.model)
+    return to_bytes(plain(run.updates.model) if spec.lora is not None else run.updates.model)
 
 
 class _Run:
     """Network, steps and updates of one attempt."""
 
-    def __init__(self, spec: TrainingSpec, plan: DPPlan, *, device: str) -> None:
-        self.network: Network = build(spec.architecture).to(device)
+    def __init__(self, spec: TrainingSpec, plan: DPPlan, *, device: str, initial: bytes | None = None) -> None:
+        network = network_of(spec.architecture, initial)
+        self.network = (network if spec.lora is None else adapted(network, spec.lora)).to(device)
         self.updates = Updates(self.network, spec)
         self._spec, self._plan = spec, plan
         tried, targets = synthetic(spec.architecture, GUARD_EXAMPLES, device=device)

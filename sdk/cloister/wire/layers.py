@@ -23,6 +23,7 @@ __all__ = [
     "Concatenate",
     "Conv1d",
     "Conv2d",
+    "CosineFeatures",
     "Dropout",
     "Embedding",
     "Encode",
@@ -83,7 +84,7 @@ class Encode(_Layer):
     """Where it is not 0, a number is told by so many soft bins over its declared range and as many over the range in
     logarithms, for long tails; each number lies between two."""
     normalized: bool = False
-    """The vector is scaled to length 1, each example by itself."""
+    """Every column has the same share in a vector of length 1, each example by itself."""
 
 
 class Rescale(_Layer):
@@ -402,10 +403,23 @@ class LogMel(_Layer):
 
 
 class HashedText(_Layer):
-    """Fixed features of a text: its words and pairs of words, hashed into `features` places and scaled to length 1."""
+    """Fixed features of a text: its words, pairs of words and runs of 3 to 5 letters, hashed into `features` places, scaled to length
+    1. Few of them are not 0, and a linear layer is all that reads them."""
 
     type: Literal["hashed_text"] = "hashed_text"
-    features: Annotated[int, Field(ge=16, le=2**17)] = 2**13
+    features: Annotated[int, Field(ge=16, le=2**20)] = 2**16
+
+
+class CosineFeatures(_Layer):
+    """Fixed waves of a vector, `features` of them: inner products of what it gives are exp(-|x - y|^2 / (2 scale^2)) of its
+    inputs, about (random Fourier features, Rahimi and Recht, 2007). So a linear layer after it sees how inputs go together."""
+
+    type: Literal["cosine_features"] = "cosine_features"
+    in_features: _Width
+    features: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)] = 2048
+    scale: Annotated[float, Field(gt=0, le=1e6)] = 0.5
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the waves, which are drawn from a Gaussian: public, as they are fixed."""
 
 
 Layer = Annotated[
@@ -444,6 +458,7 @@ Layer = Annotated[
     | Concatenate
     | Scattering
     | LogMel
-    | HashedText,
+    | HashedText
+    | CosineFeatures,
     Field(discriminator="type"),
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probability, Request, Response
-from cloister.wire.architecture import Architecture
+from cloister.wire.architecture import Architecture, Loss
 from cloister.wire.layers import Layer
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "Clipping",
     "Event",
     "Guarantee",
+    "Initial",
+    "LoRA",
     "Optimizer",
     "Plan",
     "PlanRequest",
@@ -115,6 +117,21 @@ class AdamW(_Updates):
 Optimizer = Annotated[SGD | Adam | AdamW, Field(discriminator="type")]
 
 
+class LoRA(Request):
+    """Frozen linear layers, those of attention too, are trained through low-rank adapters, which are folded in at the end (Hu et al.,
+    ICLR 2022): W + alpha / rank B A. Without alpha the factor is 1."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    alpha: PositiveFloat | None = None
+
+
+class Initial(Request):
+    """Uploaded weights that training starts from. What they were trained on before is outside of what is promised."""
+
+    id: Identifier
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class PlanRequest(Request):
     """Ask what a run would cost. What is left out is filled by the public recipe."""
 
@@ -123,11 +140,16 @@ class PlanRequest(Request):
     features: tuple[Name, ...] | None = None
     """Columns that the network reads; by default all that it can but the target."""
     layers: tuple[Layer, ...] | None = None
+    loss: Loss | None = None
+    """By default cross-entropy for a category, the squared error for a number."""
     privacy: Privacy | None = None
     batch_size: Count | None = None
     """The expected number of units in a step: q = batch_size / nominal_size."""
     rows_per_unit: RowsPerUnit | None = None
     """The most rows of one drawn user that a step reads, each clipped to clip / rows_per_unit; 1 where a row is the unit."""
+    initial: Identifier | None = None
+    """Uploaded weights to start from; of `layers`, by their places."""
+    lora: LoRA | None = None
     epochs: PositiveFloat | None = None
     """Steps = ceil(epochs * nominal_size / batch_size)."""
     optimizer: Optimizer | None = None
@@ -161,6 +183,8 @@ class TrainingSpec(Request):
     """The source's, when this was planned: steps get so many slots that overflowing them is negligible beside it, too."""
     optimizer: Optimizer
     precision: Precision = "float32"
+    initial: Initial | None = None
+    lora: LoRA | None = None
 
 
 class Event(Response):

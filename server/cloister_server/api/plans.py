@@ -15,4 +15,4 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
 
 @router.post("")
 def make_plan(body: PlanRequest, call: ReadCall) -> Plan:
-    return call.read(lambda session: plans.make(session, call.principal, body))
+    return call.read(lambda session: plans.make(session, call.principal, call.service, body))

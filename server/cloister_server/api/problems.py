@@ -22,6 +22,7 @@ from cloister_privacy.errors import (
     AccountingError,
     ArchitectureRefused,
     BatchLargerThanNominal,
+    InitialRefused,
     InputRefused,
     PlanImpossible,
     PrivacyError,
@@ -50,6 +51,7 @@ _PRIVACY_CODES: Mapping[type[PrivacyError], str] = {
     AccountingError: "plan_impossible",
     UnitNotSupported: "unit_not_supported",
     ArchitectureRefused: "invalid_request",
+    InitialRefused: "weights_refused",
     InputRefused: "invalid_request",
 }
 """What the privacy library refuses because of the request. All else that it raises (a seal, a key) is our own fault."""

@@ -21,6 +21,7 @@ from cloister_server.store.tables import (
     Source,
     Table,
     Tenant,
+    Weights,
     now,
 )
 
@@ -62,6 +63,8 @@ VERBS: Mapping[str, type[Table]] = {
     "model.read": Model,
     "model.predict": Model,
     "model.publish": Model,
+    "weights.create": Tenant,
+    "weights.use": Weights,
 }
 """Every verb that a grant may name, and the table of the resource that it is decided on."""
 

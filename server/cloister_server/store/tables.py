@@ -39,6 +39,7 @@ __all__ = [
     "Table",
     "Tenant",
     "TenantKey",
+    "Weights",
     "new_id",
     "now",
 ]
@@ -294,6 +295,18 @@ class ModelVersion(Table):
     job_id: Mapped[str] = _id(primary=False)
     weights_id: Mapped[str] = _id(primary=False)
     certificate: Mapped[dict[str, Any]]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Weights(Table):
+    """Uploaded weights to start training from: a sealed object and its digest."""
+
+    __tablename__ = "weights"
+    __table_args__ = (Index("ix_weights_id", "id"),)
+    tenant_id: Mapped[str] = _id()
+    id: Mapped[str] = _id()
+    object_id: Mapped[str] = _id(primary=False)
+    digest: Mapped[str] = mapped_column(String(64))
     created: Mapped[datetime] = mapped_column(default=now)
 
 

@@ -19,7 +19,7 @@ from cloister.wire.plans import TrainingSpec
 from cloister_server import budgets, datasets, models, processes, vault
 from cloister_server.service import Service
 from cloister_server.store.session import writing
-from cloister_server.store.tables import Attempt, Dataset, Job
+from cloister_server.store.tables import Attempt, Dataset, Job, Weights
 
 __all__ = ["GRACE_S", "abandon", "run_attempt"]
 
@@ -118,6 +118,16 @@ def _close(session: Session, job: Job, status: str, *, error_code: str | None = 
     log.info("job.over", extra={"job_id": job.id, "status": status, "charged": charged})
 
 
+def _initial_key(session: Session, service: Service, job: Job) -> dict[str, str] | None:
+    """The key of the weights that the job starts from, if it does; which ones lies sealed in its spec."""
+    sealed = vault.open_object(session, service.keys, service.blobs, tenant_id=job.tenant_id, object_id=job.spec_id)
+    named = TrainingSpec.model_validate_json(sealed).initial
+    if named is None:
+        return None
+    row = session.get_one(Weights, (job.tenant_id, named.id))
+    return vault.data_key(session, service.keys, tenant_id=job.tenant_id, object_id=row.object_id).to_message()
+
+
 def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | None:
     """Take the next fencing number and mint the keys that this attempt may use; the message for its child.
 
@@ -147,6 +157,7 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | No
             "attempt": job.attempt,
             "chunk_steps": chunk_steps,
             "spec": key(job.spec_id),
+            "initial": _initial_key(session, service, job),
             "parts": [key(part) for part in datasets.part_objects(session, service, dataset)],
             "resume": key(job.checkpoint_id) if job.checkpoint_id else None,
             "checkpoints": [fresh("checkpoint") for _ in range(checkpoints)],

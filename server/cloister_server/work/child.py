@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cloister.wire.columns import Column, UnitColumn
 from cloister.wire.plans import TrainingSpec
-from cloister.wire.rows import open_form
+from cloister.wire.rows import arrays_of, open_form
 from cloister_privacy.errors import TrainingDiverged
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.sealing import open_sealed, seal
@@ -85,6 +85,7 @@ class _Running:
         self._number: int = message["attempt"]
         self._chunk_steps: int = message["chunk_steps"]
         self._spec_key = self._key(message["spec"])
+        self._initial_key = self._key(message["initial"]) if message["initial"] else None
         self._part_keys = [self._key(part) for part in message["parts"]]
         self._resume_key = self._key(message["resume"]) if message["resume"] else None
         self._checkpoint_keys = [self._key(each) for each in message["checkpoints"]]
@@ -119,6 +120,7 @@ class _Running:
             chunk_steps=self._chunk_steps,
             before_chunk=self._open_chunk,
             after_chunk=after_chunk,
+            initial=self._open(self._initial_key) if self._initial_key else None,
             resume=self._open(self._resume_key) if self._resume_key else None,
         )
         if weights is None:
@@ -177,18 +179,19 @@ class _Rows(Mapping[str, "np.ndarray[Any, Any]"]):
         self, parts: Callable[[], Iterator[dict[str, np.ndarray[Any, Any]]]], columns: Mapping[str, Column]
     ) -> None:
         self._parts, self._columns = parts, columns
+        self._names = [name for name, _, _ in arrays_of(columns)]
         self._opened: dict[str, np.ndarray[Any, Any]] | None = None
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
-        if name not in self._columns:
+        if name not in self._names:
             raise KeyError(name)
         return self._arrays()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._columns)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._columns)
+        return len(self._names)
 
     def units(self) -> np.ndarray[Any, Any]:
         """Whose each row is, as one whole number per user: int64 [rows]."""

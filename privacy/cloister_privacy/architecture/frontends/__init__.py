@@ -8,6 +8,16 @@ from __future__ import annotations
 from cloister_privacy.architecture.frontends.audio import LogMel
 from cloister_privacy.architecture.frontends.scattering import Scattering
 from cloister_privacy.architecture.frontends.tables import hats
-from cloister_privacy.architecture.frontends.text import HashedText
+from cloister_privacy.architecture.frontends.text import TOKENS, HashedText, SparseLinear, places_and_values
+from cloister_privacy.architecture.frontends.waves import CosineFeatures
 
-__all__ = ["HashedText", "LogMel", "Scattering", "hats"]
+__all__ = [
+    "TOKENS",
+    "CosineFeatures",
+    "HashedText",
+    "LogMel",
+    "Scattering",
+    "SparseLinear",
+    "hats",
+    "places_and_values",
+]

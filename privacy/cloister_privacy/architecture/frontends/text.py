@@ -6,19 +6,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["HashedText"]
+__all__ = ["TOKENS", "HashedText", "SparseLinear", "places_and_values"]
+
+TOKENS = 256
+"""The most features of one text that are not 0; the others of a longer one are left out, in the order of their hashes."""
 
 _MOST_WORDS = 64
+_PAIR = _RUN = 0.5
+"""What a pair of words, or a run of letters, weighs beside a word."""
+
+_RUNS = (3, 4, 5)
 _BASE = 6364136223846793005  # odd, so that it has an inverse modulo 2^64 (Knuth's multiplier)
 _INVERSE = pow(_BASE, -1, 2**64)
 
 
 class HashedText(nn.Module):
-    """Tokens [n, length], 1 more than each byte and 0 past the end, to [n, features] of length 1.
+    """Tokens [n, length], 1 more than each byte and 0 past the end, to a sparse vector of length 1, as `places_and_values` reads it.
 
-    The first 64 words and all pairs of neighbours among them, lower-cased, are each hashed to a feature, which is the square root of
-    how often it was met. A word is a longest run of letters, digits, apostrophes and bytes above 127; any other byte that is
-    no blank is a word of its own. Hashes are polynomials in 64-bit arithmetic that wraps.
+    Features are the first 64 words, pairs of neighbours among them, and runs of 3, 4 and 5 bytes within words, all lower-cased. A
+    word is a longest run of letters, digits, apostrophes and bytes above 127; any other byte that is no blank is a word of its own. A
+    feature met c times has sqrt(c) of its weight. Hashes are polynomials in 64-bit arithmetic that wraps.
     """
 
     def __init__(self, features: int) -> None:
@@ -27,24 +34,48 @@ class HashedText(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         letters, is_letter, is_mark = _classes(tokens)
+        sums, powers = _prefix_sums(letters)
         starts, ends = _spans(is_letter, is_mark)
+        words = (sums.gather(1, ends) - sums.gather(1, starts)) * powers[starts]
         is_word = ends > starts
-        words = _hashes(letters, starts, ends)
-        pairs = _mixed(words[:, :-1]) * 3 + words[:, 1:]
-        hashed = torch.cat([_mixed(words), _mixed(pairs + 7919)], dim=1)
-        counts = torch.zeros(len(tokens), self._features, device=tokens.device)
-        there = torch.cat([is_word, is_word[:, 1:]], dim=1).to(counts.dtype)
-        counts.scatter_add_(1, hashed.remainder(self._features), there)
-        return functional.normalize(counts.sqrt(), dim=1)
+        parts = [(words, is_word, 1.0), (_mixed(words[:, :-1]) * 3 + words[:, 1:], is_word[:, 1:], _PAIR)]
+        parts += [(*_runs(sums, powers, is_letter, size), _RUN) for size in _RUNS]
+        hashes = torch.cat([_mixed(hashed + 7919 * kind) for kind, (hashed, _, _) in enumerate(parts)], dim=1)
+        weights = torch.cat([is_there * weight for _, is_there, weight in parts], dim=1)
+        places = torch.where(weights > 0, hashes.remainder(self._features), self._features)
+        return _merged(places, weights, self._features)
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + b, initialised as torch.nn.Linear is, of vectors as HashedText gives them: [n, 2, tokens] to [n, p]."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        like = nn.Linear(in_features, out_features, bias=bias)
+        self.weight, self.bias = like.weight, like.bias
+
+    def forward(self, sparse: Tensor) -> Tensor:
+        return self.apply_to(sparse, self.weight, self.bias)
+
+    @staticmethod
+    def apply_to(sparse: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        places, values = places_and_values(sparse)
+        outputs = (functional.embedding(places, weight.T) * values.unsqueeze(2)).sum(1)
+        return outputs if bias is None else outputs + bias
+
+
+def places_and_values(sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a sparse vector is not 0, int64 [n, tokens], and what it is there, float32. It crosses layers as one tensor, int32
+    [n, 2, tokens]: the places, and the values by their bits. No place comes twice, but with a value of 0."""
+    return sparse[:, 0].long(), sparse[:, 1].contiguous().view(torch.float32)
 
 
 def _classes(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Lower-cased bytes, which of them belong to words, and which stand alone; [n, length] each."""
     letters, is_there = tokens - 1, tokens > 0
     letters = torch.where((letters >= 65) & (letters <= 90), letters + 32, letters)
-    is_letter = (
-        ((letters >= 97) & (letters <= 122)) | ((letters >= 48) & (letters <= 57)) | (letters == 39) | (letters > 127)
-    )
+    is_plain = ((letters >= 97) & (letters <= 122)) | ((letters >= 48) & (letters <= 57))
+    is_letter = is_plain | (letters == ord("'")) | (letters > 127)
     return letters, is_letter & is_there, ~is_letter & (letters > 32) & is_there
 
 
@@ -65,11 +96,39 @@ def _spans(is_letter: Tensor, is_mark: Tensor) -> tuple[Tensor, Tensor]:
     return placed(opens, 0), placed(closes, 1)
 
 
-def _hashes(letters: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """The hash of each span, whatever its place: sums of letter * base^place up to its ends, less the power of its start."""
+def _prefix_sums(letters: Tensor) -> tuple[Tensor, Tensor]:
+    """The hash of the first k bytes, [n, length + 1], and the powers that make the hash of a span free of its place."""
     length = letters.shape[1]
-    sums = functional.pad(((letters + 1) * _powers(_BASE, length, letters.device)).cumsum(1), (1, 0))
-    return (sums.gather(1, ends) - sums.gather(1, starts)) * _powers(_INVERSE, length + 1, letters.device)[starts]
+    terms = (letters + 1) * _powers(_BASE, length, letters.device)
+    return functional.pad(terms.cumsum(1), (1, 0)), _powers(_INVERSE, length + 1, letters.device)
+
+
+def _runs(sums: Tensor, powers: Tensor, is_letter: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Hashes of all runs of `size` bytes, [n, runs], and which of them lie within a word."""
+    length = is_letter.shape[1]
+    if length < size:
+        return sums[:, :0], is_letter[:, :0]
+    starts = torch.arange(length - size + 1, device=is_letter.device)
+    counts = functional.pad(is_letter.long().cumsum(1), (1, 0))
+    is_within = counts[:, starts + size] - counts[:, starts] == size
+    return (sums[:, starts + size] - sums[:, starts]) * powers[starts], is_within
+
+
+def _merged(places: Tensor, weights: Tensor, features: int) -> Tensor:
+    """Each place once, with the root of its squared weights' sum, as a vector of length 1. Nothing lies at place `features`."""
+    places, order = places.sort(dim=1)
+    energy = weights.gather(1, order).square().cumsum(1)
+    is_last = functional.pad(places[:, 1:] != places[:, :-1], (0, 1), value=True)
+    at = torch.arange(places.shape[1], device=places.device)
+    before = functional.pad(torch.where(is_last, at, -1)[:, :-1], (1, 0), value=-1).cummax(1).values
+    earlier = torch.where(before >= 0, energy.gather(1, before.clamp_min(0)), 0)
+    values = torch.where(is_last & (places < features), energy - earlier, 0).clamp_min(0).sqrt()
+    front = (values == 0).long().argsort(dim=1, stable=True)[:, :TOKENS]
+    values, places = values.gather(1, front), places.gather(1, front)
+    missing = TOKENS - values.shape[1]
+    values = functional.normalize(functional.pad(values, (0, missing)), dim=1)
+    places = functional.pad(places, (0, missing)) * (values > 0)
+    return torch.stack([places.int(), values.view(torch.int32)], dim=1)
 
 
 def _powers(base: int, count: int, device: torch.device) -> Tensor:

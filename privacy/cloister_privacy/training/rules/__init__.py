@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from cloister_privacy.architecture.frontends import SparseLinear
 from cloister_privacy.training.rules import layers
 from cloister_privacy.training.rules.attention import attention
 from cloister_privacy.training.rules.generic import mapped
@@ -31,6 +32,7 @@ _RULES: Mapping[type[nn.Module], Rule] = {
     nn.GRU: recurrent,
     nn.RNN: recurrent,
     nn.MultiheadAttention: attention,
+    SparseLinear: layers.sparse_linear,
 }
 """By exactly these classes: a subclass may do anything."""
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "Gram", "Outer", "PerExample", "of_linear"]
+__all__ = ["Dense", "Gram", "Outer", "PerExample", "SparseOuter", "of_linear"]
 
 _LARGEST_INPUT = 1e15
 """A factor beyond this counts as not finite: scaled down, its partner would round to subnormal numbers above the clip."""
@@ -55,6 +55,26 @@ class Outer:
 
     def weighted_sum(self, scales: Tensor) -> Tensor:
         return _scaled(self._back, scales).T @ _kept(self._entering, scales)
+
+
+class SparseOuter:
+    """As Outer, of vectors told by the places and values of what is not 0; no place twice, but for values of 0."""
+
+    def __init__(self, back: Tensor, places: Tensor, values: Tensor, features: int) -> None:
+        """back [n, p], places and values [n, tokens] of a weight [p, features]."""
+        self._back, self._places, self._values, self._features = back, places, values, features
+
+    @property
+    def numbers(self) -> int:
+        return self._values.numel() * (2 + self._back.shape[1])
+
+    def norms(self) -> Tensor:
+        return Outer(self._back, self._values).norms()
+
+    def weighted_sum(self, scales: Tensor) -> Tensor:
+        rows = _kept(self._values, scales).unsqueeze(2) * _scaled(self._back, scales).unsqueeze(1)  # [n, tokens, p]
+        total = torch.zeros(self._features, self._back.shape[1], device=rows.device, dtype=rows.dtype)
+        return total.index_add_(0, self._places.flatten(), rows.flatten(0, 1)).T.contiguous()
 
 
 class Dense:

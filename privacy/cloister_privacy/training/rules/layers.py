@@ -9,17 +9,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cloister_privacy.architecture.frontends import SparseLinear, places_and_values
 from cloister_privacy.errors import UncoveredParameter
-from cloister_privacy.training.rules.gradients import Dense, PerExample
+from cloister_privacy.training.rules.gradients import Dense, PerExample, SparseOuter
 from cloister_privacy.training.rules.tape import Gradients, Tape, Use, constant, trainable
 
-__all__ = ["convolution", "embedding", "group_norm", "layer_norm", "linear", "rms_norm"]
+__all__ = ["convolution", "embedding", "group_norm", "layer_norm", "linear", "rms_norm", "sparse_linear"]
 
 _Convolution = nn.Conv1d | nn.Conv2d
 
 
 def linear(module: nn.Linear, tape: Tape, inputs: Tensor) -> Tensor:
     return tape.linear(inputs, module.weight, module.bias)
+
+
+def sparse_linear(module: SparseLinear, tape: Tape, sparse: Tensor) -> Tensor:
+    output = tape.tap(SparseLinear.apply_to(sparse, module.weight.detach(), constant(module.bias)))
+
+    def gradients(back: Tensor) -> Gradients:
+        return trainable(
+            (module.weight, lambda: SparseOuter(back, *places_and_values(sparse), module.weight.shape[1])),
+            (module.bias, lambda: Dense(back)),
+        )
+
+    tape.uses.append(_GradientsUse(output, gradients))
+    return output
 
 
 def convolution(module: _Convolution, tape: Tape, inputs: Tensor) -> Tensor:
@@ -157,11 +171,11 @@ def group_norm(module: nn.GroupNorm, tape: Tape, inputs: Tensor) -> Tensor:
             (module.weight, lambda: Dense((back * standard).sum(2))), (module.bias, lambda: Dense(back.sum(2)))
         )
 
-    tape.uses.append(_NormUse(output, gradients))
+    tape.uses.append(_GradientsUse(output, gradients))
     return output
 
 
-class _NormUse(Use):
+class _GradientsUse(Use):
     def __init__(self, tap: Tensor, gradients: Callable[[Tensor], Gradients]) -> None:
         super().__init__(tap)
         self._gradients = gradients
@@ -197,5 +211,5 @@ def _scaled_norm(
             (bias, lambda: over_positions(back)),
         )
 
-    tape.uses.append(_NormUse(output, gradients))
+    tape.uses.append(_GradientsUse(output, gradients))
     return output

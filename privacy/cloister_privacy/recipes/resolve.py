@@ -1,37 +1,22 @@
-"""Fills the blanks of a plan request, from public facts only: schema, declared sizes, unit and guarantee. Sees no rows.
-
-The constants were chosen on public data (Fashion-MNIST, Adult, handwritten digits, diabetes), on splits kept back from training.
-"""
+"""Fills the blanks of a plan request, from public facts only: schema, declared sizes, unit and guarantee. Sees no rows."""
 
 from __future__ import annotations
 
 import math
 
 from cloister.wire.architecture import Architecture, Loss
-from cloister.wire.columns import CategoryColumn, Column, InputColumn, NumberColumn, TensorColumn
-from cloister.wire.layers import Encode, Layer, Linear, Tanh
-from cloister.wire.plans import SGD, Guarantee, PlanRequest, Privacy, TrainingSpec
-from cloister_privacy.architecture import check, encoded_width
+from cloister.wire.columns import CategoryColumn, Column, InputColumn, NumberColumn, OutputColumn, UnitColumn
+from cloister.wire.plans import Guarantee, Initial, PlanRequest, Privacy, TrainingSpec
+from cloister_privacy.architecture import check
 from cloister_privacy.errors import ArchitectureRefused, PlanImpossible
 from cloister_privacy.plan import DPPlan
+from cloister_privacy.recipes.habits import Habits, habits_of
+from cloister_privacy.recipes.networks import columns_read, network
 
 __all__ = ["require_fit", "resolve"]
 
 _EPSILON = 3.0
-_EPOCHS = 20.0
-_BATCH_PER_ROOT = 12  # batches of 12 sqrt(nominal_size): large ones drown the noise
-_LEAST_BATCH = 64
-_HIDDEN = 128
-_MOMENTUM = 0.9
-_NOISE_WALK: dict[Loss, float] = {"cross_entropy": 0.016, "mean_squared_error": 0.003}
-"""The learning rate lets the noise of all steps move a weight by about this, before momentum makes it ten times as much."""
-
-_LARGEST_RATE: dict[Loss, float] = {"cross_entropy": 1.0, "mean_squared_error": 0.05}
-_REGRESSION = 0.07
-"""Of that rate where values are predicted: nothing squashes the last layer, so every unit of noise reaches the output."""
-
 _MOST_STEPS = 10_000_000
-_WIDTH_LIMIT = 2**20
 
 
 def resolve(
@@ -43,21 +28,20 @@ def resolve(
     delta: float,
     unit: str = "row",
     guarantee: Guarantee | None = None,
+    initial: Initial | None = None,
 ) -> TrainingSpec:
-    """The run that a request means, without a blank left in it; `delta`, `unit` and `guarantee` are the source's.
+    """The run that a request means, without a blank left in it; `delta`, `unit` and `guarantee` are the source's,
+    `initial` the weights that the request names.
 
     The same request and public facts always give the same spec. Raises PlanError or ArchitectureRefused.
     """
     inputs, (output, loss) = _inputs(request, columns), _goal(request.target, columns)
-    architecture = Architecture(
-        inputs=inputs,
-        layers=request.layers if request.layers is not None else _layers(inputs, output),
-        target=request.target,
-        output=output,
-        loss=loss,
-    )
+    layers = request.layers if request.layers is not None else network(inputs, output)
+    loss = request.loss or loss
+    architecture = Architecture(inputs=inputs, layers=layers, target=request.target, output=output, loss=loss)
     check(architecture)
-    plan = _plan(request, nominal_size=nominal_size, capacity=capacity, delta=delta, unit=unit)
+    habits = habits_of(architecture)
+    plan = _plan(request, habits, nominal_size=nominal_size, capacity=capacity, delta=delta, unit=unit)
     return TrainingSpec(
         dataset=request.dataset,
         architecture=architecture,
@@ -71,8 +55,10 @@ def resolve(
         clipping=request.privacy.clipping if request.privacy is not None else "flat",
         delta=plan.delta,
         guarantee=guarantee,
-        optimizer=request.optimizer or SGD(learning_rate=_learning_rate(plan, loss), momentum=_MOMENTUM),
+        optimizer=request.optimizer or habits.optimizer(plan),
         precision=request.precision or "float32",
+        initial=initial,
+        lora=request.lora,
     )
 
 
@@ -104,13 +90,12 @@ def require_fit(
 
 def _inputs(request: PlanRequest, columns: dict[str, Column]) -> dict[str, InputColumn]:
     readable: dict[str, InputColumn] = {
-        name: column
-        for name, column in columns.items()
-        if isinstance(column, TensorColumn | NumberColumn | CategoryColumn)
+        name: column for name, column in columns.items() if not isinstance(column, UnitColumn)
     }
     features = request.features
     if features is None:
-        features = tuple(name for name in readable if name != request.target)
+        named = columns_read(request.layers) if request.layers else None
+        features = tuple(name for name in readable if name != request.target and (named is None or name in named))
         if not features:
             raise ArchitectureRefused("the dataset has no column to learn from but the target; declare one")
     for name in features:
@@ -122,7 +107,7 @@ def _inputs(request: PlanRequest, columns: dict[str, Column]) -> dict[str, Input
     return {name: readable[name] for name in features}
 
 
-def _goal(target: str, columns: dict[str, Column]) -> tuple[InputColumn, Loss]:
+def _goal(target: str, columns: dict[str, Column]) -> tuple[OutputColumn, Loss]:
     _require(target, columns)
     match columns[target]:
         case CategoryColumn() as column:
@@ -138,33 +123,20 @@ def _require(name: str, columns: dict[str, Column]) -> None:
         raise ArchitectureRefused(f"{name!r} is not a column of the dataset; it has {', '.join(columns)}")
 
 
-def _layers(inputs: dict[str, InputColumn], output: InputColumn) -> tuple[Layer, ...]:
-    """One bounded hidden layer (arXiv 2007.14191) over all inputs, each mapped from its declared bounds."""
-    width = encoded_width(inputs)
-    if width > _WIDTH_LIMIT:
-        raise ArchitectureRefused(f"the inputs make a vector of {width}, over {_WIDTH_LIMIT}; name fewer features")
-    outputs = len(output.values) if isinstance(output, CategoryColumn) else 1
-    return (
-        Encode(),
-        Linear(in_features=width, out_features=_HIDDEN),
-        Tanh(),
-        Linear(in_features=_HIDDEN, out_features=outputs),
-    )
-
-
-def _plan(request: PlanRequest, *, nominal_size: int, capacity: int, delta: float, unit: str) -> DPPlan:
+def _plan(request: PlanRequest, habits: Habits, *, nominal_size: int, capacity: int, delta: float, unit: str) -> DPPlan:
     privacy = request.privacy or Privacy(epsilon=_EPSILON)
-    batch_size = request.batch_size
-    if batch_size is None:
-        batch_size = min(nominal_size, max(_LEAST_BATCH, round(_BATCH_PER_ROOT * math.sqrt(nominal_size))))
-    epochs_steps = (request.epochs or _EPOCHS) * nominal_size / batch_size
-    if epochs_steps > _MOST_STEPS:
+    batch_size = request.batch_size or habits.batch_size(nominal_size)
+    steps = habits.steps(nominal_size, batch_size)
+    if request.epochs is not None:
+        drawn = request.epochs * nominal_size / batch_size
+        steps = math.ceil(drawn) if drawn <= _MOST_STEPS else _MOST_STEPS + 1
+    if steps > _MOST_STEPS:
         raise PlanImpossible(f"this is over {_MOST_STEPS} steps; lower epochs or raise batch_size")
     plan = DPPlan(
         nominal_size=nominal_size,
         capacity=capacity,
         batch_size=batch_size,
-        steps=math.ceil(epochs_steps),
+        steps=steps,
         noise_multiplier=privacy.noise_multiplier or 1.0,
         clip=privacy.clip,
         delta=privacy.delta or delta,
@@ -172,9 +144,3 @@ def _plan(request: PlanRequest, *, nominal_size: int, capacity: int, delta: floa
         unit=unit,
     )
     return plan if privacy.epsilon is None else plan.calibrated_to(privacy.epsilon)
-
-
-def _learning_rate(plan: DPPlan, loss: Loss) -> float:
-    noise_per_step = plan.noise_multiplier / plan.divisor  # of a gradient clipped to 1
-    rate = min(_LARGEST_RATE[loss], _NOISE_WALK[loss] / (noise_per_step * math.sqrt(plan.steps)))
-    return float(f"{rate / plan.clip:.3g}")

@@ -1,0 +1,71 @@
+"""Weights that people upload to start training from: sealed at once, told by their digest. Knows SQL and the vault."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from cloister.wire.architecture import Architecture
+from cloister.wire.plans import Initial, LoRA
+from cloister.wire.weights import Weights as WeightsView
+from cloister_server import audit, grants, policy, vault
+from cloister_server.errors import Conflict
+from cloister_server.principal import Principal
+from cloister_server.service import Service
+from cloister_server.store.tables import Dataset, Tenant, Weights, new_id
+
+__all__ = ["create", "may_create", "require_start", "usable"]
+
+
+def may_create(session: Session, principal: Principal) -> policy.Authorized[Tenant]:
+    """The proof that the principal may upload weights, asked for before they are read."""
+    return policy.authorize(session, principal, "weights.create", session.get_one(Tenant, principal.tenant_id))
+
+
+def create(session: Session, principal: Principal, service: Service, body: bytes) -> WeightsView:
+    """Seal uploaded weights. Raises WeightsRefused unless they are finite float32 safetensors."""
+    from cloister_privacy.training.start import digest_of
+
+    authorized = may_create(session, principal)
+    digest, tenant_id = digest_of(body), principal.tenant_id
+    object_id = vault.seal_object(session, service.keys, service.blobs, body, tenant_id=tenant_id, kind="initial")
+    row = Weights(tenant_id=tenant_id, id=new_id("wts"), object_id=object_id, digest=digest)
+    session.add(row)
+    session.flush()  # the grants name the row
+    grants.grant_to_creator(session, principal, row)
+    audit.allowed(session, authorized, "weights.create", row.id)
+    return WeightsView(id=row.id, digest=row.digest, created=row.created)
+
+
+def usable(session: Session, principal: Principal, weights_id: str | None, *, dataset: Dataset) -> Weights | None:
+    """The weights that a run on this dataset starts from, if the principal may use them; None where none are named."""
+    if weights_id is None:
+        return None
+    row = policy.find(session, principal, "weights.use", Weights, weights_id).resource
+    if row.tenant_id != dataset.tenant_id:
+        raise Conflict(
+            "the weights are another tenant's than the dataset, and a run is sealed under one tenant's key; upload them as an app of "
+            "the dataset's tenant",
+            code="weights_elsewhere",
+        )
+    return row
+
+
+def require_start(
+    session: Session,
+    service: Service,
+    architecture: Architecture,
+    lora: LoRA | None,
+    *,
+    row: Weights | None,
+    named: Initial | None,
+) -> None:
+    """Refuse a run that could not start: weights of another network or of another digest, adapters for nothing."""
+    from cloister_privacy.training.start import require_start as require
+
+    if row is not None and named is not None and row.digest != named.digest:
+        raise Conflict("the weights have another digest than the spec says; plan again", code="weights_differ")
+    body = None
+    if row is not None:
+        body = vault.open_object(session, service.keys, service.blobs, tenant_id=row.tenant_id, object_id=row.object_id)
+    if body is not None or lora is not None or any(getattr(layer, "frozen", False) for layer in architecture.layers):
+        require(architecture, body, lora)
