@@ -6,30 +6,23 @@ in the temporary folder) that is kept for you to look at. The last line printed 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
 import secrets
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import membership
 import numpy as np
+from local_server import admin, environment, serving
 
 import cloister
 
 quickstart = importlib.import_module("01_quickstart")
 
-BIN = Path(sys.executable).parent
 PLANTED = 8
 """Byte sequences of real rows that are searched for on the disk."""
 
@@ -37,16 +30,16 @@ PLANTED = 8
 def main() -> int:
     home = Path(os.environ.get("DEMO_DIR") or tempfile.mkdtemp(prefix="cloister-demo-")).absolute()
     home.mkdir(parents=True, exist_ok=True)
-    env = _environment(home)
+    env = environment(home)
     print(f"Cloister's demo. Everything is kept in {home}\n")
     print("0. Create keys (outside the data directory), the database, two tenants and an app of each.")
-    _admin(env, "init")
+    admin(env, "init")
     apps = {}
     for tenant in ("hospital", "stranger"):
-        _admin(env, "tenant", "create", tenant)
-        apps[tenant] = _admin(env, "client", "create", "--tenant", tenant, "--name", "demo", "--role", "steward")
+        admin(env, "tenant", "create", tenant)
+        apps[tenant] = admin(env, "client", "create", "--tenant", tenant, "--name", "demo", "--role", "steward")
     digits = quickstart.load()
-    with _serving(env, home / "server.log") as url, _client(url, apps["hospital"]) as client:
+    with serving(env, home / "server.log") as url, _client(url, apps["hospital"]) as client:
         found = quickstart.run(client, digits, tag=secrets.token_hex(3))
         model = client.models.get(found["model"])
         certificate, keys = model.certificate, client.certificate_keys()
@@ -62,56 +55,6 @@ def main() -> int:
     answer = {name: found[name] for name in kept} | {"data_dir": str(home / "data")}
     print(json.dumps(answer))
     return 0 if all(answer[name] for name in kept) else 1
-
-
-def _environment(home: Path) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("CLOISTER_")}
-    return {
-        **clean,
-        "CLOISTER_DATA_DIR": str(home / "data"),
-        "CLOISTER_KEY_DIR": str(home / "keystore"),
-        "CLOISTER_KEY_FILE": str(home / "root.key"),
-        "CLOISTER_PORT": str(port),
-    }
-
-
-def _admin(env: dict[str, str], *arguments: str) -> Any:
-    done = subprocess.run([BIN / "cloister-admin", *arguments, "--json"], env=env, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"cloister-admin {' '.join(arguments)} failed: {done.stderr.strip()}")
-    return json.loads(done.stdout)
-
-
-@contextlib.contextmanager
-def _serving(env: dict[str, str], log: Path) -> Iterator[str]:
-    """The server, stopped again whatever happens, Ctrl-C included."""
-    url = f"http://127.0.0.1:{env['CLOISTER_PORT']}"
-    with log.open("wb") as stream:
-        server = subprocess.Popen(
-            [BIN / "cloister-server", "serve"], env=env, stdout=stream, stderr=stream, start_new_session=True
-        )
-    try:
-        _wait_ready(server, url, log)
-        yield url
-    finally:
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(15)
-        except subprocess.TimeoutExpired:
-            server.kill()  # whatever it started dies with it
-            server.wait()
-
-
-def _wait_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=2):
-            return
-        time.sleep(0.2)
-    raise SystemExit(f"the server did not start; its log is {log}")
 
 
 def _client(url: str, app: dict[str, str]) -> cloister.Cloister:

@@ -135,10 +135,8 @@ FAMILIES: dict[str, Family] = {
     "scattering": Family(
         IMAGE,
         (
-            wire.Scattering(scales=2, directions=4),
-            wire.GroupNorm(num_groups=5, num_channels=25, affine=False),
-            wire.Flatten(),
-            wire.Linear(in_features=100, out_features=2, init="zeros"),
+            wire.Scattering(),
+            wire.Linear(in_features=144, out_features=2, init="zeros"),
         ),
         _of("image", lambda count: _images(count, 8, 8)),
     ),

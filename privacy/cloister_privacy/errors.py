@@ -11,7 +11,8 @@
     │   ├── ClippingNotExact
     │   ├── CrossExampleLayer
     │   ├── InPlaceLayer
-    │   └── UncoveredParameter
+    │   ├── UncoveredParameter
+    │   └── ModelNotSupported (of the importers)
     ├── WeightsRefused
     │   └── InitialRefused
     ├── InputRefused

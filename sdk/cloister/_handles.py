@@ -14,6 +14,7 @@ from cloister._operations import Operations
 from cloister._progress import Progress
 from cloister.wire import jobs as wire
 from cloister.wire.certificate import Certificate, InvalidCertificate, Keys, verify
+from cloister.wire.plans import NetworkView
 
 __all__ = ["AsyncJob", "AsyncModel", "Job", "Model"]
 
@@ -181,6 +182,10 @@ class Model(_ModelState):
         """What this version reads and predicts: `inputs`, `target`, `output`, and `classes`, which the indices stand for."""
         return self._sender.run(self._operations.schema(self.id, self.version))
 
+    def network(self) -> NetworkView:
+        """The network as a table (`print`) and as a picture (in a notebook), for whoever may publish to the model."""
+        return self._sender.run(self._operations.network(self.id, self.version))
+
     def predict(self, x: Any, *, decoded: bool = False) -> NDArray[Any]:
         """int64 indices of the predicted categories, or float32 values; one per row.
 
@@ -205,6 +210,10 @@ class AsyncModel(_ModelState):
     async def schema(self) -> wire.ModelSchema:
         """As `Model.schema`."""
         return await self._sender.run(self._operations.schema(self.id, self.version))
+
+    async def network(self) -> NetworkView:
+        """As `Model.network`."""
+        return await self._sender.run(self._operations.network(self.id, self.version))
 
     async def predict(self, x: Any, *, decoded: bool = False) -> NDArray[Any]:
         """As `Model.predict`."""

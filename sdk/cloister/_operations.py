@@ -21,7 +21,7 @@ from cloister._plans import Plan
 from cloister._uploads import RowData, checked, windows
 from cloister.wire import oip
 from cloister.wire.jobs import FINAL, Job, Model, ModelSchema, ModelVersion, Page, StartJob
-from cloister.wire.plans import PlanRequest
+from cloister.wire.plans import NetworkView, PlanRequest
 from cloister.wire.rows import encode_rows
 from cloister.wire.sources import CreateDataset, CreateSource, Dataset, Source
 from cloister.wire.weights import WEIGHTS_TYPE, Weights
@@ -135,6 +135,9 @@ class Operations:
             answer = yield from self._ask("GET", f"/v1/models/{model}/versions/{version}/schema")
             self._schemas[model, version] = _told(ModelSchema, answer)
         return self._schemas[model, version]
+
+    def network(self, model: str, version: int) -> Operation[NetworkView]:
+        return _told(NetworkView, (yield from self._ask("GET", f"/v1/models/{model}/versions/{version}/network")))
 
     def predict(self, model: str, version: int, x: Any, *, decoded: bool) -> Operation[NDArray[Any]]:
         """Indices or values; the categories themselves where they are asked for."""

@@ -36,4 +36,5 @@ class Plan(wire.Plan):
         return f"<Plan of {self.training.steps} steps, epsilon {self.epsilon:.3f} at delta {self.delta:g}, {verdict}>"
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+        picture = self.network.picture if self.network is not None else ""
+        return f"<pre>{escape(str(self))}</pre>{picture}"

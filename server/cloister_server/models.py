@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 
 from cloister.wire import jobs as wire
 from cloister.wire.certificate import Certificate, sign
-from cloister.wire.plans import TrainingSpec
+from cloister.wire.plans import NetworkView, TrainingSpec
 from cloister_privacy.plan import DPPlan
-from cloister_server import policy, vault
+from cloister_server import plans, policy, vault
 from cloister_server.errors import NotFound
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -25,7 +25,7 @@ from cloister_server.store.tables import Attempt, Job, Model, ModelVersion, Sour
 if TYPE_CHECKING:
     from cloister_privacy.architecture import Network
 
-__all__ = ["find_version", "get", "get_version", "listed", "open_network", "publish", "schema", "versions"]
+__all__ = ["find_version", "get", "get_version", "listed", "network", "open_network", "publish", "schema", "versions"]
 
 
 def get(session: Session, principal: Principal, id_or_name: str) -> wire.Model:
@@ -62,6 +62,12 @@ def schema(session: Session, principal: Principal, service: Service, id_or_name:
     _, row = find_version(session, principal, id_or_name, number)
     spec = open_network(session, service, row).architecture
     return wire.ModelSchema(inputs=spec.inputs, target=spec.target, output=spec.output)
+
+
+def network(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> NetworkView:
+    """A version's network as a table and as a picture, for whoever may publish to the model: it is sealed with the weights."""
+    model = policy.find(session, principal, "model.publish", Model, id_or_name).resource
+    return plans.view_network(open_network(session, service, _version(session, model, number)).architecture)
 
 
 def open_network(session: Session, service: Service, row: ModelVersion) -> Network:

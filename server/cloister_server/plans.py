@@ -6,7 +6,10 @@ import math
 
 from sqlalchemy.orm import Session
 
-from cloister.wire.plans import Guarantee, Initial, Plan, PlanRequest, TrainingSpec
+from cloister.wire.architecture import Architecture
+from cloister.wire.plans import Guarantee, Initial, NetworkView, Plan, PlanRequest, TrainingSpec
+from cloister_privacy.architecture.picture import picture
+from cloister_privacy.architecture.summary import summary
 from cloister_privacy.errors import PlanImpossible
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.recipes import require_fit, resolve
@@ -15,7 +18,7 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.tables import Dataset, Source
 
-__all__ = ["check_spec", "make"]
+__all__ = ["check_spec", "make", "view_network"]
 
 
 def make(session: Session, principal: Principal, service: Service, body: PlanRequest) -> Plan:
@@ -38,6 +41,7 @@ def make(session: Session, principal: Principal, service: Service, body: PlanReq
     event = plan.event()
     return Plan(
         training=spec,
+        network=view_network(spec.architecture),
         event=event,
         epsilon=plan.epsilon(),
         epsilon_pld=plan.epsilon_by_pld(),
@@ -45,6 +49,11 @@ def make(session: Session, principal: Principal, service: Service, body: PlanReq
         source=source.id,
         quote=budgets.quote(session, source, event),
     )
+
+
+def view_network(architecture: Architecture) -> NetworkView:
+    """A network as a table and as a picture."""
+    return NetworkView(summary=summary(architecture), picture=picture(architecture))
 
 
 def check_spec(dataset: Dataset, source: Source, spec: TrainingSpec) -> DPPlan:

@@ -64,7 +64,7 @@ def test_the_parameters_are_counted_without_making_any() -> None:
             network_spec(Flatten(), linear(6, 1), output=NumberColumn(low=-3e38, high=3e38), loss="mean_squared_error"),
             "declare a narrower one",
         ),
-        (network_spec(Rescale(low=0, high=1e-300, to_high=1e300), Flatten(), linear(6, 3)), "slope that is not finite"),
+        (network_spec(Rescale(low=0, high=1e-300, to_high=3e38), Flatten(), linear(6, 3)), "slope that is not finite"),
         (
             network_spec(Encode(), linear(6, 3), inputs={"a": TensorColumn(shape=(2**20,), low=0, high=1), "b": PRICE}),
             "leave inputs out",

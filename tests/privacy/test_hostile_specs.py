@@ -265,7 +265,7 @@ WRONG_SHAPES = {
     "numbers read as text": spec(of("hashed_text"), LAST),
     "a slope beyond float64": spec(of("rescale", low=0, high=1e-300, to_high=1e300), LAST),
     "an image of one point scattered": spec(
-        of("scattering", scales=5), *FLAT, inputs={"x": {"type": "tensor", "shape": [1, 1], "low": 0, "high": 1}}
+        of("scattering"), *FLAT, inputs={"x": {"type": "tensor", "shape": [1, 1], "low": 0, "high": 1}}
     ),
 }
 

@@ -38,10 +38,10 @@ def test_with_nothing_given_every_column_is_read_by_fixed_features_at_a_default_
     spec = resolved()
     assert list(spec.architecture.inputs) == ["image", "age", "note"]
     types = [layer.type for layer in spec.architecture.layers]
-    image, text, table = ["rescale", "scattering", "flatten", "linear"], ["hashed_text", "linear"], ["encode", "linear"]
+    image, text, table = ["rescale", "scattering", "linear"], ["hashed_text", "linear"], ["encode", "linear"]
     assert types == [*image, *text, *table, "add"]
     assert spec.architecture.loss == "cross_entropy"
-    assert spec.batch_size == 60000
+    assert (spec.batch_size, spec.clipping) == (15000, "automatic")
     assert isinstance(spec.optimizer, SGD)
     assert spec.delta == 1e-6
     assert 2.999 < DPPlan.of(spec).epsilon() <= 3.0

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cloister.wire.plans import EMA, SGD, Adam, AdamW, Optimizer, Schedule, Tail, TrainingSpec
 from cloister_privacy import DPPlan
-from cloister_privacy.architecture import from_bytes
+from cloister_privacy.architecture import build, from_bytes
 from cloister_privacy.training import engine, train
 from cloister_privacy.training.updates import Updates, factor, newest_share
 
@@ -66,7 +66,7 @@ def test_a_tail_average_is_the_mean_of_the_last_weights(share: float, weights: l
 
 def test_an_ema_is_torch_s_once_it_is_long_enough(spec_of: Callable[..., TrainingSpec]) -> None:
     spec = spec_of(steps=400, optimizer=SGD(learning_rate=0.1, averaging=EMA(decay=0.9)))
-    network = engine.build(spec.architecture)
+    network = build(spec.architecture)
     updates = Updates(network, spec)
     reference: AveragedModel | None = None
     for step in range(300):

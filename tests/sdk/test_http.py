@@ -319,7 +319,7 @@ def test_a_name_with_a_blank_is_refused_in_words(server: Server) -> None:
         (lambda: cloister.Number(low=1, high=0), r"Number: low \(1.0\) must be below high \(0.0\)"),
         (lambda: cloister.Number(low=1), "Number: high: must be given"),
         (lambda: cloister.Number(low=1, high=2, hihg=2), "Number: hihg: is not known here"),
-        (lambda: cloister.Category(values=(0, 1)), "^Category: values.0: must be text, in quotes; values.1: [^;]*$"),
+        (lambda: cloister.Category(values=(0, 1)), "^Category: values.0: must be text, in quotes$"),
         (lambda: cloister.Category(values=("a",)), "Category: values: .*at least 2"),
         (lambda: cloister.Tensor(shape=(0,), low=0, high=1), "Tensor: shape.0"),
         (lambda: cloister.layers.Linear(in_features=0, out_features=1), "Linear: in_features"),

@@ -126,7 +126,7 @@ def test_a_plan_asks_with_what_was_given_and_leaves_the_rest_to_the_recipe(serve
         "target": "digit",
         "features": ["scan"],
         "layers": [layer.model_dump(mode="json", exclude_none=True) for layer in layers],
-        "privacy": {"noise_multiplier": 1, "clip": 0.5, "clipping": "flat"},
+        "privacy": {"noise_multiplier": 1, "clip": 0.5},
         "batch_size": 100,
         "epochs": 4,
         "optimizer": {"type": "adam", "learning_rate": 0.1},

@@ -14,6 +14,9 @@ __all__ = ["Node", "nodes_of"]
 _MASKED = (wire.MultiheadAttention, wire.TransformerLayer, wire.SequencePool)
 """Layers that may read tokens beside their input."""
 
+_READS_LIMIT = 2**16
+"""The most reads of all layers together."""
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -30,11 +33,16 @@ class Node:
 
 def nodes_of(architecture: Architecture) -> tuple[Node, ...]:
     """The layers in order. Raises ArchitectureRefused where one reads what is not there yet, or a name comes twice."""
-    known, nodes = set(architecture.inputs), list[Node]()
+    known, nodes, count = set(architecture.inputs), list[Node](), 0
     later = {layer.name for layer in architecture.layers}
     for position, layer in enumerate(architecture.layers):
         where = f"layer {position} ({layer.type})" if layer.name is None else f"layer {layer.name!r} ({layer.type})"
         reads = layer.reads if layer.reads is not None else _default(architecture, layer, nodes, where)
+        count += len(reads)
+        if count > _READS_LIMIT:
+            raise ArchitectureRefused(
+                f"the layers up to {where} read {count} times; read what they share once, and join it"
+            )
         for name in reads:
             if name not in known:
                 why = (
@@ -44,7 +52,7 @@ def nodes_of(architecture: Architecture) -> tuple[Node, ...]:
                 )
                 raise ArchitectureRefused(f"{where} reads {name!r}, {why}")
         _require_count(layer, len(reads), where)
-        if isinstance(layer, wire.Encode) and not set(reads) <= set(architecture.inputs):
+        if isinstance(layer, wire.Encode) and any(name not in architecture.inputs for name in reads):
             raise ArchitectureRefused(f"{where} joins columns, and reads a layer; use concatenate for layers")
         key = layer.name if layer.name is not None else f"#{position}"
         if key in known:

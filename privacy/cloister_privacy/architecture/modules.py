@@ -11,7 +11,10 @@ from torch.nn import functional
 
 from cloister.wire import layers as wire
 from cloister.wire.columns import CategoryColumn, InputColumn, NumberColumn, TensorColumn
-from cloister_privacy.architecture import frontends
+from cloister_privacy.architecture.frontends.audio import LogMel
+from cloister_privacy.architecture.frontends.scattering import Scattering
+from cloister_privacy.architecture.frontends.tables import hats
+from cloister_privacy.architecture.frontends.text import HashedText, SparseLinear
 from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.shapes import Value
 
@@ -25,15 +28,11 @@ def module_of(node: Node, reads: list[Value], columns: Mapping[str, InputColumn]
         case wire.Encode():
             return _Encode({name: columns[name] for name in node.reads}, layer)
         case wire.Scattering():
-            return frontends.Scattering(reads[0].shape, scales=layer.scales, directions=layer.directions)
+            return Scattering(reads[0].shape)
         case wire.LogMel():
-            return frontends.LogMel(
-                rate=reads[0].audio_rate, samples=reads[0].shape[0], bands=layer.bands, frames=layer.frames
-            )
+            return LogMel(rate=reads[0].audio_rate, samples=reads[0].shape[0], bands=layer.bands, frames=layer.frames)
         case wire.HashedText():
-            return frontends.HashedText(layer.features)
-        case wire.CosineFeatures():
-            return frontends.CosineFeatures(layer.in_features, layer.features, scale=layer.scale, seed=layer.seed)
+            return HashedText(layer.features)
         case wire.Linear():
             module = _linear(layer, is_sparse=reads[0].is_sparse)
         case _:
@@ -44,7 +43,7 @@ def module_of(node: Node, reads: list[Value], columns: Mapping[str, InputColumn]
 
 
 def _linear(layer: wire.Linear, *, is_sparse: bool) -> nn.Module:
-    kind = frontends.SparseLinear if is_sparse else nn.Linear
+    kind = SparseLinear if is_sparse else nn.Linear
     module = kind(layer.in_features, layer.out_features, bias=layer.bias)
     if layer.init == "zeros":
         for parameter in module.parameters():
@@ -135,7 +134,7 @@ class _Encode(nn.Module):
             return functional.one_hot(values, len(column.values)).to(torch.float32)
         assert isinstance(column, NumberColumn | TensorColumn)  # noqa: S101 (the shapes were checked)
         if isinstance(column, NumberColumn) and self._bins:
-            return frontends.hats(values.squeeze(1), column.low, column.high, self._bins)
+            return hats(values.squeeze(1), column.low, column.high, self._bins)
         return _to_unit(values.flatten(1), column.low, column.high)
 
 

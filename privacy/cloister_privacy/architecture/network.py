@@ -18,7 +18,7 @@ from torch.nn import functional
 from cloister.wire import architecture as wire
 from cloister.wire import layers
 from cloister.wire.columns import NumberColumn
-from cloister_privacy.architecture.frontends import TOKENS
+from cloister_privacy.architecture.frontends.text import TOKENS
 from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.inputs import validate_inputs
 from cloister_privacy.architecture.modules import module_of
@@ -34,9 +34,6 @@ _HUBER = 0.1
 _ROWS_AT_ONCE = 1024
 """Of a prediction: the layers of more would take memory for nothing."""
 
-_COSTLY = (layers.Scattering, layers.LogMel, layers.HashedText, layers.CosineFeatures)
-"""Fixed layers that cost more than to read what they gave."""
-
 
 def build(architecture: wire.Architecture) -> Network:
     """A new network on the CPU, its weights drawn as torch draws them, from fresh entropy of the operating system."""
@@ -50,6 +47,13 @@ def build(architecture: wire.Architecture) -> Network:
 def digest(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of weights as safetensors, their names sorted."""
     return hashlib.sha256(safetensors.torch.save(dict(sorted(weights.items())))).hexdigest()
+
+
+def _is_costly(layer: layers.Layer) -> bool:
+    """Whether a fixed layer costs more than to read what it gave."""
+    if isinstance(layer, layers.Encode):
+        return layer.bins > 0
+    return isinstance(layer, layers.Scattering | layers.LogMel | layers.HashedText)
 
 
 def _numbers(value: Value) -> int:
@@ -103,7 +107,7 @@ class Network(nn.Module):
             is_fixed = not any(each.requires_grad for each in parameters) and not isinstance(node.layer, layers.Dropout)
             if is_fixed and all(name in fixed or name in self.architecture.inputs for name in node.reads):
                 fixed[node.key] = node
-                if isinstance(node.layer, _COSTLY) or parameters or any(name in stem for name in node.reads):
+                if _is_costly(node.layer) or parameters or any(name in stem for name in node.reads):
                     stem.add(node.key)
         for key in reversed(fixed):
             if key in stem:

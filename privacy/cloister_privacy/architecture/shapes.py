@@ -10,6 +10,7 @@ from typing import Any, assert_never
 from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
+from cloister_privacy.architecture.frontends.geometry import LEAST_IMAGE, geometry_of
 from cloister_privacy.architecture.graph import Node, nodes_of
 from cloister_privacy.errors import ArchitectureRefused
 
@@ -63,7 +64,8 @@ def measure(architecture: Architecture) -> tuple[Measured, ...]:
     parameters = elements = 0
     for node in nodes_of(architecture):
         gives, more = _through(node, [known[name] for name in node.reads], architecture.inputs)
-        parameters, elements = parameters + more, elements + math.prod(gives.shape)
+        parameters += more
+        elements += math.prod(gives.shape) + _inside(node.layer, known[node.reads[0]])
         if parameters > PARAMETER_LIMIT:
             raise ArchitectureRefused(
                 f"the network has over {PARAMETER_LIMIT} parameters by {node.where}; narrow its layers"
@@ -171,7 +173,7 @@ def _same(node: Node, layer: Any, reads: list[Value]) -> tuple[Shape, int]:
 
 
 def _rescale(node: Node, layer: wire.Rescale, reads: list[Value]) -> tuple[Shape, int]:
-    if not math.isfinite((layer.to_high - layer.to_low) / (layer.high - layer.low)):
+    if not abs((layer.to_high - layer.to_low) / (layer.high - layer.low)) <= 3.4e38:
         raise ArchitectureRefused(f"{node.where} has a slope that is not finite; use nearer bounds")
     return reads[0].shape, 0
 
@@ -327,6 +329,25 @@ def _concatenate(node: Node, layer: wire.Concatenate, reads: list[Value]) -> tup
     return (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :]), 0
 
 
+def _inside(layer: wire.Layer, first: Value) -> int:
+    """The numbers of one example that a layer makes on the way to what it gives."""
+    match layer:
+        case wire.MultiheadAttention():
+            return layer.num_heads * first.shape[0] ** 2
+        case wire.TransformerLayer():
+            return first.shape[0] * (layer.nhead * first.shape[0] + layer.dim_feedforward)
+        case wire.LSTM() | wire.GRU() | wire.RNN():
+            gates = {"lstm": 4, "gru": 3, "rnn": 1}[layer.type] * (2 if layer.bidirectional else 1)
+            return first.shape[0] * gates * layer.hidden_size * layer.num_layers
+        case wire.Scattering():
+            return 16 * math.prod(first.shape)
+        case wire.LogMel():
+            hop = max(1, round(first.audio_rate * 0.008))  # as frontends/audio.py has it
+            return first.shape[0] * 8 + first.shape[0] // hop * layer.bands
+        case _:
+            return 0
+
+
 def _require_numbers(node: Node, reads: list[Value]) -> None:
     if any(each.indices for each in reads):
         raise _refused(node, "numbers", "indices", "read them by an embedding, or encode")
@@ -334,22 +355,14 @@ def _require_numbers(node: Node, reads: list[Value]) -> None:
 
 def _scattering(node: Node, layer: wire.Scattering, reads: list[Value]) -> tuple[Shape, int]:
     shape = reads[0].shape
-    if len(shape) not in (2, 3):
-        raise _refused(node, "an image", f"shape {shape}", "put reshape before it")
-    if min(shape[-2:]) < 2**layer.scales:
-        raise ArchitectureRefused(f"{node.where} has too many scales for an image of {shape[-2:]}; take fewer")
-    each = 1 + layer.scales * layer.directions
-    each += layer.directions**2 * layer.scales * (layer.scales - 1) // 2
-    channels = shape[0] if len(shape) == 3 else 1
-    return (channels * each, *(-(-size // 2**layer.scales) for size in shape[-2:])), 0
-
-
-def _cosine(node: Node, layer: wire.CosineFeatures, reads: list[Value]) -> tuple[Shape, int]:
-    _require_rank(node, reads[0].shape, 1, "a vector", "put flatten before it")
-    _require_width(node, reads[0].shape[0], "in_features", layer.in_features)
-    if layer.in_features * layer.features > PARAMETER_LIMIT:
-        raise ArchitectureRefused(f"{node.where} has over {PARAMETER_LIMIT} numbers in its waves; take fewer features")
-    return (layer.features,), 0
+    if len(shape) not in (2, 3) or min(shape[-2:]) < LEAST_IMAGE:
+        raise _refused(
+            node,
+            f"an image of at least {LEAST_IMAGE} x {LEAST_IMAGE}",
+            f"shape {shape}",
+            "flatten it, and read it as numbers",
+        )
+    return (geometry_of(shape).features,), 0
 
 
 def _log_mel(node: Node, layer: wire.LogMel, reads: list[Value]) -> tuple[Shape, int]:
@@ -397,7 +410,6 @@ _SHAPES: Mapping[type[Any], Callable[[Node, Any, list[Value]], tuple[Shape, int]
     wire.Concatenate: _concatenate,
     wire.Scattering: _scattering,
     wire.LogMel: _log_mel,
-    wire.CosineFeatures: _cosine,
 }
 
 

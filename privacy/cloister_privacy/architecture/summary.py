@@ -22,7 +22,7 @@ from cloister_privacy.architecture.shapes import Measured, measure
 
 __all__ = ["column_words", "options", "parameter_words", "state", "summary"]
 
-_FRONT_ENDS = frozenset({"encode", "rescale", "scattering", "log_mel", "hashed_text", "cosine_features"})
+_FRONT_ENDS = frozenset({"encode", "rescale", "scattering", "log_mel", "hashed_text"})
 """Layers that make features by declared numbers alone."""
 
 _WIDTH = 120

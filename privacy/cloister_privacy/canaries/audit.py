@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats  # type: ignore[import-untyped]  # scipy has no types
+from scipy import optimize, stats
 
 from cloister_privacy.canaries.planted import contribution, dirac_network, dirac_rows
 from cloister_privacy.canaries.trajectory import observe

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats  # type: ignore[import-untyped]  # scipy has no types
+from scipy import stats
 
 from cloister.wire.architecture import Architecture
 from cloister_privacy.canaries.planted import contribution, deep_network, dirac_network, dirac_rows, extreme_rows

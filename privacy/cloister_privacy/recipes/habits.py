@@ -7,11 +7,12 @@ back from training.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture, Loss
-from cloister.wire.plans import SGD, Optimizer, Schedule, Tail
+from cloister.wire.plans import SGD, Clipping, Optimizer, Schedule, Tail
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.recipes.networks import is_linear_on_fixed_features
 
@@ -22,6 +23,10 @@ _MOMENTUM = 0.9
 
 class Habits(Protocol):
     """What a request leaves out."""
+
+    @property
+    def clipping(self) -> Clipping:
+        """How gradients are bounded."""
 
     def batch_size(self, nominal_size: int) -> int:
         """The expected batch."""
@@ -36,29 +41,40 @@ class Habits(Protocol):
 def habits_of(architecture: Architecture) -> Habits:
     """Those for a convex loss on fixed features, or those for any other network."""
     if is_linear_on_fixed_features(architecture.layers) and "entropy" in architecture.loss:
-        return _Convex(architecture)
+        has_image = any(isinstance(layer, wire.Scattering) for layer in architecture.layers)
+        return _IMAGES if has_image else _OTHERS
     return _General(architecture.loss)
 
 
+@dataclass(frozen=True, slots=True)
 class _Convex:
-    """Linear layers from zero: every row in every step, since then the noise of a step is spread over most of them, and few steps."""
+    """Linear layers from zero on fixed features: large batches, since the noise of a step is spread over them, and few steps."""
 
-    def __init__(self, architecture: Architecture) -> None:
-        kinds = {type(layer) for layer in architecture.layers}
-        self._steps = 600 if wire.HashedText in kinds else 100
-        self._rate = 64.0 if wire.Scattering in kinds else 4.0 if wire.HashedText in kinds else 8.0
+    share: int
+    """The batch is one row in so many."""
+    count: int
+    walk: float
+    """The learning rate lets the noise of all steps move a weight by about this, before momentum makes it ten times as much."""
+    largest_rate: float
+    """Momentum diverges beyond it: it follows from the features' length."""
+    tail: float
+    clipping: Clipping
 
     def batch_size(self, nominal_size: int) -> int:
-        return nominal_size
+        return max(1, nominal_size // self.share)
 
     def steps(self, nominal_size: int, batch_size: int) -> int:
-        return self._steps
+        return self.count
 
     def optimizer(self, plan: DPPlan) -> Optimizer:
-        rate = float(f"{self._rate / plan.clip:.3g}")
-        return SGD(
-            learning_rate=rate, momentum=_MOMENTUM, schedule=Schedule(shape="cosine"), averaging=Tail(share=0.25)
-        )
+        rate = _rate(plan, walk=self.walk, largest=self.largest_rate)
+        schedule, averaging = Schedule(shape="cosine"), Tail(share=self.tail)
+        return SGD(learning_rate=rate, momentum=_MOMENTUM, schedule=schedule, averaging=averaging)
+
+
+_IMAGES = _Convex(share=4, count=140, walk=0.048, largest_rate=16.0, tail=0.3, clipping="automatic")
+_OTHERS = _Convex(share=1, count=400, walk=0.2, largest_rate=7.5, tail=0.25, clipping="flat")
+"""Batches of all rows; features of length 1 and no bias bound the curvature by 1/2, and so the rate by 7.6."""
 
 
 class _General:
@@ -77,6 +93,7 @@ class _General:
     def __init__(self, loss: Loss) -> None:
         is_regression = loss in ("mean_squared_error", "huber")
         self._walk = self._REGRESSION_WALK if is_regression else self._NOISE_WALK
+        self.clipping: Clipping = "flat"
         self._largest = self._REGRESSION_LARGEST if is_regression else self._LARGEST_RATE
 
     def batch_size(self, nominal_size: int) -> int:
@@ -86,6 +103,10 @@ class _General:
         return math.ceil(self._EPOCHS * nominal_size / batch_size)
 
     def optimizer(self, plan: DPPlan) -> Optimizer:
-        noise_per_step = plan.noise_multiplier / plan.divisor  # of a gradient clipped to 1
-        rate = min(self._largest, self._walk / (noise_per_step * math.sqrt(plan.steps)))
-        return SGD(learning_rate=float(f"{rate / plan.clip:.3g}"), momentum=_MOMENTUM)
+        return SGD(learning_rate=_rate(plan, walk=self._walk, largest=self._largest), momentum=_MOMENTUM)
+
+
+def _rate(plan: DPPlan, *, walk: float, largest: float) -> float:
+    """The learning rate that lets the noise of all steps move a weight by `walk`, or the largest."""
+    noise_per_step = plan.noise_multiplier / plan.divisor  # of a gradient clipped to 1
+    return float(f"{min(largest, walk / (noise_per_step * math.sqrt(plan.steps))) / plan.clip:.3g}")

@@ -6,7 +6,6 @@ private learning needs better features, ICLR 2021): few weights share the noise,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from cloister.wire import layers as wire
@@ -21,16 +20,13 @@ from cloister.wire.columns import (
 )
 from cloister.wire.layers import Layer
 from cloister_privacy.architecture import encoded_width
+from cloister_privacy.architecture.frontends.geometry import LEAST_IMAGE, geometry_of
 from cloister_privacy.errors import ArchitectureRefused
 
 __all__ = ["columns_read", "is_linear_on_fixed_features", "network"]
 
-_LEAST_IMAGE = 8
-"""An image has so many points in both directions; smaller tensors are read as numbers."""
-
 _BINS = 16
 _HIDDEN = 128
-_WAVES = 2048
 _WIDTH_LIMIT = 2**20
 
 
@@ -72,7 +68,7 @@ def is_linear_on_fixed_features(layers: tuple[Layer, ...]) -> bool:
 
 def _has_front_end(column: InputColumn) -> bool:
     if isinstance(column, TensorColumn):
-        return len(column.shape) in (2, 3) and min(column.shape[-2:]) >= _LEAST_IMAGE
+        return len(column.shape) in (2, 3) and min(column.shape[-2:]) >= LEAST_IMAGE
     return isinstance(column, TextColumn | AudioColumn)
 
 
@@ -85,21 +81,14 @@ def _front_end(name: str, column: InputColumn, outputs: int) -> tuple[Layer, ...
             return (wire.HashedText(reads=(name,)), _head(features, outputs))
         case _:
             sound = wire.LogMel(reads=(name,))
-            width = sound.bands * sound.frames
-            waves = wire.CosineFeatures(in_features=width, features=_WAVES)
-            return (sound, wire.Flatten(), waves, _head(_WAVES, outputs))
+            return (sound, wire.Flatten(), _head(sound.bands * sound.frames, outputs))
 
 
 def _image(name: str, column: TensorColumn, outputs: int) -> tuple[Layer, ...]:
-    scales, directions = 2, 8
-    each = 1 + scales * directions + directions**2 * scales * (scales - 1) // 2
-    channels = each * (column.shape[0] if len(column.shape) == 3 else 1)
-    width = _checked(channels * math.prod(-(-size // 2**scales) for size in column.shape[-2:]))
     return (
         wire.Rescale(low=column.low, high=column.high, reads=(name,)),
-        wire.Scattering(scales=scales, directions=directions),
-        wire.Flatten(),
-        _head(width, outputs),
+        wire.Scattering(),
+        _head(geometry_of(column.shape).features, outputs, bias=True),
     )
 
 
@@ -114,8 +103,9 @@ def _hidden(table: Mapping[str, InputColumn]) -> tuple[Layer, ...]:
     )
 
 
-def _head(width: int, outputs: int) -> wire.Linear:
-    return wire.Linear(in_features=width, out_features=outputs, init="zeros")
+def _head(width: int, outputs: int, *, bias: bool = False) -> wire.Linear:
+    """Without a bias the features' length of 1 bounds each example's gradient, and the curvature of the loss."""
+    return wire.Linear(in_features=width, out_features=outputs, init="zeros", bias=bias)
 
 
 def _checked(width: int) -> int:

@@ -52,7 +52,7 @@ def resolve(
         steps=plan.steps,
         noise_multiplier=plan.noise_multiplier,
         clip=plan.clip,
-        clipping=request.privacy.clipping if request.privacy is not None else "flat",
+        clipping=(request.privacy and request.privacy.clipping) or habits.clipping,
         delta=plan.delta,
         guarantee=guarantee,
         optimizer=request.optimizer or habits.optimizer(plan),

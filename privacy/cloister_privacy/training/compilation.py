@@ -21,6 +21,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from cloister_privacy.architecture.frontends.text import SparseLinear
+
 __all__ = ["compiled", "is_recurrent", "library", "pays"]
 
 P = ParamSpec("P")
@@ -39,6 +41,8 @@ _KERNELS_COMPILE_IN_S, _KERNELS_SAVE = 12.0, 0.5
 def pays(network: nn.Module, one_pass: Callable[[], Any], *, passes: int) -> bool:
     """Whether compiling `one_pass`, run so many times, saves more than it takes: tried twice, on synthetic examples."""
     takes_s, saves = _COMPILES_IN_S, _SAVES
+    if any(isinstance(module, SparseLinear) for module in network.modules()):
+        return False  # its sums are SciPy's, which no compiler follows
     if is_recurrent(network):
         if not any(isinstance(module, nn.LSTM) for module in network.modules()):
             return False

@@ -27,7 +27,7 @@ class Architecture(Request):
 
     format: Literal["cloister.architecture/1"] = "cloister.architecture/1"
     inputs: Annotated[dict[Name, InputColumn], Field(min_length=1, max_length=1024)]
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=LAYER_LIMIT)]
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=LAYER_LIMIT, fail_fast=True)]
     """The last one gives the output: logits of a category's values, one logit, or one number."""
     target: Name
     output: OutputColumn

@@ -46,7 +46,9 @@ class TensorColumn(_Bounded):
     """A dense array of one shape per row, every element in [low, high]."""
 
     type: Literal["tensor"] = "tensor"
-    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1, max_length=4)]
+    shape: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=2**20)], ...], Field(min_length=1, max_length=4, fail_fast=True)
+    ]
     dtype: Literal["float32", "uint8"] = "float32"
 
     @model_validator(mode="after")
@@ -67,7 +69,8 @@ class CategoryColumn(Request):
 
     type: Literal["category"] = "category"
     values: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(min_length=2, max_length=65_536)
+        tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
+        Field(min_length=2, max_length=65_536, fail_fast=True),
     ]
 
     @model_validator(mode="after")

@@ -23,7 +23,6 @@ __all__ = [
     "Concatenate",
     "Conv1d",
     "Conv2d",
-    "CosineFeatures",
     "Dropout",
     "Embedding",
     "Encode",
@@ -56,17 +55,17 @@ __all__ = [
 _Width = Annotated[int, Field(ge=1, le=2**20)]
 _Small = Annotated[int, Field(ge=1, le=1024)]
 _Padding = Annotated[int, Field(ge=0, le=1024)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Finite = Annotated[float, Field(allow_inf_nan=False, ge=-3.4e38, le=3.4e38)]
 _Epsilon = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _Two = Annotated[tuple[_Small, _Small], Field()]
-_Shape = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=4)]
+_Shape = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=4, fail_fast=True)]
 
 
 class _Layer(Request):
     name: Name | None = None
     """By which later layers read this one, and by which it is frozen; not a column's."""
-    reads: Annotated[tuple[Name, ...], Field(min_length=1, max_length=64)] | None = None
+    reads: Annotated[tuple[Name, ...], Field(min_length=1, max_length=64, fail_fast=True)] | None = None
     """Columns or named layers; by default the layer before, and at the start the only column."""
 
 
@@ -120,7 +119,7 @@ class Permute(_Layer):
     """The dimensions in another order: output dimension i is input dimension dims[i]."""
 
     type: Literal["permute"] = "permute"
-    dims: Annotated[tuple[Annotated[int, Field(ge=0, le=3)], ...], Field(min_length=1, max_length=4)]
+    dims: Annotated[tuple[Annotated[int, Field(ge=0, le=3)], ...], Field(min_length=1, max_length=4, fail_fast=True)]
 
     @model_validator(mode="after")
     def _is_a_permutation(self) -> Permute:
@@ -170,10 +169,10 @@ class Conv2d(_Trained):
 class _Pool(_Layer):
     """Over the last dimensions, as many as `kernel_size` has."""
 
-    kernel_size: Annotated[tuple[_Small, ...], Field(min_length=1, max_length=2)]
-    stride: Annotated[tuple[_Small, ...], Field(min_length=1, max_length=2)] | None = None
+    kernel_size: Annotated[tuple[_Small, ...], Field(min_length=1, max_length=2, fail_fast=True)]
+    stride: Annotated[tuple[_Small, ...], Field(min_length=1, max_length=2, fail_fast=True)] | None = None
     """By default the kernel's size."""
-    padding: Annotated[tuple[_Padding, ...], Field(min_length=1, max_length=2)] | None = None
+    padding: Annotated[tuple[_Padding, ...], Field(min_length=1, max_length=2, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _dimensions_agree(self) -> _Pool:
@@ -195,7 +194,7 @@ class AveragePool(_Pool):
     """torch.nn.AvgPool1d or AvgPool2d; padding counts as zeros. Without a kernel_size: the mean over all positions of each channel."""
 
     type: Literal["average_pool"] = "average_pool"
-    kernel_size: Annotated[tuple[_Small, ...], Field(max_length=2)] = ()
+    kernel_size: Annotated[tuple[_Small, ...], Field(max_length=2, fail_fast=True)] = ()
 
 
 class ReLU(_Layer):
@@ -386,20 +385,19 @@ class Concatenate(_Layer):
 
 
 class Scattering(_Layer):
-    """Fixed wavelet scattering of an image, (height, width) or (channels, height, width): averages of what edges of each scale and
-    direction, and edges among those, leave (Bruna and Mallat, 2013). Gives (features, height / 2^scales, width / 2^scales)."""
+    """Fixed wavelet features of an image in [0, 1], (height, width) or (channels, height, width), at least 8 x 8: a vector of
+    length 10. What edges of each scale and direction, and edges among those, leave, and its logarithm (Bruna and Mallat,
+    2013), whitened as synthetic pictures tell. 3,969 features of 28 x 28 points."""
 
     type: Literal["scattering"] = "scattering"
-    scales: Annotated[int, Field(ge=1, le=5)] = 2
-    directions: Annotated[int, Field(ge=2, le=16)] = 8
 
 
 class LogMel(_Layer):
     """Fixed spectrogram of audio: the logarithm of the energy in `bands` mel bands at `frames` times. Gives (bands, frames)."""
 
     type: Literal["log_mel"] = "log_mel"
-    bands: Annotated[int, Field(ge=4, le=256)] = 40
-    frames: Annotated[int, Field(ge=1, le=4096)] = 20
+    bands: Annotated[int, Field(ge=4, le=256)] = 24
+    frames: Annotated[int, Field(ge=1, le=4096)] = 16
 
 
 class HashedText(_Layer):
@@ -407,19 +405,7 @@ class HashedText(_Layer):
     1. Few of them are not 0, and a linear layer is all that reads them."""
 
     type: Literal["hashed_text"] = "hashed_text"
-    features: Annotated[int, Field(ge=16, le=2**20)] = 2**16
-
-
-class CosineFeatures(_Layer):
-    """Fixed waves of a vector, `features` of them: inner products of what it gives are exp(-|x - y|^2 / (2 scale^2)) of its
-    inputs, about (random Fourier features, Rahimi and Recht, 2007). So a linear layer after it sees how inputs go together."""
-
-    type: Literal["cosine_features"] = "cosine_features"
-    in_features: _Width
-    features: Annotated[int, Field(ge=2, le=2**16, multiple_of=2)] = 2048
-    scale: Annotated[float, Field(gt=0, le=1e6)] = 0.5
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of the waves, which are drawn from a Gaussian: public, as they are fixed."""
+    features: Annotated[int, Field(ge=16, le=2**20)] = 2**17
 
 
 Layer = Annotated[
@@ -458,7 +444,6 @@ Layer = Annotated[
     | Concatenate
     | Scattering
     | LogMel
-    | HashedText
-    | CosineFeatures,
+    | HashedText,
     Field(discriminator="type"),
 ]

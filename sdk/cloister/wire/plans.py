@@ -20,6 +20,7 @@ __all__ = [
     "Guarantee",
     "Initial",
     "LoRA",
+    "NetworkView",
     "Optimizer",
     "Plan",
     "PlanRequest",
@@ -54,7 +55,8 @@ class Privacy(Request):
     """The delta at which epsilon is told; by default the source's."""
     clip: PositiveFloat = 1.0
     """The L2 norm to which each unit's gradient is clipped."""
-    clipping: Clipping = "flat"
+    clipping: Clipping | None = None
+    """By default as the recipe has it."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Privacy:
@@ -214,8 +216,24 @@ class Quote(Response):
     """Whether the filter admits it, and what overflowing steps may add to delta stays below a thousandth of it."""
 
 
+class NetworkView(Response):
+    """A network as people look at it."""
+
+    summary: str
+    """A table: each layer, what it gives, its parameters, and whether it is trained."""
+    picture: str
+    """The same as an SVG."""
+
+    def __str__(self) -> str:
+        return self.summary
+
+    def _repr_html_(self) -> str:
+        return self.picture
+
+
 class Plan(Response):
     training: TrainingSpec
+    network: NetworkView | None = None
     event: Event
     epsilon: float
     """The run's own epsilon at `delta`, by RDP: what it would cost as the only run ever."""

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from cloister.wire.jobs import Model, ModelSchema, ModelVersion, Page
+from cloister.wire.plans import NetworkView
 from cloister_server import models
 from cloister_server.api.call import Cursor, Limit, ReadCall
 
@@ -38,3 +39,8 @@ def get_version(model: str, version: Annotated[int, Path(ge=0, lt=2**31)], call:
 @router.get("/{model}/versions/{version}/schema")
 def get_schema(model: str, version: Annotated[int, Path(ge=1, lt=2**31)], call: ReadCall) -> ModelSchema:
     return call.read(lambda session: models.schema(session, call.principal, call.service, model, version))
+
+
+@router.get("/{model}/versions/{version}/network")
+def get_network(model: str, version: Annotated[int, Path(ge=1, lt=2**31)], call: ReadCall) -> NetworkView:
+    return call.read(lambda session: models.network(session, call.principal, call.service, model, version))

@@ -15,13 +15,13 @@ _LOWEST_HZ = 60.0
 _FLOOR_DB = 60.0
 """Below the loudest; what is softer counts as that soft."""
 
-_QUIET_DB = 35.0
+_QUIET_DB = 25.0
 
 
 class LogMel(nn.Module):
     """Samples [n, samples] from -1 to 1 to log-mel spectrograms [n, bands, frames], each of mean 0 and length 1.
 
-    Frames at either end that are over 35 decibels below the loudest are left out, and what is between is stretched to `frames`, so
+    Frames at either end that are over 25 decibels below the loudest are left out, and what is between is stretched to `frames`, so
     that recordings are aligned by their sound.
     """
 

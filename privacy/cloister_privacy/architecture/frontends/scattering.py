@@ -1,117 +1,152 @@
-"""Wavelet scattering of images: Bruna and Mallat, Invariant scattering convolution networks, TPAMI 2013; filters as in Kymatio."""
+"""A front end for images: wavelet scattering, its logarithm, and a whitening that follows from synthetic pictures alone.
+
+Two orders of oriented Morlet moduli (Mallat, CPAM 2012; Bruna and Mallat, PAMI 2013; the wavelets of Kymatio, Andreux et al., JMLR
+2020), after Tramer and Boneh (ICLR 2021), who put a private linear layer on them. The wavelets of every octave are the same small
+filters, run on a picture halved that often. Nothing here is trained, and nothing is fitted to anyone's rows.
+"""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from functools import lru_cache
+from math import cos, pi, sin
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cloister_privacy.architecture.frontends.geometry import ANGLES, Geometry, geometry_of
+from cloister_privacy.architecture.frontends.pictures import pictures
+
 __all__ = ["Scattering"]
+
+_OFFSET = 0.002
+"""Of energies before their logarithm; images lie in [0, 1]."""
+
+_FLOOR = 0.01
+"""Of the mean eigenvalue, added before the root: what synthetic pictures hardly show is not blown up."""
+
+_NORM = 10.0
+"""The length of what it gives, so that the bias of a linear layer weighs a tenth of it."""
+
+_SYNTHETIC = 4096
+_AT_ONCE = 64
+"""Images: what they need stays in the processor's caches."""
 
 
 class Scattering(nn.Module):
-    """Images [n, h, w] or [n, c, h, w] to [n, c features, h / 2^scales, w / 2^scales] (rounded up), of orders 0 to 2.
+    """Images [n, h, w] or [n, c, h, w] in [0, 1] to [n, features], each of length 10."""
 
-    Features of a channel: 1 of order 0, scales * directions of order 1, directions^2 * scales (scales - 1) / 2 of order 2.
-    """
-
-    def __init__(self, shape: tuple[int, ...], *, scales: int, directions: int) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        with torch.device(
-            "cpu"
-        ):  # they are no weights, so a network that is made without memory needs them all the same
-            self._make_filters(shape, scales, directions)
+        self._geometry = geometry_of(shape)
+        fixed = _fixed(self._geometry)
+        self.register_buffer("mean", fixed.mean, persistent=False)
+        self.register_buffer("whiten_maps", fixed.whiten_maps, persistent=False)
+        self.register_buffer("whiten_cells", fixed.whiten_cells, persistent=False)
 
-    def _make_filters(self, shape: tuple[int, ...], scales: int, directions: int) -> None:
-        self._scales = scales
-        cell = 2**scales
-        self._size = tuple(shape[-2:])
-        self._padded = tuple(-(-size // cell) * cell + 2 * cell for size in self._size)
-        low = _morlet(self._padded, sigma=0.8 * 2 ** (scales - 1), angle=0.0, frequency=0.0, slant=1.0)
-        self.register_buffer("low", low, persistent=False)
-        for scale in range(scales):
-            waves = [
-                _morlet(
-                    self._padded,
-                    sigma=0.8 * 2**scale,
-                    angle=math.pi * direction / directions,
-                    frequency=0.75 * math.pi / 2**scale,
-                    slant=4 / directions,
-                )
-                for direction in range(directions)
-            ]
-            self.register_buffer(f"waves_{scale}", torch.stack(waves), persistent=False)
-
+    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim == 4:
-            n, channels = images.shape[:2]
-            each: Tensor = self(images.flatten(0, 1))
-            return each.reshape(n, channels * each.shape[1], *each.shape[2:])
-        spectrum = torch.fft.fft2(self._with_border(images)).unsqueeze(1)
-        first, second = [], []
-        for scale in range(self._scales):
-            edges = self._modulus(spectrum * self._waves(scale, 0), 2**scale)
-            first.append(self._averaged(edges, scale))
-            for coarser in range(scale + 1, self._scales):
-                waved = edges.unsqueeze(2) * self._waves(coarser, scale)
-                among = self._modulus(waved, 2 ** (coarser - scale))
-                second.append(self._averaged(among, coarser).flatten(1, 2))
-        return torch.cat([self._averaged(spectrum, 0), *first, *second], dim=1)
+        return torch.cat([self._features(each) for each in torch.split(images, _AT_ONCE)])
 
-    def _with_border(self, images: Tensor) -> Tensor:
-        """Mirrored at the edges up to the padded size, as far as a mirror reaches, and repeated beyond."""
-        (h, w), (high, wide) = self._size, self._padded
-        top, left = (high - h) // 2, (wide - w) // 2
-        around = (left, wide - w - left, top, high - h - top)
-        mode = "reflect" if max(around[:2]) < w and max(around[2:]) < h else "replicate"
-        padded: Tensor = functional.pad(images.unsqueeze(1), around, mode=mode).squeeze(1)
-        return padded
-
-    def _waves(self, scale: int, subsampled: int) -> Tensor:
-        """[directions, ...] in frequency, for a grid that was subsampled so many times by two."""
-        return _folded(self.get_buffer(f"waves_{scale}"), 2**subsampled).sum((-4, -2))
-
-    def _modulus(self, spectrum: Tensor, step: int) -> Tensor:
-        """The spectrum of the modulus, subsampled in space: its aliases are averaged in frequency."""
-        modulus = torch.fft.ifft2(_folded(spectrum, step).mean((-4, -2))).abs()
-        again: Tensor = torch.fft.fft2(modulus)
-        return again
-
-    def _averaged(self, spectrum: Tensor, scale: int) -> Tensor:
-        low = _folded(self.get_buffer("low"), 2**scale).sum((-4, -2))
-        folded = _folded(spectrum * low, 2 ** (self._scales - scale)).mean((-4, -2))
-        mean: Tensor = torch.fft.ifft2(folded).real
-        return mean[..., 1:-1, 1:-1]
+    def _features(self, images: Tensor) -> Tensor:
+        energies = _energies(images, self._geometry) - self.get_buffer("mean")
+        whitened = self.get_buffer("whiten_maps") @ energies @ self.get_buffer("whiten_cells")
+        return _NORM * functional.normalize(whitened.flatten(1), dim=1, eps=1e-6)
 
 
-def _folded(spectrum: Tensor, step: int) -> Tensor:
-    """[..., h, w] as [..., step, h / step, step, w / step]: what a grid with every step-th point cannot tell apart."""
-    high, wide = spectrum.shape[-2:]
-    return spectrum.reshape(*spectrum.shape[:-2], step, high // step, step, wide // step)
+@dataclass(frozen=True)
+class _Fixed:
+    """What synthetic pictures tell: the mean of log energies [maps, cells], and whitening matrices for both."""
+
+    mean: Tensor
+    whiten_maps: Tensor
+    whiten_cells: Tensor
 
 
-def _morlet(size: tuple[int, ...], *, sigma: float, angle: float, frequency: float, slant: float) -> Tensor:
-    """A Morlet wavelet's spectrum, float32 [h, w] and real: a Gabor function less as much of its envelope as makes its mean 0. Without
-    a frequency, the Gaussian itself."""
-    envelope = _gabor(size, sigma, angle, 0.0, slant)
-    if frequency:
-        wave = _gabor(size, sigma, angle, frequency, slant)
-        envelope = wave - wave.sum() / envelope.sum() * envelope
-    spectrum: Tensor = torch.fft.fft2(envelope)
-    return spectrum.real.float()
+@lru_cache(maxsize=16)
+def _fixed(geometry: Geometry) -> _Fixed:
+    """Takes seconds, and is the same for every network of this geometry; on the CPU, whatever device is the default."""
+    with torch.device("cpu"), torch.no_grad():
+        synthetic = pictures(_SYNTHETIC, geometry.channels, *geometry.image)
+        energies = torch.cat([_energies(each, geometry) for each in torch.split(synthetic, _AT_ONCE)]).double()
+        mean = energies.mean(0)
+        energies -= mean
+        of_maps = torch.einsum("ncs,nds->cd", energies, energies) / len(energies)
+        of_cells = torch.einsum("ncs,nct->st", energies, energies) / len(energies)
+        return _Fixed(mean.float(), _whitening(of_maps), _whitening(of_cells))
 
 
-def _gabor(size: tuple[int, ...], sigma: float, angle: float, frequency: float, slant: float) -> Tensor:
-    """On a grid that repeats itself, with what reaches over from two repetitions on each side."""
-    high, wide = size
-    total = torch.zeros(size, dtype=torch.complex128)
-    for down in range(-2, 3):
-        for right in range(-2, 3):
-            y = (torch.arange(high, dtype=torch.float64) + down * high).unsqueeze(1)
-            x = (torch.arange(wide, dtype=torch.float64) + right * wide).unsqueeze(0)
-            along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+def _whitening(covariance: Tensor) -> Tensor:
+    """(covariance + floor) ^ (-1/4): the maps' and the cells' together are the power -1/2 of their product."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp(min=0) + _FLOOR * values.mean()
+    root: Tensor = (vectors * values**-0.25) @ vectors.T
+    return root.float()
+
+
+def _energies(images: Tensor, geometry: Geometry) -> Tensor:
+    """Log energies [n, maps, cells]; of differences between channels the first order only."""
+    wavelets, opponents = _morlets().to(images), _cosines(geometry.channels).to(images)
+    x = images.unsqueeze(1) if images.ndim == 3 else images
+    if x.shape[-2:] != geometry.size:
+        x = functional.adaptive_avg_pool2d(x, geometry.size)
+    cell = 2**geometry.octaves
+    down, right = geometry.grid[0] * cell - geometry.size[0], geometry.grid[1] * cell - geometry.size[1]
+    x = functional.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
+    x = torch.einsum("dc,nchw->ndhw", opponents, x)
+    maps = [_average(x, cell).abs()]
+    for octave in range(geometry.octaves):
+        first = _modulus(x, wavelets)
+        maps.append(_average(first, cell >> octave))
+        second = first[:, :ANGLES]  # of the mean over the channels
+        for later in range(octave + 1, geometry.octaves):
+            second = _average(second, 2)
+            maps.append(_average(_modulus(second, wavelets), cell >> later))
+        x = _average(x, 2)
+    return (torch.cat(maps, 1) + _OFFSET).log().flatten(2)
+
+
+def _modulus(x: Tensor, wavelets: Tensor) -> Tensor:
+    n, maps, height, width = x.shape
+    margin = wavelets.shape[-1] // 2
+    x = functional.pad(x.reshape(n * maps, 1, height, width), (margin,) * 4, mode="replicate")
+    real_and_imaginary = functional.conv2d(x, wavelets).view(n, maps * ANGLES, 2, height, width)
+    return (real_and_imaginary.square().sum(2) + 1e-12).sqrt()
+
+
+def _average(x: Tensor, step: int) -> Tensor:
+    """Gaussian means around the centres of step x step blocks."""
+    if step == 1:
+        return x
+    n, maps, height, width = x.shape
+    offsets = torch.arange(-step, 2 * step, dtype=torch.float64) - (step - 1) / 2
+    weights = torch.exp(-offsets.square() / (2 * (step / 2) ** 2))
+    weights = (weights / weights.sum()).to(x)
+    x = functional.pad(x.reshape(n * maps, 1, height, width), (step,) * 4, mode="replicate")
+    x = functional.conv2d(x, weights.view(1, 1, -1, 1), stride=(step, 1))
+    x = functional.conv2d(x, weights.view(1, 1, 1, -1), stride=(1, step))
+    return x.view(n, maps, height // step, width // step)
+
+
+@lru_cache(maxsize=1)
+def _morlets(*, sigma: float = 0.8, frequency: float = 3 * pi / 4, radius: int = 3) -> Tensor:
+    """Kymatio's finest Morlet wavelets, real and imaginary parts in turn: [2 angles, 1, 7, 7], each of mean zero."""
+    with torch.device("cpu"):
+        axis, slant = torch.arange(-radius, radius + 1, dtype=torch.float64), 4 / ANGLES
+        y, x = torch.meshgrid(axis, axis, indexing="ij")
+        filters = []
+        for angle in range(ANGLES):
+            right, down = cos(pi * angle / ANGLES), sin(pi * angle / ANGLES)
+            along, across = x * right + y * down, y * right - x * down
             envelope = torch.exp(-(along.square() + (slant * across).square()) / (2 * sigma**2))
-            total += envelope * torch.exp(1j * frequency * along)
-    return total * slant / (2 * math.pi * sigma**2)
+            real, imaginary = envelope * torch.cos(frequency * along), envelope * torch.sin(frequency * along)
+            filters += [real - envelope * (real.sum() / envelope.sum()), imaginary]
+        return (torch.stack(filters).unsqueeze(1) * slant / (2 * pi * sigma**2)).float()
+
+
+def _cosines(channels: int) -> Tensor:
+    """An orthogonal basis whose first row is the mean: of three channels, the mean and two opponent colours."""
+    index = torch.arange(channels, dtype=torch.float64)
+    basis = torch.cos(pi * (index + 0.5) * index[:, None] / channels)
+    return (basis / basis.abs().sum(1, keepdim=True)).float()

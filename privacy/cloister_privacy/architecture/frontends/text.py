@@ -9,7 +9,7 @@ from torch.nn import functional
 __all__ = ["TOKENS", "HashedText", "SparseLinear", "places_and_values"]
 
 TOKENS = 256
-"""The most features of one text that are not 0; the others of a longer one are left out, in the order of their hashes."""
+"""The most features of one text that are read, words first, then pairs, then runs; the others of a longer one are left out."""
 
 _MOST_WORDS = 64
 _PAIR = _RUN = 0.5
@@ -42,8 +42,7 @@ class HashedText(nn.Module):
         parts += [(*_runs(sums, powers, is_letter, size), _RUN) for size in _RUNS]
         hashes = torch.cat([_mixed(hashed + 7919 * kind) for kind, (hashed, _, _) in enumerate(parts)], dim=1)
         weights = torch.cat([is_there * weight for _, is_there, weight in parts], dim=1)
-        places = torch.where(weights > 0, hashes.remainder(self._features), self._features)
-        return _merged(places, weights, self._features)
+        return _merged(*_first(hashes.remainder(self._features), weights, self._features), self._features)
 
 
 class SparseLinear(nn.Module):
@@ -55,19 +54,18 @@ class SparseLinear(nn.Module):
         self.weight, self.bias = like.weight, like.bias
 
     def forward(self, sparse: Tensor) -> Tensor:
-        return self.apply_to(sparse, self.weight, self.bias)
+        return self.apply_to(*places_and_values(sparse), self.weight, self.bias)
 
     @staticmethod
-    def apply_to(sparse: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        places, values = places_and_values(sparse)
-        outputs = (functional.embedding(places, weight.T) * values.unsqueeze(2)).sum(1)
+    def apply_to(places: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        outputs = functional.embedding_bag(places, weight.T.contiguous(), per_sample_weights=values, mode="sum")
         return outputs if bias is None else outputs + bias
 
 
 def places_and_values(sparse: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a sparse vector is not 0, int64 [n, tokens], and what it is there, float32. It crosses layers as one tensor, int32
+    """Where a sparse vector is not 0, int32 [n, tokens], and what it is there, float32. It crosses layers as one tensor, int32
     [n, 2, tokens]: the places, and the values by their bits. No place comes twice, but with a value of 0."""
-    return sparse[:, 0].long(), sparse[:, 1].contiguous().view(torch.float32)
+    return sparse[:, 0].contiguous(), sparse[:, 1].contiguous().view(torch.float32)
 
 
 def _classes(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,21 +112,26 @@ def _runs(sums: Tensor, powers: Tensor, is_letter: Tensor, size: int) -> tuple[T
     return (sums[:, starts + size] - sums[:, starts]) * powers[starts], is_within
 
 
-def _merged(places: Tensor, weights: Tensor, features: int) -> Tensor:
-    """Each place once, with the root of its squared weights' sum, as a vector of length 1. Nothing lies at place `features`."""
+def _first(places: Tensor, weights: Tensor, nowhere: int) -> tuple[Tensor, Tensor]:
+    """The first 256 that are there, side by side; what is missing lies `nowhere`, with a weight of 0."""
+    rank = (weights > 0).cumsum(1) - 1
+    slots = torch.where((weights > 0) & (rank < TOKENS), rank, TOKENS)
+    first = places.new_full((len(places), TOKENS + 1), nowhere).scatter_(1, slots, places)[:, :TOKENS]
+    weights = weights.new_zeros(len(places), TOKENS + 1).scatter_(1, slots, weights)[:, :TOKENS]
+    return torch.where(weights > 0, first, nowhere), weights
+
+
+def _merged(places: Tensor, weights: Tensor, nowhere: int) -> Tensor:
+    """Each place once, with the root of its squared weights' sum, as a vector of length 1."""
     places, order = places.sort(dim=1)
     energy = weights.gather(1, order).square().cumsum(1)
     is_last = functional.pad(places[:, 1:] != places[:, :-1], (0, 1), value=True)
-    at = torch.arange(places.shape[1], device=places.device)
+    at = torch.arange(TOKENS, device=places.device)
     before = functional.pad(torch.where(is_last, at, -1)[:, :-1], (1, 0), value=-1).cummax(1).values
     earlier = torch.where(before >= 0, energy.gather(1, before.clamp_min(0)), 0)
-    values = torch.where(is_last & (places < features), energy - earlier, 0).clamp_min(0).sqrt()
-    front = (values == 0).long().argsort(dim=1, stable=True)[:, :TOKENS]
-    values, places = values.gather(1, front), places.gather(1, front)
-    missing = TOKENS - values.shape[1]
-    values = functional.normalize(functional.pad(values, (0, missing)), dim=1)
-    places = functional.pad(places, (0, missing)) * (values > 0)
-    return torch.stack([places.int(), values.view(torch.int32)], dim=1)
+    values = torch.where(is_last & (places < nowhere), energy - earlier, 0).clamp_min(0).sqrt()
+    values = functional.normalize(values, dim=1)
+    return torch.stack([(places * (values > 0)).int(), values.view(torch.int32)], dim=1)
 
 
 def _powers(base: int, count: int, device: torch.device) -> Tensor:

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cloister.wire import layers as wire
+from cloister.wire.architecture import LAYER_LIMIT
 from cloister.wire.layers import Layer
+from cloister_privacy.architecture import shapes
 from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.importers.imported import ModelNotSupported
 from cloister_privacy.architecture.modules import module_of
@@ -27,6 +29,12 @@ __all__ = ["Draft", "NotMapped", "Place", "Shape", "Step", "TokensFound", "Value
 
 Shape = tuple[int, ...]
 Weights = Mapping[str, NDArray[np.float32]]
+
+_STEP_LIMIT = 8 * LAYER_LIMIT
+"""Many steps are left out of the network in the end."""
+
+_TEXT_INDICES = 257
+"""How many a column of text has: its bytes, and 0 past its end."""
 
 _RESHAPED = (wire.Reshape, wire.Flatten)
 
@@ -84,8 +92,8 @@ class Step:
     """Runs it."""
     place: Place
     gives: Shape
-    twin: int | None = None
-    """An earlier step that has the same weights; only one of the two can be in a network."""
+    twins: tuple[int, ...] = ()
+    """Earlier steps that have the same weights; a network can hold this one or those."""
 
 
 class Draft:
@@ -96,6 +104,9 @@ class Draft:
         self.steps: list[Step] = []
         self.place = Place()
         """What is being mapped; steps that are added take their names from it."""
+        self.open_ended: set[int] = set()
+        """Attention that still has no last projection of its source's."""
+        self._numbers = 0
         self.problems: dict[str, None] = {}
         self.warnings: dict[str, None] = {}
 
@@ -123,16 +134,16 @@ class Draft:
         *values: Value,
         weights: Weights | None = None,
         module: nn.Module | None = None,
-        twin: int | None = None,
+        twins: tuple[int, ...] = (),
         **fields: Any,
     ) -> Value:
         """Add a layer that reads these values, laid as their source has them. Raises NotMapped where it takes none such."""
-        return self._added(kind, [self.settled(each) for each in values], weights, module, twin, fields)
+        return self._added(kind, [self.settled(each) for each in values], weights, module, twins, fields)
 
     def pointwise(self, kind: type[Any], value: Value, *, module: nn.Module | None = None, **fields: Any) -> Value:
         """Add a layer that works element by element, so that the order of the dimensions is nothing to it."""
         value = self.unpadded(value)
-        return replace(value, key=self._added(kind, [value], None, module, None, fields).key)
+        return replace(value, key=self._added(kind, [value], None, module, (), fields).key)
 
     def _added(
         self,
@@ -140,7 +151,7 @@ class Draft:
         values: list[Value],
         weights: Weights | None,
         module: nn.Module | None,
-        twin: int | None,
+        twins: tuple[int, ...],
         fields: dict[str, Any],
     ) -> Value:
         try:
@@ -148,24 +159,42 @@ class Draft:
         except ValueError as exc:
             raise NotMapped(f"{exc}; the language has no such layer") from None
         with torch.device("meta"):
-            module = module or module_of(Node(layer, "", (), str(self.place)), [], {})
+            module = module or module_of(
+                Node(layer, "", (), str(self.place)), [self._measured(each) for each in values], {}
+            )
         weights = _ordered(weights or {}, module)
-        gives = _given(module, values, is_of_indices=kind is wire.Embedding)
-        self.steps.append(Step(layer, tuple(each.key for each in values), weights, module, self.place, gives, twin))
+        gives = _steps_of(layer, values) or _given(module, values, is_of_indices=kind is wire.Embedding)
+        self._numbers += sum(array.size for array in weights.values())
+        if self._numbers > shapes.PARAMETER_LIMIT or len(self.steps) > _STEP_LIMIT:
+            raise ModelNotSupported(
+                (
+                    f"{self.place}: is one of over {_STEP_LIMIT} steps or {shapes.PARAMETER_LIMIT} weights; import a smaller network",
+                )
+            )
+        place = self.steps[twins[0]].place if twins else self.place
+        self.steps.append(Step(layer, tuple(each.key for each in values), weights, module, place, gives, twins))
         return Value(len(self.steps) - 1, gives, tuple(range(len(gives))))
+
+    def _measured(self, value: Value) -> shapes.Value:
+        return shapes.Value(value.held, indices=_TEXT_INDICES if value.key in self.tokens else 0)
 
     def unpadded(self, value: Value) -> Value:
         """The value, if no zeros are still to be put around it."""
         if any(sum(each) for each in value.pad):
-            raise NotMapped("reads what was padded with zeros, which only a convolution does; give it the padding instead")
+            raise NotMapped(
+                "reads what was padded with zeros, which only a convolution does; give it the padding instead"
+            )
         return replace(value, pad=())
 
     def settled(self, value: Value) -> Value:
         """The value held in the order of its source."""
         value = self.unpadded(value)
-        if value.dims == tuple(range(len(value.held))) or value.shape == () and math.prod(value.held) == 1:
+        if value.dims == tuple(range(len(value.held))) or (value.shape == () and math.prod(value.held) == 1):
             return value
-        return self._added(wire.Permute, [value], None, None, None, {"dims": value.dims})
+        wide = [dim for dim in value.dims if value.held[dim] > 1]
+        if wide == sorted(wide) and isinstance(value.key, int):
+            return self.reshape(replace(value, dims=tuple(range(len(value.held)))), value.shape)
+        return self._added(wire.Permute, [value], None, None, (), {"dims": value.dims})
 
     def permute(self, value: Value, dims: Shape) -> Value:
         """Dimension i is what dimension dims[i] was."""
@@ -184,7 +213,7 @@ class Draft:
         value = self.settled(value)
         step = self.step(value)
         if step is not None and isinstance(step.layer, _RESHAPED):
-            value = self._read_by(step)
+            value = self.reads(step)[0]
             if value.held == shape:
                 return value
         if isinstance(value.key, str) and value.key in self.tokens:
@@ -200,27 +229,25 @@ class Draft:
     def first_read(self, value: Value) -> Value | None:
         """What the step that gives the value reads, as it is held there."""
         step = self.step(value)
-        return None if step is None else self._read_by(step)
+        return None if step is None else self.reads(step)[0]
 
-    def _read_by(self, step: Step) -> Value:
-        key = step.reads[0]
-        held = self.steps[key].gives if isinstance(key, int) else self.column(key).held
-        return Value(key, held, tuple(range(len(held))))
+    def reads(self, step: Step) -> list[Value]:
+        """What a step reads, as it is held there."""
+        held = [self.steps[key].gives if isinstance(key, int) else self.column(key).held for key in step.reads]
+        return [Value(key, each, tuple(range(len(each)))) for key, each in zip(step.reads, held, strict=True)]
 
     def placeholder(self, shape: Shape) -> Value:
         """Stands for what could not be mapped, so that what comes after it is looked at too."""
         return Value(-1, shape or (1,), tuple(range(len(shape))))
 
-    def embedding(
-        self, value: Value, table: NDArray[np.float32], *, padding_idx: int | None, is_frozen: bool
-    ) -> Value:
+    def embedding(self, value: Value, table: NDArray[np.float32], *, padding_idx: int | None, is_frozen: bool) -> Value:
         """A row of the table for each index of a column. Raises TokensFound where the column was not known to hold any."""
         if not isinstance(value.key, str):
             raise NotMapped("looks up what other layers gave; an embedding reads a column of tokens, as it is")
         if value.key not in self.tokens:
             raise TokensFound(value.key)
         rows, width = table.shape
-        return self.emit(
+        found = self.emit(
             wire.Embedding,
             value,
             weights={"weight": table},
@@ -229,6 +256,8 @@ class Draft:
             padding_idx=padding_idx,
             frozen=is_frozen,
         )
+        # A sequence of one index may be a text of one byte or a category, which an embedding gives in different shapes.
+        return self.emit(wire.Reshape, found, shape=(1, width)) if value.shape == (1,) else found
 
     @torch.no_grad()
     def run(self, values: Mapping[str, Tensor], output: Value) -> Tensor:
@@ -246,15 +275,33 @@ class Draft:
 
 
 def _ordered(weights: Weights, module: nn.Module) -> Weights:
-    """The weights in the module's order, float32 and contiguous. A bias that the source lacks is 0."""
+    """The weights in the module's order, float32, contiguous and our own. A bias that the source lacks is 0."""
     found: dict[str, NDArray[np.float32]] = {}
-    for name, like in module.state_dict().items():
+    state = module.state_dict()
+    strange = [*(weights.keys() - state.keys()), *(n for n in state.keys() - weights.keys() if not n.endswith("bias"))]
+    if strange:
+        raise NotMapped(
+            f"has weights by other names than the layer's ({', '.join(sorted(strange))}); this is a mistake of ours"
+        )
+    for name, like in state.items():
         given = weights.get(name)
-        array = np.zeros(like.shape, np.float32) if given is None else np.ascontiguousarray(given, dtype=np.float32)
+        array = np.zeros(like.shape, np.float32) if given is None else np.array(given, np.float32, order="C")
         if array.shape != tuple(like.shape):
             raise NotMapped(f"has {name} of shape {array.shape}, and the layer takes {tuple(like.shape)}")
         found[name] = array
     return found
+
+
+def _steps_of(layer: Layer, values: list[Value]) -> Shape | None:
+    """What a recurrent layer gives, by rule: to run one on nothing would take as long as its sequence."""
+    if not isinstance(layer, wire.LSTM | wire.GRU | wire.RNN):
+        return None
+    if len(values[0].held) != 2 or values[0].held[1] != layer.input_size:
+        raise NotMapped(
+            f"does not fit what it reads, {values[0].held}: a sequence of {layer.input_size}, (length, width)"
+        )
+    width = layer.hidden_size * (2 if layer.bidirectional else 1)
+    return (values[0].held[0], width) if layer.output == "sequence" else (width,)
 
 
 def _given(module: nn.Module, values: list[Value], *, is_of_indices: bool) -> Shape:
@@ -266,4 +313,6 @@ def _given(module: nn.Module, values: list[Value], *, is_of_indices: bool) -> Sh
             return tuple(module(*empty).shape[1:])
     except (RuntimeError, ValueError, IndexError, TypeError) as exc:
         told = str(exc).splitlines()[0]
-        raise NotMapped(f"does not fit what it reads, {', '.join(str(each.held) for each in values)} ({told})") from None
+        raise NotMapped(
+            f"does not fit what it reads, {', '.join(str(each.held) for each in values)} ({told})"
+        ) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cloister_privacy.architecture.frontends import SparseLinear
+from cloister_privacy.architecture.frontends.text import SparseLinear
 from cloister_privacy.training.rules import layers
 from cloister_privacy.training.rules.attention import attention
 from cloister_privacy.training.rules.generic import mapped

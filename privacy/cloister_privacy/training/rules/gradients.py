@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,8 +73,11 @@ class SparseOuter:
         return Outer(self._back, self._values).norms()
 
     def weighted_sum(self, scales: Tensor) -> Tensor:
-        rows = _kept(self._values, scales).unsqueeze(2) * _scaled(self._back, scales).unsqueeze(1)  # [n, tokens, p]
-        total = torch.zeros(self._features, self._back.shape[1], device=rows.device, dtype=rows.dtype)
+        back, values = _scaled(self._back, scales), _kept(self._values, scales)
+        if back.device.type == "cpu":
+            return _of_columns(self._places, values, self._features, back).T.contiguous()
+        rows = values.unsqueeze(2) * back.unsqueeze(1)  # [n, tokens, p]
+        total = torch.zeros(self._features, back.shape[1], device=rows.device, dtype=rows.dtype)
         return total.index_add_(0, self._places.flatten(), rows.flatten(0, 1)).T.contiguous()
 
 
@@ -135,6 +139,16 @@ def of_linear(back: Tensor, entering: Tensor) -> PerExample:
     if back.shape[0] * back.shape[2] * entering.shape[2] * 4 <= _DENSE_BYTES:
         return Dense(back.mT @ entering)
     return Gram(back, entering)
+
+
+def _of_columns(places: Tensor, values: Tensor, size: int, back: Tensor) -> Tensor:
+    """The matrix [size, n] whose column i holds values[i] at places[i], times back [n, p]: SciPy's loop takes a tenth of
+    index_add_'s time."""
+    from scipy.sparse import csc_array
+
+    ends = np.arange(0, places.numel() + 1, places.shape[1], dtype=np.int32)
+    columns = csc_array((values.numpy().ravel(), places.numpy().ravel(), ends), shape=(size, len(places)))
+    return torch.from_numpy(columns @ back.numpy())
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cloister_privacy.architecture.frontends import SparseLinear, places_and_values
+from cloister_privacy.architecture.frontends.text import SparseLinear, places_and_values
 from cloister_privacy.errors import UncoveredParameter
 from cloister_privacy.training.rules.gradients import Dense, PerExample, SparseOuter
 from cloister_privacy.training.rules.tape import Gradients, Tape, Use, constant, trainable
@@ -24,11 +24,12 @@ def linear(module: nn.Linear, tape: Tape, inputs: Tensor) -> Tensor:
 
 
 def sparse_linear(module: SparseLinear, tape: Tape, sparse: Tensor) -> Tensor:
-    output = tape.tap(SparseLinear.apply_to(sparse, module.weight.detach(), constant(module.bias)))
+    places, values = places_and_values(sparse)
+    output = tape.tap(SparseLinear.apply_to(places, values, module.weight.detach(), constant(module.bias)))
 
     def gradients(back: Tensor) -> Gradients:
         return trainable(
-            (module.weight, lambda: SparseOuter(back, *places_and_values(sparse), module.weight.shape[1])),
+            (module.weight, lambda: SparseOuter(back, places, values, module.weight.shape[1])),
             (module.bias, lambda: Dense(back)),
         )
 
