@@ -30,7 +30,13 @@ demo: install ## Start a server, train privately on real data, predict, be refus
 test: install ## Run the tests (SQLite and a real PostgreSQL from pip; no service needed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-long: install ## Run the long tests too: every kill, Fashion-MNIST (SHORT=1: a shortened run for CI)
+# TensorFlow pins packages of its own, so it is kept apart; the tests skip what needs it where it cannot be had.
+$(VENV)-tensorflow/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tensorflow
+	-$(VENV)-tensorflow/bin/python -m pip install --quiet tensorflow-cpu==2.21.0 keras==3.15.0 torch==2.13.0 httpx2 pydantic cryptography safetensors && \
+	$(VENV)-tensorflow/bin/python -m pip install --quiet --no-deps --editable . && touch $@
+
+test-long: install $(VENV)-tensorflow/installed ## Run the long tests too: every kill, Fashion-MNIST (SHORT=1: a shortened run for CI)
 	SHORT=$(SHORT) $(BIN)/python -m pytest -m long
 
 lint: install ## Check style, types and import directions
@@ -51,4 +57,4 @@ bench: install ## Run one benchmark beside its peers: make bench NAME=import
 	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) .venv-bench-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-tensorflow .venv-bench-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
