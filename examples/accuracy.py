@@ -1,7 +1,12 @@
 """Train on one file, judge on another, through the public SDK alone and without one hyper-parameter.
 
-python examples/accuracy.py DATASET EPSILON TRAIN TEST, where DATASET is fashion_mnist, adult, sst2 or spoken_digits and the files are
-of the formats in which those are handed around. Starts a server of its own on SQLite; the last line is
+python examples/accuracy.py DATASET EPSILON TRAIN TEST. The files, by data set:
+  fashion_mnist  .npz with images uint8 [n, 28, 28] and labels [n]
+  adult          .csv or .csv.gz with a header: the 14 features by their usual names, and the income
+  sst2           .tsv or .tsv.gz with the columns sentence and label (0 or 1)
+  spoken_digits  .npz with samples int16 of all recordings in a row (8 kHz), lengths [n] and labels [n]
+
+Starts a server of its own on SQLite; the last line is
 {"accuracy": per cent}.
 """
 
@@ -58,26 +63,40 @@ def _sentences(path: Path) -> dict[str, Any]:
     return {"sentence": [row["sentence"] for row in rows], "sentiment": np.array([int(row["label"]) for row in rows])}
 
 
+def _one_of(values: str) -> cloister.Category:
+    return cloister.Category(values=tuple(values.split()))
+
+
 ADULT = {
     "age": cloister.Number(low=0, high=100),
-    "workclass": "Federal-gov Local-gov Never-worked Private Self-emp-inc Self-emp-not-inc State-gov Without-pay ?",
+    "workclass": _one_of(
+        "Federal-gov Local-gov Never-worked Private Self-emp-inc Self-emp-not-inc State-gov Without-pay ?"
+    ),
     "fnlwgt": cloister.Number(low=0, high=1_500_000),
-    "education": "10th 11th 12th 1st-4th 5th-6th 7th-8th 9th Assoc-acdm Assoc-voc Bachelors Doctorate HS-grad Masters Preschool "
-    "Prof-school Some-college",
+    "education": _one_of(
+        "10th 11th 12th 1st-4th 5th-6th 7th-8th 9th Assoc-acdm Assoc-voc Bachelors Doctorate HS-grad Masters Preschool "
+        "Prof-school Some-college"
+    ),
     "education-num": cloister.Number(low=1, high=16),
-    "marital-status": "Divorced Married-AF-spouse Married-civ-spouse Married-spouse-absent Never-married Separated Widowed",
-    "occupation": "Adm-clerical Armed-Forces Craft-repair Exec-managerial Farming-fishing Handlers-cleaners Machine-op-inspct "
-    "Other-service Priv-house-serv Prof-specialty Protective-serv Sales Tech-support Transport-moving ?",
-    "relationship": "Husband Not-in-family Other-relative Own-child Unmarried Wife",
-    "race": "Amer-Indian-Eskimo Asian-Pac-Islander Black Other White",
-    "sex": "Female Male",
+    "marital-status": _one_of(
+        "Divorced Married-AF-spouse Married-civ-spouse Married-spouse-absent Never-married Separated Widowed"
+    ),
+    "occupation": _one_of(
+        "Adm-clerical Armed-Forces Craft-repair Exec-managerial Farming-fishing Handlers-cleaners Machine-op-inspct "
+        "Other-service Priv-house-serv Prof-specialty Protective-serv Sales Tech-support Transport-moving ?"
+    ),
+    "relationship": _one_of("Husband Not-in-family Other-relative Own-child Unmarried Wife"),
+    "race": _one_of("Amer-Indian-Eskimo Asian-Pac-Islander Black Other White"),
+    "sex": _one_of("Female Male"),
     "capital-gain": cloister.Number(low=0, high=99_999),
     "capital-loss": cloister.Number(low=0, high=5_000),
     "hours-per-week": cloister.Number(low=0, high=99),
-    "native-country": "Cambodia Canada China Columbia Cuba Dominican-Republic Ecuador El-Salvador England France Germany Greece "
-    "Guatemala Haiti Holand-Netherlands Honduras Hong Hungary India Iran Ireland Italy Jamaica Japan Laos Mexico Nicaragua "
-    "Outlying-US(Guam-USVI-etc) Peru Philippines Poland Portugal Puerto-Rico Scotland South Taiwan Thailand Trinadad&Tobago "
-    "United-States Vietnam Yugoslavia ?",
+    "native-country": _one_of(
+        "Cambodia Canada China Columbia Cuba Dominican-Republic Ecuador El-Salvador England France Germany Greece "
+        "Guatemala Haiti Holand-Netherlands Honduras Hong Hungary India Iran Ireland Italy Jamaica Japan Laos Mexico Nicaragua "
+        "Outlying-US(Guam-USVI-etc) Peru Philippines Poland Portugal Puerto-Rico Scotland South Taiwan Thailand Trinadad&Tobago "
+        "United-States Vietnam Yugoslavia ?"
+    ),
 }
 
 
@@ -91,7 +110,7 @@ def _census(path: Path) -> dict[str, Any]:
     (income,) = rows[0].keys() - ADULT.keys()
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in ADULT}
     for name, column in columns.items():
-        if isinstance(ADULT[name], str):
+        if isinstance(ADULT[name], cloister.Category):
             columns[name] = [value or "?" for value in column]
     return {**columns, "income": [row[income].rstrip(".") for row in rows]}
 
@@ -110,11 +129,8 @@ TASKS = {
     "adult": Task(
         "income",
         {
-            **{
-                name: cloister.Category(values=tuple(column.split())) if isinstance(column, str) else column
-                for name, column in ADULT.items()
-            },
-            "income": cloister.Category(values=("<=50K", ">50K")),
+            **ADULT,
+            "income": _one_of("<=50K >50K"),
         },
         _census,
     ),
@@ -164,6 +180,13 @@ def main() -> None:
     missing = [str(path) for path in (asked.train, asked.test) if not path.exists()]
     if missing:
         sys.exit(f"there is no {' and no '.join(missing)}; this example needs the data set's own files")
+    if not asked.epsilon > 0:
+        sys.exit("epsilon must be above 0")
+    try:
+        for path in (asked.train, asked.test):
+            TASKS[asked.dataset].read(path)
+    except (KeyError, ValueError, AttributeError, OSError) as error:
+        sys.exit(f"the files are not of the format that --help tells for {asked.dataset}: {error}")
     with (
         tempfile.TemporaryDirectory(prefix="cloister-accuracy-") as directory,
         running_server(Path(directory)) as client,

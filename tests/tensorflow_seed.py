@@ -58,7 +58,7 @@ def main() -> None:
     ).eval()
     network.load_state_dict({key: torch.from_numpy(np.array(each)) for key, each in imported.weights.items()})
     ours = network.predict({name: images})["probabilities"]
-    print(json.dumps({"largest_difference": float(np.abs(ours - model.predict(images, verbose=0)).max())}))
+    print(json.dumps({"largest_difference": float(np.abs(ours - model.predict(images, verbose=0)).max())}))  # noqa: T201 (a script)
 
 
 if __name__ == "__main__":

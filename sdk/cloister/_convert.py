@@ -20,7 +20,7 @@ from cloister.wire.columns import (
     TextColumn,
     UnitColumn,
 )
-from cloister.wire.rows import Rows
+from cloister.wire.rows import Rows, pcm16
 
 __all__ = ["category_indices", "convert", "recordings", "text"]
 
@@ -143,8 +143,7 @@ def _samples(name: str, column: AudioColumn, value: Any, row: int) -> NDArray[np
         return array.astype(np.int16)
     if not (np.abs(array) <= 1).all():
         raise RowsNotFit(f"{where}: samples that are not from -1 to 1; scale them, or give int16")
-    scaled: NDArray[np.int16] = np.clip(np.rint(array * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
-    return scaled
+    return pcm16(array)
 
 
 def _wav(where: str, column: AudioColumn, body: bytes) -> NDArray[np.int16]:

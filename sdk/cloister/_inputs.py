@@ -58,6 +58,14 @@ def _input(name: str, column: InputColumn, values: Any) -> NDArray[Any]:
             array = given.astype(np.float32)
     except (ValueError, TypeError):
         raise RowsNotFit(f"input {name!r} holds what is not a number; remove those rows") from None
+    if (
+        isinstance(column, TensorColumn)
+        and column.dtype == "uint8"
+        and not np.array_equal(array, array.astype(np.uint8))
+    ):
+        raise RowsNotFit(
+            f"input {name!r} is declared uint8, as whole numbers from 0 to 255, and holds others; do not scale it"
+        )
     if not np.isfinite(array).all():
         raise RowsNotFit(f"input {name!r} holds values that are no finite float32; remove those rows")
     return array

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from cloister._errors import InvalidArgument
-from cloister.wire.layers import Layer
+from cloister.wire.layers import Layer, has_weights
 
 __all__ = ["ImportedNetwork", "network_of"]
 
@@ -33,6 +33,11 @@ def network_of(
     if layers is not None and network is not None:
         raise InvalidArgument("give layers or network, not both: a network brings its layers")
     weights = None
+    if network is not None and not (hasattr(network, "layers") and hasattr(network, "weights")):
+        raise InvalidArgument(
+            f"network is a {type(network).__name__}; import it first, by from_torch, from_keras or from_onnx of "
+            "cloister_privacy.architecture"
+        )
     if network is not None:
         layers = network.layers
         weights = save({name: np.ascontiguousarray(each, dtype=np.float32) for name, each in network.weights.items()})
@@ -42,20 +47,19 @@ def network_of(
         raise InvalidArgument(f"freeze is a sequence of names; give [{freeze!r}]")
     if layers is None:
         raise InvalidArgument("freeze names layers of a network; give layers or network")
-    return [_frozen(layer, freeze) for layer in _each_named(layers, freeze)], weights
+    _require_named(layers, freeze)
+    return [_frozen(layer, freeze) for layer in layers], weights
 
 
-def _each_named(layers: Sequence[Layer], freeze: Sequence[str]) -> Sequence[Layer]:
+def _require_named(layers: Sequence[Layer], freeze: Sequence[str]) -> None:
     names = [layer.name for layer in layers if layer.name is not None]
     for pattern in freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InvalidArgument(
                 f"freeze names {pattern!r}, and no layer is called so; named are {', '.join(names) or 'none'}"
             )
-    return layers
 
 
 def _frozen(layer: Layer, freeze: Sequence[str]) -> Any:
     is_named = layer.name is not None and any(fnmatchcase(layer.name, pattern) for pattern in freeze)
-    has_weights = "frozen" in type(layer).model_fields
-    return layer.model_copy(update={"frozen": True}) if is_named and has_weights else layer
+    return layer.model_copy(update={"frozen": True}) if is_named and has_weights(layer) else layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from cloister.wire import plans as wire
-from cloister.wire.layers import Linear
+from cloister.wire.layers import Linear, is_frozen
 
 __all__ = ["Plan"]
 
@@ -21,8 +21,11 @@ class Plan(wire.Plan):
         )
         optimizer = f"{spec.optimizer.type}, learning rate {spec.optimizer.learning_rate:g}"
         verdict = f"fits, {quote.left:.3f} would be left" if quote.fits else f"does not fit: {quote.left:.3f} is left"
+        if not quote.fits:
+            verdict += "; all runs together are charged a little more than a run alone, so ask for less"
         lines = {
             "network": f"{layers}, {spec.architecture.loss}",
+            **_start(spec),
             "steps": f"{spec.steps} of {spec.batch_size} expected rows (q = {event.sampling_rate:.4g}), {optimizer}",
             "noise": f"multiplier {spec.noise_multiplier:.4g} on gradients clipped to {spec.clip:g}",
             "cost": f"epsilon {self.epsilon:.3f} at delta {self.delta:g} (RDP, decides; PLD: {self.epsilon_pld:.3f})",
@@ -38,3 +41,16 @@ class Plan(wire.Plan):
     def _repr_html_(self) -> str:
         picture = self.network.picture if self.network is not None else ""
         return f"<pre>{escape(str(self))}</pre>{picture}"
+
+
+def _start(spec: wire.TrainingSpec) -> dict[str, str]:
+    """What is not drawn at random and trained in full, where there is any."""
+    told = []
+    if spec.initial is not None:
+        told.append(f"from uploaded weights {spec.initial.digest[:12]}...")
+    frozen = sum(map(is_frozen, spec.architecture.layers))
+    if frozen:
+        told.append(
+            f"{frozen} frozen layers" + ("" if spec.lora is None else f" with adapters of rank {spec.lora.rank}")
+        )
+    return {"start": ", ".join(told)} if told else {}

@@ -158,6 +158,7 @@ def _certificate(
         weights_digest=result["weights_digest"],
         architecture_digest=result["architecture_digest"],
         initial_digest=result["initial_digest"],
+        initial="drawn" if spec.initial is None else "uploaded",
         epsilon=plan.epsilon(),
         delta=plan.delta,
         event=plan.event(),

@@ -8,8 +8,7 @@ from sqlalchemy.orm import Session
 
 from cloister.wire.architecture import Architecture
 from cloister.wire.plans import Guarantee, Initial, NetworkView, Plan, PlanRequest, TrainingSpec
-from cloister_privacy.architecture.picture import picture
-from cloister_privacy.architecture.summary import summary
+from cloister_privacy.architecture import picture, summary
 from cloister_privacy.errors import PlanImpossible
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.recipes import require_fit, resolve

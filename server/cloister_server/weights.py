@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from cloister.wire.architecture import Architecture
+from cloister.wire.layers import is_frozen
 from cloister.wire.plans import Initial, LoRA
 from cloister.wire.weights import Weights as WeightsView
 from cloister_server import audit, grants, policy, vault
@@ -67,5 +68,5 @@ def require_start(
     body = None
     if row is not None:
         body = vault.open_object(session, service.keys, service.blobs, tenant_id=row.tenant_id, object_id=row.object_id)
-    if body is not None or lora is not None or any(getattr(layer, "frozen", False) for layer in architecture.layers):
+    if body is not None or lora is not None or any(map(is_frozen, architecture.layers)):
         require(architecture, body, lora)

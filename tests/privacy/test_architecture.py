@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, InputColumn, NumberColumn, TensorColumn
-from cloister.wire.layers import Encode, Flatten, Layer, Linear, ReLU, Rescale, Tanh
+from cloister.wire.layers import Encode, Flatten, Layer, Linear, ReLU, Rescale, Softmax, Tanh
 from cloister_privacy.architecture import build, check, from_bytes, to_bytes, validate_inputs
 from cloister_privacy.errors import ArchitectureRefused, InputRefused, WeightsRefused
 
@@ -52,6 +52,11 @@ def test_the_parameters_are_counted_without_making_any() -> None:
         (network_spec(Flatten(), linear(6, 4)), r"needs \(3,\); end with a linear layer of out_features=3"),
         (network_spec(Flatten(), Encode(), linear(6, 3)), "joins columns, and reads a layer|nothing reads layer 0"),
         (network_spec(Flatten(), ReLU()), "nothing to learn"),
+        (
+            network_spec(Flatten(), linear(6, 3), Softmax()),
+            r"the last layer is a softmax, and cross_entropy applies its own",
+        ),
+        (network_spec(linear(3, 3)), "put sequence_pool, average_pool or flatten before"),
         (
             network_spec(Flatten(), linear(6, 3), inputs={"image": IMAGE, "age": PRICE}),
             "there are 2 inputs; put encode first to join them",

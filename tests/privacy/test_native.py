@@ -86,9 +86,10 @@ def test_an_example_that_is_not_a_number_counts_as_nothing(loops: Kernels) -> No
     without[1:4] = 0
     clean = ClippedGradients(network, losses, clip=0.1).sums((inputs, targets), without)
     inputs[1], inputs[2, 2], inputs[3, 0, 0] = torch.nan, torch.inf, -torch.inf
-    sums = ClippedGradients(network, losses, clip=0.1).with_kernels(loops)
+    clipped = ClippedGradients(network, losses, clip=0.1)
+    clipped.use_kernels(loops)
     for kept in (mask, without):
-        for ours, theirs in zip(sums((inputs, targets), kept), clean, strict=True):
+        for ours, theirs in zip(clipped.sums((inputs, targets), kept), clean, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -159,5 +160,8 @@ def test_without_a_compiler_the_passes_run_as_they_are(monkeypatch: pytest.Monke
     monkeypatch.setattr(compilation, "_IN_MEMORY", compilation._IN_MEMORY / "missing")
     assert compilation.library("int one() { return 1; }") is None
     network = Recurrent()
-    sums = ClippedGradients(network, losses, clip=0.1).with_kernels(None)
-    assert all(bool(each.isfinite().all()) for each in sums((torch.randn(3, 4, 5), torch.arange(3)), torch.ones(3)))
+    clipped = ClippedGradients(network, losses, clip=0.1)
+    clipped.use_kernels(None)
+    assert all(
+        bool(each.isfinite().all()) for each in clipped.sums((torch.randn(3, 4, 5), torch.arange(3)), torch.ones(3))
+    )

@@ -107,3 +107,16 @@ def test_what_cannot_be_started_from_is_refused_by_name() -> None:
         trained(spec_from(weights), None)
     with pytest.raises(TrainingError, match="needs them"):
         trained(spec_from(None), weights)
+
+
+def test_with_every_layer_frozen_adapters_train_alone_and_without_them_nothing_would() -> None:
+    given = build(FAMILY.architecture)
+    weights, every = weights_of(given), tuple({each.type for each in FAMILY.layers})
+    spec = spec_from(weights, *every, lora=LoRA(rank=2))
+    require_start(spec.architecture, weights, spec.lora)
+    network = trained(spec, weights)
+    moved = {name for name, each in network.state_dict().items() if not torch.equal(each, given.state_dict()[name])}
+    assert "layers.4.weight" in moved
+    assert "layers.4.bias" not in moved
+    with pytest.raises(ArchitectureRefused, match="every layer is frozen"):
+        require_start(spec.architecture, weights, None)

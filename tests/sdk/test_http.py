@@ -324,6 +324,8 @@ def test_a_name_with_a_blank_is_refused_in_words(server: Server) -> None:
         (lambda: cloister.Tensor(shape=(0,), low=0, high=1), "Tensor: shape.0"),
         (lambda: cloister.layers.Linear(in_features=0, out_features=1), "Linear: in_features"),
         (lambda: cloister.Adam(learning_rate=-1), "Adam: learning_rate"),
+        (lambda: cloister.DP(3), r"DP takes its fields by name: DP\(epsilon=..., "),
+        (lambda: cloister.layers.MaxPool(kernel_size=2), "kernel_size: must be several values in brackets"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_words_by_a_cloister_error(make: Any, words: str) -> None:

@@ -93,3 +93,11 @@ def test_inputs_are_sent_no_longer_than_the_longest_of_them() -> None:
 def test_what_is_no_text_of_the_column_is_refused(value: Any, why: str) -> None:
     with pytest.raises(cloister.RowsNotFit, match=why):
         model_inputs({"note": NOTE}, value)
+
+
+def test_pixels_that_were_scaled_are_no_uint8() -> None:
+    pixels = {"image": cloister.Tensor(shape=(2,), low=0, high=255, dtype="uint8")}
+    assert model_inputs(pixels, [[0, 255]])["image"].tolist() == [[0, 255]]
+    for wrong in ([[0.5, 1]], [[256, 0]], [[-1, 0]]):
+        with pytest.raises(cloister.RowsNotFit, match="do not scale it"):
+            model_inputs(pixels, wrong)

@@ -9,9 +9,9 @@ from cloister.wire.architecture import Architecture
 from cloister.wire.layers import Layer
 from cloister_privacy.errors import ArchitectureRefused
 
-__all__ = ["Node", "nodes_of"]
+__all__ = ["MASKED", "Node", "nodes_of"]
 
-_MASKED = (wire.MultiheadAttention, wire.TransformerLayer, wire.SequencePool)
+MASKED = (wire.MultiheadAttention, wire.TransformerLayer, wire.SequencePool)
 """Layers that may read tokens beside their input."""
 
 _READS_LIMIT = 2**16
@@ -82,7 +82,7 @@ def _require_count(layer: Layer, count: int, where: str) -> None:
             return
         case wire.Add() | wire.Multiply() | wire.Concatenate():
             least, most = 2, 64
-        case _ if isinstance(layer, _MASKED):
+        case _ if isinstance(layer, MASKED):
             least, most = 1, 2
         case _:
             least, most = 1, 1

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
+from cloister.wire.rows import pcm16
 from cloister_privacy.errors import InputRefused
 
 __all__ = ["validate_inputs"]
@@ -100,7 +101,7 @@ def _audio(name: str, array: NDArray[Any], column: AudioColumn) -> dict[str, NDA
     if array.dtype.name == "float32":
         if not (np.abs(array) <= 1).all():
             raise InputRefused(name, "has a sample that is not from -1 to 1")
-        array = np.clip(np.rint(array * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
+        array = pcm16(array)
     rows = np.zeros((len(array), column.max_samples), dtype=np.int16)
     rows[:, : array.shape[1]] = array
     return {name: rows, f"{name}.length": np.full(len(array), array.shape[1], dtype=np.int32)}

@@ -37,7 +37,7 @@ def module_of(node: Node, reads: list[Value], columns: Mapping[str, InputColumn]
             module = _linear(layer, is_sparse=reads[0].is_sparse)
         case _:
             module = _MODULES[type(layer)](layer)
-    if getattr(layer, "frozen", False):
+    if wire.is_frozen(layer):
         module.requires_grad_(False)
     return module
 

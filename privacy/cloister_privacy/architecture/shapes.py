@@ -10,16 +10,30 @@ from typing import Any, assert_never
 from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
-from cloister_privacy.architecture.frontends.geometry import LEAST_IMAGE, geometry_of
-from cloister_privacy.architecture.graph import Node, nodes_of
+from cloister_privacy.architecture.frontends.geometry import LEAST_IMAGE, geometry_of, hop_of
+from cloister_privacy.architecture.graph import MASKED, Node, nodes_of
 from cloister_privacy.errors import ArchitectureRefused
 
-__all__ = ["PARAMETER_LIMIT", "Measured", "Value", "check", "column_value", "encoded_width", "measure"]
+__all__ = [
+    "PARAMETER_LIMIT",
+    "TEXT_INDICES",
+    "Measured",
+    "Value",
+    "check",
+    "column_value",
+    "encoded_width",
+    "measure",
+    "through",
+]
 
 PARAMETER_LIMIT = 100_000_000
 _ELEMENT_LIMIT = 2**24
 """The most numbers that a layer gives of one example, and that all layers give together times sixteen."""
 
+TEXT_INDICES = 257
+"""Of a text: its bytes, each plus 1, and 0 past its end."""
+
+_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 _WIDTH_LIMIT = 2**20
 _RANGE_LIMIT = 1e30  # a target's range must square within float32's reach of its gradient
 
@@ -63,7 +77,7 @@ def measure(architecture: Architecture) -> tuple[Measured, ...]:
     measured: list[Measured] = []
     parameters = elements = 0
     for node in nodes_of(architecture):
-        gives, more = _through(node, [known[name] for name in node.reads], architecture.inputs)
+        gives, more = through(node, [known[name] for name in node.reads], architecture.inputs)
         parameters += more
         elements += math.prod(gives.shape) + _inside(node.layer, known[node.reads[0]])
         if parameters > PARAMETER_LIMIT:
@@ -76,15 +90,18 @@ def measure(architecture: Architecture) -> tuple[Measured, ...]:
             )
         known[node.key] = gives
         measured.append(Measured(node, gives, more))
-    if not any(each.parameters and not getattr(each.node.layer, "frozen", False) for each in measured):
+    if not any(each.parameters for each in measured):
         raise ArchitectureRefused("the network has nothing to learn; add a linear layer")
     _check_output(architecture, measured[-1].gives)
     return tuple(measured)
 
 
 def encoded_width(inputs: Mapping[str, InputColumn], bins: int = 0) -> int:
-    """The length of the vector that Encode makes of these columns of a row."""
-    return sum(_encoded(name, column, bins) for name, column in inputs.items())
+    """The length of the vector that Encode makes of these columns of a row. Raises ArchitectureRefused."""
+    width = sum(_encoded(name, column, bins) for name, column in inputs.items())
+    if width > _WIDTH_LIMIT:
+        raise ArchitectureRefused(f"the inputs make a vector of {width}, over {_WIDTH_LIMIT}; leave inputs out")
+    return width
 
 
 def _encoded(name: str, column: InputColumn, bins: int) -> int:
@@ -113,23 +130,21 @@ def column_value(column: InputColumn) -> Value:
         case CategoryColumn():
             return Value((), indices=len(column.values))
         case TextColumn():
-            return Value((column.max_length,), indices=257)
+            return Value((column.max_length,), indices=TEXT_INDICES)
         case AudioColumn():
             return Value((column.max_samples,), audio_rate=column.rate)
         case _:
             assert_never(column)
 
 
-def _through(node: Node, reads: list[Value], columns: Mapping[str, InputColumn]) -> tuple[Value, int]:
+def through(node: Node, reads: list[Value], columns: Mapping[str, InputColumn]) -> tuple[Value, int]:
+    """What a layer gives of what it reads, and how many parameters it has. Raises ArchitectureRefused."""
     layer, first = node.layer, reads[0]
     if isinstance(layer, wire.Encode):
-        width = encoded_width({name: columns[name] for name in node.reads}, layer.bins)
-        if width > _WIDTH_LIMIT:
-            raise ArchitectureRefused(f"{node.where} makes a vector of {width}, over {_WIDTH_LIMIT}; leave inputs out")
-        return Value((width,)), 0
+        return Value((encoded_width({name: columns[name] for name in node.reads}, layer.bins),)), 0
     if isinstance(layer, wire.Embedding | wire.HashedText):
         return _of_indices(node, layer, first)
-    if first.indices:
+    if any(each.indices for each in (reads[:1] if isinstance(layer, MASKED) else reads)):
         raise _refused(node, "numbers", "indices", "read them by an embedding, or encode")
     if any(each.is_sparse for each in reads) and not isinstance(layer, wire.Linear):
         raise _refused(node, "numbers", "hashed text", "read it by a linear layer first")
@@ -155,7 +170,7 @@ def _of_indices(node: Node, layer: wire.Embedding | wire.HashedText, value: Valu
     if not value.indices:
         raise _refused(node, "indices", "numbers", "let it read a text or a category")
     if isinstance(layer, wire.HashedText):
-        if value.indices != 257 or len(value.shape) != 1:
+        if value.indices != TEXT_INDICES or len(value.shape) != 1:
             raise _refused(node, "a text", "something else", "let it read a column of text")
         return Value((layer.features,), is_sparse=True), 0
     if layer.num_embeddings < value.indices:
@@ -273,7 +288,7 @@ def _sequence(node: Node, value: Value, field: str, declared: int) -> Shape:
 
 def _recurrent(node: Node, layer: wire.LSTM | wire.GRU | wire.RNN, reads: list[Value]) -> tuple[Shape, int]:
     length, width = _sequence(node, reads[0], "input_size", layer.input_size)
-    gates = {"lstm": 4, "gru": 3, "rnn": 1}[layer.type] * layer.hidden_size
+    gates = _GATES[layer.type] * layer.hidden_size
     directions = 2 if layer.bidirectional else 1
     parameters = 0
     for depth in range(layer.num_layers):
@@ -313,7 +328,6 @@ def _sequence_pool(node: Node, layer: wire.SequencePool, reads: list[Value]) -> 
 
 
 def _together(node: Node, layer: wire.Add | wire.Multiply, reads: list[Value]) -> tuple[Shape, int]:
-    _require_numbers(node, reads)
     if len({each.shape for each in reads}) > 1:
         told = ", ".join(str(each.shape) for each in reads)
         raise ArchitectureRefused(f"{node.where} reads layers of one shape but gets {told}; bring them to one")
@@ -321,7 +335,6 @@ def _together(node: Node, layer: wire.Add | wire.Multiply, reads: list[Value]) -
 
 
 def _concatenate(node: Node, layer: wire.Concatenate, reads: list[Value]) -> tuple[Shape, int]:
-    _require_numbers(node, reads)
     shapes, dim = [each.shape for each in reads], layer.dim
     if any(len(shape) <= dim for shape in shapes) or len({(*s[:dim], *s[dim + 1 :]) for s in shapes}) > 1:
         told = ", ".join(map(str, shapes))
@@ -337,20 +350,14 @@ def _inside(layer: wire.Layer, first: Value) -> int:
         case wire.TransformerLayer():
             return first.shape[0] * (layer.nhead * first.shape[0] + layer.dim_feedforward)
         case wire.LSTM() | wire.GRU() | wire.RNN():
-            gates = {"lstm": 4, "gru": 3, "rnn": 1}[layer.type] * (2 if layer.bidirectional else 1)
+            gates = _GATES[layer.type] * (2 if layer.bidirectional else 1)
             return first.shape[0] * gates * layer.hidden_size * layer.num_layers
         case wire.Scattering():
             return 16 * math.prod(first.shape)
         case wire.LogMel():
-            hop = max(1, round(first.audio_rate * 0.008))  # as frontends/audio.py has it
-            return first.shape[0] * 8 + first.shape[0] // hop * layer.bands
+            return first.shape[0] * 8 + first.shape[0] // hop_of(first.audio_rate) * layer.bands
         case _:
             return 0
-
-
-def _require_numbers(node: Node, reads: list[Value]) -> None:
-    if any(each.indices for each in reads):
-        raise _refused(node, "numbers", "indices", "read them by an embedding, or encode")
 
 
 def _scattering(node: Node, layer: wire.Scattering, reads: list[Value]) -> tuple[Shape, int]:
@@ -436,7 +443,14 @@ def _check_output(architecture: Architecture, value: Value) -> None:
                 "take mean_squared_error or huber"
             )
     if value.shape != (width,) or value.indices:
+        cure = f"end with a linear layer of out_features={width}"
+        if len(value.shape) > 1 and value.shape[-1] == width:
+            cure = "put sequence_pool, average_pool or flatten before the last linear layer"
         raise ArchitectureRefused(
-            f"the last layer gives shape {value.shape}, but {architecture.target!r} needs ({width},); "
-            f"end with a linear layer of out_features={width}"
+            f"the last layer gives shape {value.shape}, but {architecture.target!r} needs ({width},); {cure}"
+        )
+    last = architecture.layers[-1]
+    if isinstance(last, wire.Softmax | wire.Sigmoid) and isinstance(architecture.output, CategoryColumn):
+        raise ArchitectureRefused(
+            f"the last layer is a {last.type}, and {architecture.loss} applies its own to what it gets; leave it out"
         )

@@ -16,7 +16,7 @@ from cloister.wire.columns import (
     TensorColumn,
     TextColumn,
 )
-from cloister.wire.layers import Layer
+from cloister.wire.layers import Layer, is_frozen
 from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.shapes import Measured, measure
 
@@ -40,8 +40,6 @@ _PAIRS = {
     "num_embeddings": "embedding_dim",
 }
 """Options that are told as one, `64 -> 10`."""
-
-_ORDERS = frozenset({"dims"})
 
 
 def summary(architecture: Architecture) -> str:
@@ -82,7 +80,7 @@ def options(layer: Layer) -> tuple[str, ...]:
 def state(measured: Measured) -> str:
     """`trained`, `frozen`, `fixed`, or nothing of a layer that has nothing to train."""
     if measured.parameters:
-        return "frozen" if getattr(measured.node.layer, "frozen", False) else "trained"
+        return "frozen" if is_frozen(measured.node.layer) else "trained"
     return "fixed" if measured.node.layer.type in _FRONT_ENDS else ""
 
 
@@ -132,7 +130,7 @@ def _option(name: str, value: Any) -> str:
         case float():
             return f"{name} {value:g}"
         case tuple():
-            return f"{name} {(',' if name in _ORDERS else 'x').join(map(str, value))}"
+            return f"{name} {(',' if name == 'dims' else 'x').join(map(str, value))}"
         case _:
             return ascii(f"{name} {value}")[1:-1]
 

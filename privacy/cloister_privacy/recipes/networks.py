@@ -21,13 +21,11 @@ from cloister.wire.columns import (
 from cloister.wire.layers import Layer
 from cloister_privacy.architecture import encoded_width
 from cloister_privacy.architecture.frontends.geometry import LEAST_IMAGE, geometry_of
-from cloister_privacy.errors import ArchitectureRefused
 
 __all__ = ["columns_read", "is_linear_on_fixed_features", "network"]
 
 _BINS = 16
 _HIDDEN = 128
-_WIDTH_LIMIT = 2**20
 
 
 def network(inputs: Mapping[str, InputColumn], output: OutputColumn) -> tuple[Layer, ...]:
@@ -39,7 +37,7 @@ def network(inputs: Mapping[str, InputColumn], output: OutputColumn) -> tuple[La
         return _hidden(table)
     branches = [_front_end(name, column, outputs) for name, column in alone.items()]
     if table:
-        width = _checked(encoded_width(table, _BINS))
+        width = encoded_width(table, _BINS)
         encode = wire.Encode(bins=_BINS, normalized=True, reads=tuple(table) if alone else None)
         branches.append((encode, _head(width, outputs)))
     if len(branches) == 1:
@@ -62,7 +60,7 @@ def columns_read(layers: tuple[Layer, ...]) -> tuple[str, ...] | None:
 
 def is_linear_on_fixed_features(layers: tuple[Layer, ...]) -> bool:
     """Whether all that is trained is linear layers from zero: the loss is convex, and gradients are small."""
-    trained = [layer for layer in layers if hasattr(layer, "frozen") and getattr(layer, "affine", True)]
+    trained = [layer for layer in layers if wire.has_weights(layer) and getattr(layer, "affine", True)]
     return all(isinstance(layer, wire.Linear) and layer.init == "zeros" for layer in trained)
 
 
@@ -94,7 +92,7 @@ def _image(name: str, column: TensorColumn, outputs: int) -> tuple[Layer, ...]:
 
 def _hidden(table: Mapping[str, InputColumn]) -> tuple[Layer, ...]:
     """For a number: one bounded hidden layer (arXiv 2007.14191) over all columns, each mapped from its declared bounds."""
-    width = _checked(encoded_width(table))
+    width = encoded_width(table)
     return (
         wire.Encode(),
         wire.Linear(in_features=width, out_features=_HIDDEN),
@@ -106,9 +104,3 @@ def _hidden(table: Mapping[str, InputColumn]) -> tuple[Layer, ...]:
 def _head(width: int, outputs: int, *, bias: bool = False) -> wire.Linear:
     """Without a bias the features' length of 1 bounds each example's gradient, and the curvature of the loss."""
     return wire.Linear(in_features=width, out_features=outputs, init="zeros", bias=bias)
-
-
-def _checked(width: int) -> int:
-    if width > _WIDTH_LIMIT:
-        raise ArchitectureRefused(f"the inputs make a vector of {width}, over {_WIDTH_LIMIT}; name fewer features")
-    return width

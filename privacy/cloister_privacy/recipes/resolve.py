@@ -10,7 +10,7 @@ from cloister.wire.plans import Guarantee, Initial, PlanRequest, Privacy, Traini
 from cloister_privacy.architecture import check
 from cloister_privacy.errors import ArchitectureRefused, PlanImpossible
 from cloister_privacy.plan import DPPlan
-from cloister_privacy.recipes.habits import Habits, habits_of
+from cloister_privacy.recipes.habits import Convex, General, habits_of
 from cloister_privacy.recipes.networks import columns_read, network
 
 __all__ = ["require_fit", "resolve"]
@@ -96,6 +96,10 @@ def _inputs(request: PlanRequest, columns: dict[str, Column]) -> dict[str, Input
     if features is None:
         named = columns_read(request.layers) if request.layers else None
         features = tuple(name for name in readable if name != request.target and (named is None or name in named))
+        if not features and named is not None:
+            raise ArchitectureRefused(
+                f"the layers read {', '.join(map(repr, named))}, and the columns are {', '.join(map(repr, readable))}; name those"
+            )
         if not features:
             raise ArchitectureRefused("the dataset has no column to learn from but the target; declare one")
     for name in features:
@@ -123,7 +127,9 @@ def _require(name: str, columns: dict[str, Column]) -> None:
         raise ArchitectureRefused(f"{name!r} is not a column of the dataset; it has {', '.join(columns)}")
 
 
-def _plan(request: PlanRequest, habits: Habits, *, nominal_size: int, capacity: int, delta: float, unit: str) -> DPPlan:
+def _plan(
+    request: PlanRequest, habits: Convex | General, *, nominal_size: int, capacity: int, delta: float, unit: str
+) -> DPPlan:
     privacy = request.privacy or Privacy(epsilon=_EPSILON)
     batch_size = request.batch_size or habits.batch_size(nominal_size)
     steps = habits.steps(nominal_size, batch_size)

@@ -60,10 +60,9 @@ class ClippedGradients:
             raise UncoveredParameter("a layer took no part in the pass, so its gradient is unknown; leave it out")
         return [total[id(parameter)].detach() for parameter in self.parameters]
 
-    def with_kernels(self, kernels: Kernels | None) -> Callable[[Any, Tensor], list[Tensor]]:
-        """`sums`, from now on by the compiled loops where a rule has one; the network is on the CPU."""
+    def use_kernels(self, kernels: Kernels | None) -> None:
+        """Run the compiled loops from now on where a rule has one, or none; the network is on the CPU."""
         self._tape.kernels = kernels
-        return self.sums
 
     def norms(self, batch: Any) -> Tensor:
         """Each example's gradient norm, float64 [n]: private, for tests and synthetic batches only."""

@@ -124,7 +124,8 @@ class _Run:
 
 
 def _slots(plan: DPPlan) -> int:
-    return plan.capacity * plan.rows_per_unit
+    """The most rows that there can be; 0 where the plan does not tell it, since a user may have any number of them."""
+    return plan.capacity if plan.unit == "row" else 0
 
 
 def _losses(network: nn.Module, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cloister.wire.architecture import Architecture
+from cloister.wire.layers import is_frozen
 from cloister.wire.plans import LoRA
 from cloister_privacy import tensors
 from cloister_privacy.architecture.network import Network, build, digest
@@ -34,12 +35,14 @@ def require_start(architecture: Architecture, initial: bytes | None, lora: LoRA 
         network = Network(architecture)
     if initial is not None:
         tensors.require(_read(initial), network.state_dict(), refused=InitialRefused)
-    elif any(getattr(layer, "frozen", False) for layer in architecture.layers):
+    elif any(map(is_frozen, architecture.layers)):
         raise ArchitectureRefused(
             "a frozen layer would keep its random weights; give the weights to start from, or train it"
         )
     if lora is not None:
         adapted(network, lora)
+    elif not any(each.requires_grad for each in network.parameters()):
+        raise ArchitectureRefused("every layer is frozen, so nothing is trained; freeze fewer, or give lora")
 
 
 def digest_of(initial: bytes) -> str:
@@ -54,11 +57,11 @@ def digest_of(initial: bytes) -> str:
 
 def adapted(network: Network, lora: LoRA) -> Network:
     """The network with an adapter beside each linear layer within a frozen one; what was trained before still is."""
-    is_frozen = [getattr(layer, "frozen", False) for layer in network.architecture.layers]
+    layers = network.architecture.layers
     trained = [name for name, each in network.named_parameters() if each.requires_grad]
 
     def chosen(path: str) -> bool:
-        return is_frozen[int(path.split(".")[1])]
+        return is_frozen(layers[int(path.split(".")[1])])
 
     if not any(
         isinstance(each, torch.nn.Linear) and chosen(path) for path, each in network.named_modules() if path.count(".")

@@ -149,14 +149,18 @@ class PrivateSteps:
         """The passes, compiled; or as they were tried, should the compiled ones give other sums."""
         batch, mask = self._pass(synthetic)
         tried = self._clipped.sums(batch, mask)
+        fast = self._clipped.sums
         if is_recurrent(self._clipped.network):
-            fast = self._clipped.with_kernels(kernels()) if self._device.type == "cpu" else self._clipped.sums
+            self._clipped.use_kernels(kernels() if self._device.type == "cpu" else None)
         else:
             if not self._slots:
                 _for_any_size((batch, mask))
             fast = compiled(self._clipped.sums, batch, mask)
         off = sum(float((a - b).norm()) ** 2 for a, b in zip(fast(batch, mask), tried, strict=True)) ** 0.5
-        return fast if off <= _ROUNDING * self._plan.row_clip * len(mask) else self._clipped.with_kernels(None)
+        if off <= _ROUNDING * self._plan.row_clip * len(mask):
+            return fast
+        self._clipped.use_kernels(None)
+        return self._clipped.sums
 
     def _pass(self, synthetic: Any) -> tuple[Any, Tensor]:
         expected = self._plan.batch_size * self._plan.rows_per_unit

@@ -36,6 +36,11 @@ _WORDS = {
     "string_type": "must be text, in quotes",
     "missing": "must be given",
     "extra_forbidden": "is not known here; check how it is spelled",
+    "tuple_type": "must be several values in brackets, as (3, 3)",
+    "model_type": "is of another kind; give an object of this SDK",
+    "model_attributes_type": "is of another kind; give an object of this SDK",
+    "union_tag_not_found": "is no layer or object of this SDK; make it by its class, as layers.Linear(...)",
+    "union_tag_invalid": "is no layer or object that is known here; a layer of PyTorch comes in by from_torch",
 }
 _PUBLIC_NAMES = {"Privacy": "DP"}
 
@@ -44,11 +49,15 @@ class _InWords(ModelMetaclass):
     """Makes a constructor's refusal an InvalidArgument. Reading from the wire stays pydantic's own, errors and all."""
 
     def __call__(cls, *args: Any, **fields: Any) -> Any:  # noqa: N805 (of a metaclass)
+        name = _PUBLIC_NAMES.get(cls.__name__, cls.__name__.removesuffix("Column"))
+        if args:
+            raise InvalidArgument(
+                f"{name} takes its fields by name: {name}({', '.join(f'{each}=...' for each in vars(cls)['__pydantic_fields__'])})"
+            )
         try:
-            return super().__call__(*args, **fields)
+            return super().__call__(**fields)
         except ValidationError as error:
             words = in_words(error)
-        name = _PUBLIC_NAMES.get(cls.__name__, cls.__name__.removesuffix("Column"))
         raise InvalidArgument(f"{name}: {words}")
 
 

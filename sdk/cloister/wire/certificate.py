@@ -68,6 +68,8 @@ class Certificate(Response):
     architecture_digest: Digest
     initial_digest: Digest
     """Of the weights before the first step: what was learned earlier, elsewhere, is not covered."""
+    initial: Literal["drawn", "uploaded"] | str | None = None
+    """Where those weights came from: drawn at random, or uploaded, and maybe trained on anything. None where it is not told."""
     epsilon: PositiveFloat
     """The run's own, at `delta`, by `accountant`."""
     delta: Probability

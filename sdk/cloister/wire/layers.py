@@ -50,6 +50,8 @@ __all__ = [
     "Softmax",
     "Tanh",
     "TransformerLayer",
+    "has_weights",
+    "is_frozen",
 ]
 
 _Width = Annotated[int, Field(ge=1, le=2**20)]
@@ -58,7 +60,7 @@ _Padding = Annotated[int, Field(ge=0, le=1024)]
 _Finite = Annotated[float, Field(allow_inf_nan=False, ge=-3.4e38, le=3.4e38)]
 _Epsilon = Annotated[float, Field(gt=0, le=1)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
-_Two = Annotated[tuple[_Small, _Small], Field()]
+_Two = tuple[_Small, _Small]
 _Shape = Annotated[tuple[_Width, ...], Field(min_length=1, max_length=4, fail_fast=True)]
 
 
@@ -447,3 +449,13 @@ Layer = Annotated[
     | HashedText,
     Field(discriminator="type"),
 ]
+
+
+def has_weights(layer: Layer) -> bool:
+    """Whether it is of a kind that is trained, or frozen; a norm without `affine` is too."""
+    return isinstance(layer, _Trained)
+
+
+def is_frozen(layer: Layer) -> bool:
+    """Whether it keeps the weights that it starts from."""
+    return isinstance(layer, _Trained) and layer.frozen

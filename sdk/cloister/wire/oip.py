@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -119,7 +119,10 @@ def _decode_all(tensors: list[TensorJSON]) -> dict[str, NDArray[Any]]:
 def _decode(tensor: TensorJSON) -> NDArray[Any]:
     if tensor.datatype == _TEXT:
         _check_leaves(tensor, (str,))
-        return np.array(_flat(tensor.data), dtype=object).reshape(tensor.shape)
+        texts = np.array(tensor.data, dtype=object)
+        if texts.size != math.prod(tensor.shape):
+            raise MalformedTensor(f"tensor {tensor.name!r} holds lists of several lengths")
+        return texts.reshape(tensor.shape)
     dtype = _DTYPES.get(tensor.datatype)
     if dtype is None:
         raise MalformedTensor(
@@ -140,24 +143,6 @@ def _decode(tensor: TensorJSON) -> NDArray[Any]:
         raise MalformedTensor(f"tensor {tensor.name!r} holds data that is not {tensor.datatype}")
     _check_finite(tensor.name, converted)
     return converted.reshape(tensor.shape)
-
-
-def _flat(data: list[Any]) -> list[Any]:
-    """The leaves of nested lists, in order."""
-    flat: list[Any] = []
-    waiting: list[Iterator[Any]] = [iter(data)]
-    while waiting:
-        item = next(waiting[-1], _END)
-        if item is _END:
-            waiting.pop()
-        elif isinstance(item, list):
-            waiting.append(iter(item))
-        else:
-            flat.append(item)
-    return flat
-
-
-_END = object()
 
 
 def _check_leaves(tensor: TensorJSON, kinds: tuple[type, ...]) -> None:

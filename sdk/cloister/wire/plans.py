@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cloister.wire._model import Count, Identifier, Name, PositiveFloat, Probability, Request, Response
-from cloister.wire.architecture import Architecture, Loss
+from cloister.wire.architecture import LAYER_LIMIT, Architecture, Loss
 from cloister.wire.layers import Layer
 
 __all__ = [
@@ -141,7 +141,7 @@ class PlanRequest(Request):
     target: Name
     features: tuple[Name, ...] | None = None
     """Columns that the network reads; by default all that it can but the target."""
-    layers: tuple[Layer, ...] | None = None
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=LAYER_LIMIT, fail_fast=True)] | None = None
     loss: Loss | None = None
     """By default cross-entropy for a category, the squared error for a number."""
     privacy: Privacy | None = None

@@ -36,6 +36,7 @@ __all__ = [
     "encode_rows",
     "open_form",
     "part_rows",
+    "pcm16",
     "row_bytes",
     "seal_form",
 ]
@@ -63,6 +64,12 @@ class RowsRefused(Exception):
 def arrays_of(columns: Mapping[str, Column]) -> list[tuple[str, str, tuple[int, ...]]]:
     """The arrays that carry these columns: name, dtype and shape per row."""
     return [array for name, column in columns.items() for array in _tensors(name, column)]
+
+
+def pcm16(samples: NDArray[Any]) -> NDArray[np.int16]:
+    """Samples from -1 to 1 as 16-bit ones."""
+    scaled: NDArray[np.int16] = np.clip(np.rint(samples * 2**15), -(2**15), 2**15 - 1).astype(np.int16)
+    return scaled
 
 
 def row_bytes(columns: Mapping[str, Column]) -> int:

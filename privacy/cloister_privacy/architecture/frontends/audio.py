@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cloister_privacy.architecture.frontends.geometry import hop_of
+
 __all__ = ["LogMel"]
 
-_WINDOW_S, _HOP_S = 0.032, 0.008
+_WINDOW_S = 0.032
 _LOWEST_HZ = 60.0
 _FLOOR_DB = 60.0
 """Below the loudest; what is softer counts as that soft."""
@@ -27,7 +29,7 @@ class LogMel(nn.Module):
 
     def __init__(self, *, rate: int, samples: int, bands: int, frames: int) -> None:
         super().__init__()
-        self._window, self._hop = max(4, round(rate * _WINDOW_S)), max(1, round(rate * _HOP_S))
+        self._window, self._hop = max(4, round(rate * _WINDOW_S)), hop_of(rate)
         self._missing, self._frames = max(0, self._window - samples), frames
         with torch.device(
             "cpu"

@@ -1,11 +1,11 @@
-"""How scattering cuts an image of a given shape into octaves and cells. Pure arithmetic: loads no torch."""
+"""What front ends cut images and recordings into. Pure arithmetic: loads no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-__all__ = ["ANGLES", "LEAST_IMAGE", "Geometry", "geometry_of"]
+__all__ = ["ANGLES", "LEAST_IMAGE", "Geometry", "geometry_of", "hop_of"]
 
 ANGLES = 8
 LEAST_IMAGE = 8
@@ -17,6 +17,10 @@ _LEAST_GRID = 7
 _MOST_OCTAVES = 3
 _LARGEST_SIDE = 2**_MOST_OCTAVES * _LEAST_GRID
 """Larger images are first averaged down to it."""
+
+
+_HOP_S = 0.008
+"""Between two frames of a spectrogram."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,8 @@ def geometry_of(shape: tuple[int, ...]) -> Geometry:
     octaves = max(1, min(_MOST_OCTAVES, round(math.log2(min(size) / _LEAST_GRID))))
     cell = 2**octaves
     return Geometry(channels, (height, width), size, octaves, (-(-size[0] // cell), -(-size[1] // cell)))
+
+
+def hop_of(rate: int) -> int:
+    """Samples between two frames of a recording."""
+    return max(1, round(rate * _HOP_S))

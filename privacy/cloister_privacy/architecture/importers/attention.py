@@ -38,9 +38,7 @@ class _Heads:
     is_frozen: bool
 
 
-def attended(
-    draft: Draft, query: Value, key: Value, value: Value, *, scale: float | None, is_causal: bool, tokens: Value | None
-) -> Value:
+def attended(draft: Draft, query: Value, key: Value, value: Value, *, scale: float | None, is_causal: bool) -> Value:
     """softmax(scale q k^T) v of (heads, length, width); by default the scale is width^-1/2. Raises NotMapped."""
     if len(query.shape) != 3 or not query.shape == key.shape == value.shape:
         raise NotMapped(_REFUSED)
@@ -64,7 +62,7 @@ def attended(
     made = attention(
         draft,
         source,
-        tokens,
+        None,
         {name: np.asarray(each, np.float32) for name, each in weights.items()},
         num_heads=heads,
         is_causal=is_causal,
@@ -117,7 +115,7 @@ def _heads_of(draft: Draft, value: Value) -> _Heads:
         step=step,
         weight=given.weights["weight"][listed] * np.float32(by),
         bias=None if bias is None else bias[listed] * np.float32(by),
-        is_frozen=bool(getattr(given.layer, "frozen", False)),
+        is_frozen=wire.is_frozen(given.layer),
     )
 
 

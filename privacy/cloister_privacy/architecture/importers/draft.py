@@ -25,16 +25,13 @@ from cloister_privacy.architecture.importers.imported import ModelNotSupported
 from cloister_privacy.architecture.modules import module_of
 from cloister_privacy.errors import ArchitectureRefused
 
-__all__ = ["Draft", "NotMapped", "Place", "Shape", "Step", "TokensFound", "Value", "Weights"]
+__all__ = ["Draft", "NotMapped", "Place", "Shape", "Step", "TokensFound", "Value", "Weights", "dimension", "value_of"]
 
 Shape = tuple[int, ...]
 Weights = Mapping[str, NDArray[np.float32]]
 
 _STEP_LIMIT = 8 * LAYER_LIMIT
 """Many steps are left out of the network in the end."""
-
-_TEXT_INDICES = 257
-"""How many a column of text has: its bytes, and 0 past its end."""
 
 _RESHAPED = (wire.Reshape, wire.Flatten)
 
@@ -79,6 +76,21 @@ class Value:
         """As the source has it."""
         sizes = tuple(self.held[dim] for dim in self.dims)
         return tuple(size + sum(more) for size, more in zip(sizes, self.pad, strict=True)) if self.pad else sizes
+
+
+def value_of(given: Any) -> Value:
+    """Raises NotMapped for what is no value of the network."""
+    if not isinstance(given, Value):
+        raise NotMapped("reads what is no value of the network, a mask or a constant")
+    return given
+
+
+def dimension(value: Value, dim: int | None) -> int:
+    """A dimension of the batch as one of the example. Raises NotMapped for that of the examples."""
+    rank = len(value.shape) + 1
+    if dim is None or dim % rank == 0:
+        raise NotMapped("works across the examples of a batch; keep them apart: name a dimension from 1 on")
+    return dim % rank - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +170,14 @@ class Draft:
             layer: Layer = kind(**fields)
         except ValueError as exc:
             raise NotMapped(f"{exc}; the language has no such layer") from None
+        node, reads = Node(layer, "", (), "it"), [self._measured(each) for each in values]
+        try:
+            gives = shapes.through(node, reads, {})[0].shape
+        except ArchitectureRefused as exc:
+            raise NotMapped(str(exc)) from None
         with torch.device("meta"):
-            module = module or module_of(
-                Node(layer, "", (), str(self.place)), [self._measured(each) for each in values], {}
-            )
+            module = module or module_of(node, reads, {})
         weights = _ordered(weights or {}, module)
-        gives = _steps_of(layer, values) or _given(module, values, is_of_indices=kind is wire.Embedding)
         self._numbers += sum(array.size for array in weights.values())
         if self._numbers > shapes.PARAMETER_LIMIT or len(self.steps) > _STEP_LIMIT:
             raise ModelNotSupported(
@@ -176,7 +190,8 @@ class Draft:
         return Value(len(self.steps) - 1, gives, tuple(range(len(gives))))
 
     def _measured(self, value: Value) -> shapes.Value:
-        return shapes.Value(value.held, indices=_TEXT_INDICES if value.key in self.tokens else 0)
+        """Of indices any table is large enough here: what they must be is the columns' to say."""
+        return shapes.Value(value.held, indices=1 if value.key in self.tokens else 0)
 
     def unpadded(self, value: Value) -> Value:
         """The value, if no zeros are still to be put around it."""
@@ -290,29 +305,3 @@ def _ordered(weights: Weights, module: nn.Module) -> Weights:
             raise NotMapped(f"has {name} of shape {array.shape}, and the layer takes {tuple(like.shape)}")
         found[name] = array
     return found
-
-
-def _steps_of(layer: Layer, values: list[Value]) -> Shape | None:
-    """What a recurrent layer gives, by rule: to run one on nothing would take as long as its sequence."""
-    if not isinstance(layer, wire.LSTM | wire.GRU | wire.RNN):
-        return None
-    if len(values[0].held) != 2 or values[0].held[1] != layer.input_size:
-        raise NotMapped(
-            f"does not fit what it reads, {values[0].held}: a sequence of {layer.input_size}, (length, width)"
-        )
-    width = layer.hidden_size * (2 if layer.bidirectional else 1)
-    return (values[0].held[0], width) if layer.output == "sequence" else (width,)
-
-
-def _given(module: nn.Module, values: list[Value], *, is_of_indices: bool) -> Shape:
-    """The shape of what the module gives, by running it on tensors that hold nothing."""
-    dtype = torch.int64 if is_of_indices else torch.float32
-    empty = [torch.empty((2, *each.held), dtype=dtype, device="meta") for each in values]
-    try:
-        with torch.no_grad():
-            return tuple(module(*empty).shape[1:])
-    except (RuntimeError, ValueError, IndexError, TypeError) as exc:
-        told = str(exc).splitlines()[0]
-        raise NotMapped(
-            f"does not fit what it reads, {', '.join(str(each.held) for each in values)} ({told})"
-        ) from None

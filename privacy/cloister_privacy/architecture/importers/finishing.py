@@ -17,13 +17,12 @@ from cloister.wire.columns import CategoryColumn, InputColumn, NumberColumn, Ten
 from cloister.wire.layers import Layer
 from cloister_privacy.architecture.importers.draft import Draft, NotMapped, Place, Shape, Step, TokensFound, Value
 from cloister_privacy.architecture.importers.imported import Imported, ModelNotSupported
-from cloister_privacy.architecture.shapes import measure
+from cloister_privacy.architecture.shapes import TEXT_INDICES, measure
 from cloister_privacy.errors import ArchitectureRefused
 
 __all__ = ["drafted", "finished", "named"]
 
 _NAME_LENGTH = 56
-_TEXT_INDICES = 257
 
 
 def named(inputs: Iterable[str]) -> dict[str, str]:
@@ -133,7 +132,7 @@ def _written(inputs: tuple[str, ...], steps: Mapping[int, Step]) -> tuple[tuple[
     }
     names: dict[int | str, str] = {name: name for name in inputs}
     for key, step in steps.items():
-        if key in read_from_afar or (step.weights and not getattr(step.layer, "frozen", False)):
+        if key in read_from_afar or (step.weights and not wire.is_frozen(step.layer)):
             names[key] = _unlike(_as_name(step.place.path, step.layer.type), set(names.values()))
     layers: list[Layer] = []
     weights: dict[str, Any] = {}
@@ -171,9 +170,9 @@ def _warn_of_tokens(draft: Draft, inputs: Mapping[str, Shape], layers: tuple[Lay
         draft.warn(
             "holds tokens; in a column of text they are its bytes, each plus 1, and 0 past its end: no tokenizer is imported"
         )
-        if rows < _TEXT_INDICES:
+        if rows < TEXT_INDICES:
             draft.warn(
-                f"is read by a table of {rows} rows, and a column of text needs {_TEXT_INDICES}; give the table so many"
+                f"is read by a table of {rows} rows, and a column of text needs {TEXT_INDICES}; give the table so many"
             )
 
 
@@ -215,4 +214,4 @@ def _wide(layer: Layer) -> Layer:
     """An embedding that any column of text fits."""
     if not isinstance(layer, wire.Embedding):
         return layer
-    return layer.model_copy(update={"num_embeddings": max(layer.num_embeddings, _TEXT_INDICES)})
+    return layer.model_copy(update={"num_embeddings": max(layer.num_embeddings, TEXT_INDICES)})

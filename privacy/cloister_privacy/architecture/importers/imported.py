@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import safetensors.numpy
@@ -35,7 +35,7 @@ class Imported:
     inputs: Mapping[str, tuple[int, ...]]
     """Name of the column -> shape of one example, as the source takes it."""
     layers: tuple[Layer, ...]
-    weights: Mapping[str, NDArray[np.float32]]
+    weights: Mapping[str, NDArray[np.float32]] = field(repr=False)
     """By the names and in the order of `Network(architecture).state_dict()`."""
     warnings: tuple[str, ...] = ()
     """What is not as it was in the source, a sentence each."""

@@ -13,20 +13,13 @@ from numpy.typing import NDArray
 
 from cloister.wire import layers as wire
 from cloister_privacy.architecture.importers import blocks, operations
-from cloister_privacy.architecture.importers.draft import NotMapped, Value
+from cloister_privacy.architecture.importers.draft import NotMapped, Value, dimension, value_of
 from cloister_privacy.architecture.importers.keras_graph import Handler, Node
-from cloister_privacy.architecture.importers.keras_operations import activated, dimension
+from cloister_privacy.architecture.importers.keras_operations import activated
 
-__all__ = ["LAYERS", "tokens_of", "value_of"]
+__all__ = ["LAYERS", "tokens_of"]
 
 _Array = NDArray[np.float32]
-
-
-def value_of(given: Any) -> Value:
-    """Raises NotMapped for what is no value of the network."""
-    if not isinstance(given, Value):
-        raise NotMapped("reads what is no value of the network, a mask or a constant")
-    return given
 
 
 def _required(array: _Array | None, name: str) -> _Array:

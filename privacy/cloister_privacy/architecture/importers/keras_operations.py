@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from cloister.wire import layers as wire
 from cloister_privacy.architecture.importers import blocks, operations
-from cloister_privacy.architecture.importers.draft import NotMapped, Value
+from cloister_privacy.architecture.importers.draft import NotMapped, Value, dimension, value_of
 from cloister_privacy.architecture.importers.keras_graph import Handler, Learned, Node
 from cloister_privacy.architecture.importers.origins import Mask
 
-__all__ = ["OPERATIONS", "activated", "array_beside", "dimension"]
+__all__ = ["OPERATIONS", "activated"]
 
 
 def activated(node: Node, value: Value, function: Any) -> Value:
@@ -52,15 +52,7 @@ def _through(node: Node, value: Value, name: str, **options: Any) -> Value:
     )
 
 
-def dimension(value: Value, axis: int | None) -> int:
-    """An axis of the batch as a dimension of the example. Raises NotMapped for that of the examples."""
-    rank = len(value.shape) + 1
-    if axis is None or axis % rank == 0:
-        raise NotMapped("works across the examples of a batch; keep them apart: name an axis from 1 on")
-    return axis % rank - 1
-
-
-def array_beside(node: Node, given: Any, rank: int) -> tuple[NDArray[np.float32], bool]:
+def _array_beside(node: Node, given: Any, rank: int) -> tuple[NDArray[np.float32], bool]:
     """A variable or a constant beside a value of so many dimensions, and whether it is trained."""
     if isinstance(given, Learned):
         array, is_trained = node.walk.take(given.variable, node.draft), bool(given.variable.trainable)
@@ -83,7 +75,7 @@ def _add(node: Node, first: Any, second: Any) -> Value:
     value, other = _ordered(first, second)
     if isinstance(other, Value):
         return operations.add(node.draft, value, other)
-    array, is_trained = array_beside(node, other, len(value.shape))
+    array, is_trained = _array_beside(node, other, len(value.shape))
     return operations.add_array(node.draft, value, array, is_trained=is_trained)
 
 
@@ -99,7 +91,7 @@ def _multiply(node: Node, first: Any, second: Any) -> Value:
     value, other = _ordered(first, second)
     if isinstance(other, Value):
         return operations.multiply(node.draft, value, other)
-    array, is_trained = array_beside(node, other, len(value.shape))
+    array, is_trained = _array_beside(node, other, len(value.shape))
     return operations.multiply_array(node.draft, value, array, is_trained=is_trained)
 
 
@@ -137,13 +129,7 @@ def _activation(node: Node, value: Any) -> Value:
     operation = node.operation
     names = ("negative_slope", "alpha", "approximate", "axis")
     options = {name: getattr(operation, name) for name in names if hasattr(operation, name)}
-    return _through(node, _value(value), type(operation).__name__, **options)
-
-
-def _value(given: Any) -> Value:
-    if not isinstance(given, Value):
-        raise NotMapped("reads what is no value of the network")
-    return given
+    return _through(node, value_of(value), type(operation).__name__, **options)
 
 
 def _same(node: Node, value: Any, *args: Any) -> Any:
@@ -151,11 +137,11 @@ def _same(node: Node, value: Any, *args: Any) -> Any:
 
 
 def _reshape(node: Node, value: Any, *args: Any) -> Value:
-    return node.draft.reshape(_value(value), node.shape)
+    return node.draft.reshape(value_of(value), node.shape)
 
 
 def _transpose(node: Node, value: Any) -> Value:
-    rank = len(_value(value).shape) + 1
+    rank = len(value_of(value).shape) + 1
     axes = node.operation.axes
     order = [axis % rank for axis in axes] if axes is not None else list(range(rank))[::-1]
     if order[0] != 0:
@@ -165,7 +151,7 @@ def _transpose(node: Node, value: Any) -> Value:
 
 
 def _concatenate(node: Node, values: Any) -> Value:
-    listed = [_value(each) for each in values]
+    listed = [value_of(each) for each in values]
     return operations.concatenate(node.draft, listed, dimension(listed[0], node.operation.axis))
 
 
@@ -173,14 +159,14 @@ def _reduction(how: Literal["mean", "max", "sum"]) -> Handler:
     def run(node: Node, value: Any) -> Value:
         axes = node.operation.axis
         listed = list(axes) if isinstance(axes, list | tuple) else [axes]
-        dims = [dimension(_value(value), axis) for axis in listed]
+        dims = [dimension(value_of(value), axis) for axis in listed]
         return operations.reduce(node.draft, value, dims, how, keeps_dims=bool(node.operation.keepdims))
 
     return run
 
 
 def _get_item(node: Node, value: Any, key: Any) -> Value:
-    read, dim = _value(value), 0
+    read, dim = value_of(value), 0
     listed = list(key) if isinstance(key, tuple | list) else [key]
     if Ellipsis in listed:
         at = listed.index(Ellipsis)
@@ -203,7 +189,7 @@ def _matmul(node: Node, value: Any, other: Any) -> Value:
     if not isinstance(other, Learned) or len(other.variable.shape) != 2:
         raise NotMapped("multiplies matrices that are not a value and weights; for attention use MultiHeadAttention")
     weight = node.walk.take(other.variable, node.draft)
-    return blocks.linear(node.draft, _value(value), weight.T, None, is_frozen=not other.variable.trainable)
+    return blocks.linear(node.draft, value_of(value), weight.T, None, is_frozen=not other.variable.trainable)
 
 
 def _not_equal(node: Node, value: Any, other: Any) -> Any:

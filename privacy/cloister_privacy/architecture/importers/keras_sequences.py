@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from cloister.wire import layers as wire
 from cloister_privacy.architecture.importers import blocks
-from cloister_privacy.architecture.importers.draft import NotMapped, Value
+from cloister_privacy.architecture.importers.draft import NotMapped, Value, value_of
 from cloister_privacy.architecture.importers.keras_graph import Handler, Node
-from cloister_privacy.architecture.importers.keras_layers import tokens_of, value_of
+from cloister_privacy.architecture.importers.keras_layers import tokens_of
 from cloister_privacy.architecture.importers.origins import Unread
 
 __all__ = ["SEQUENCES"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister.wire.layers import is_frozen
 from cloister_privacy.architecture.importers.draft import Draft, NotMapped, Place, Shape, Value
 from cloister_privacy.architecture.importers.onnx_constants import Constant, computed, constant_of
 from cloister_privacy.architecture.importers.onnx_file import File, onnx
@@ -157,7 +158,7 @@ class Walk:
             key = ahead.pop()
             if isinstance(key, int) and key >= 0:
                 step = self._draft.steps[key]
-                if step.weights and not getattr(step.layer, "frozen", False):
+                if step.weights and not is_frozen(step.layer):
                     return False
                 ahead.extend(step.reads)
         return True

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -362,14 +362,7 @@ def _reduction(how: Literal["mean", "max", "sum"]) -> Handler:
 
 
 def _sum(node: Node, *given: Any) -> Any:
-    return _folded(node, given, _add)
-
-
-def _folded(node: Node, given: Sequence[Any], fold: Handler) -> Any:
-    found = given[0]
-    for each in given[1:]:
-        found = fold(node, found, each)
-    return found
+    return reduce(lambda found, each: _add(node, found, each), given)
 
 
 OPERATORS: dict[str, Handler] = {

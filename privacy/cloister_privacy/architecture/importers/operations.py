@@ -119,7 +119,7 @@ def add_array(draft: Draft, value: Value, array: NDArray[np.float32], *, is_trai
     if not is_trained and array.size == 1:
         return rescale(draft, value, 1.0, float(array.reshape(-1)[0]))
     array = _beside(array, value.shape)
-    joined = _as_bias(draft, value, array, is_trained) if is_trained else None
+    joined = _as_bias(draft, value, array) if is_trained else None
     if joined is not None:
         return joined
     if array.shape == value.shape:
@@ -191,7 +191,7 @@ def _beside(array: NDArray[np.float32], shape: Shape) -> NDArray[np.float32]:
     return fitted
 
 
-def _as_bias(draft: Draft, value: Value, array: NDArray[np.float32], is_trained: bool) -> Value | None:
+def _as_bias(draft: Draft, value: Value, array: NDArray[np.float32]) -> Value | None:
     """What gives the value, with the array as the bias that it lacks; None where that is not so."""
     step = draft.step(value)
     bare = ("bias" not in step.weights or not step.weights["bias"].any()) if step is not None else False
@@ -213,7 +213,7 @@ def _as_bias(draft: Draft, value: Value, array: NDArray[np.float32], is_trained:
     fields |= {"bias": True} if "bias" in fields else {}
     bias = np.broadcast_to(laid.reshape(-1), (value.held[channel],))
     read = draft.first_read(value)
-    if read is None or not is_trained:
+    if read is None:
         return None
     made = draft.emit(
         type(step.layer),

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from cloister.wire import layers as wire
 from cloister_privacy.architecture.importers import operations
-from cloister_privacy.architecture.importers.draft import NotMapped, Value
+from cloister_privacy.architecture.importers.draft import NotMapped, Value, dimension
 from cloister_privacy.architecture.importers.origins import Count, Mask, Masked, Scores, Unread
 from cloister_privacy.architecture.importers.torch_attention import is_causal_mask, scaled
 from cloister_privacy.architecture.importers.torch_recording import Call, Handler
 from cloister_privacy.architecture.importers.torch_weights import Learned
 
-__all__ = ["ARITHMETIC", "array_beside", "dimension"]
+__all__ = ["ARITHMETIC", "array_beside"]
 
 
 def array_beside(call: Call, given: Learned | Tensor, rank: int) -> NDArray[np.float32]:
@@ -179,14 +179,6 @@ def _log_softmax(call: Call, input: Value, dim: int | None = None, _stacklevel: 
     return call.draft.emit(wire.Softmax, input, module=nn.LogSoftmax(-1))
 
 
-def dimension(input: Value, dim: int | None) -> int:
-    """A dimension of the batch as one of the example. Raises NotMapped for that of the examples."""
-    rank = len(input.shape)
-    if dim is None or dim % (rank + 1) == 0:
-        raise NotMapped("works across the examples of a batch; keep them apart: name a dimension from 1 on")
-    return dim % (rank + 1) - 1
-
-
 def _reduction(how: Literal["mean", "max", "sum"], *, sign: float = 1.0) -> Handler:
     def run(
         call: Call, input: Any, dim: int | Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None
@@ -225,8 +217,23 @@ def _invert(call: Call, input: Any) -> Any:
     return Mask(input.tokens, not input.is_there)
 
 
-_SAME = ("contiguous", "clone", "detach", "data", "alias", "to", "float", "double", "long", "int", "type", "type_as")
-_MOVED = ("requires_grad", "cpu", "cuda")
+_SAME = (
+    "contiguous",
+    "clone",
+    "detach",
+    "data",
+    "alias",
+    "to",
+    "float",
+    "double",
+    "long",
+    "int",
+    "type",
+    "type_as",
+    "requires_grad",
+    "cpu",
+    "cuda",
+)
 
 ARITHMETIC: dict[str, Handler] = {
     "add": _add,
@@ -237,7 +244,7 @@ ARITHMETIC: dict[str, Handler] = {
     "pow": _pow,
     "square": _square,
     "neg": _neg,
-    **dict.fromkeys((*_SAME, *_MOVED), _same),
+    **dict.fromkeys(_SAME, _same),
     "relu": _activation(wire.ReLU),
     "silu": _activation(wire.SiLU),
     "sigmoid": _activation(wire.Sigmoid),

@@ -30,7 +30,7 @@ def _attention(
     if not isinstance(query, Value) or not isinstance(key, Value) or not isinstance(value, Value) or enable_gqa:
         raise NotMapped("attends to what is no value, or shares keys among heads; use torch.nn.MultiheadAttention")
     causal = is_causal or is_causal_mask(None if attn_mask is None else _allowed(attn_mask), query.shape[-2])
-    return attended(call.draft, query, key, value, scale=scale, is_causal=causal, tokens=None)
+    return attended(call.draft, query, key, value, scale=scale, is_causal=causal)
 
 
 def _allowed(mask: Any) -> Any:
@@ -42,9 +42,7 @@ def product(call: Call, first: Any, second: Any) -> Any:
     """Of two matrices of each head that both depend on the input."""
     if isinstance(first, Scores) and first.is_softmaxed and isinstance(second, Value):
         scores = first
-        return attended(
-            call.draft, scores.query, scores.key, second, scale=scores.scale, is_causal=scores.is_causal, tokens=None
-        )
+        return attended(call.draft, scores.query, scores.key, second, scale=scores.scale, is_causal=scores.is_causal)
     if isinstance(first, Value) and isinstance(second, Value) and len(first.shape) == len(second.shape) == 3:
         return Scores(first, call.draft.permute(second, (0, 2, 1)))
     raise NotMapped("multiplies matrices that both depend on the input; for attention use torch.nn.MultiheadAttention")

@@ -13,7 +13,7 @@ from torch import Tensor
 from cloister.wire import layers as wire
 from cloister_privacy.architecture.importers import blocks, operations
 from cloister_privacy.architecture.importers.attention import projected_out
-from cloister_privacy.architecture.importers.draft import NotMapped, Value
+from cloister_privacy.architecture.importers.draft import NotMapped, Value, value_of
 from cloister_privacy.architecture.importers.origins import Scores
 from cloister_privacy.architecture.importers.torch_arithmetic import array_beside
 from cloister_privacy.architecture.importers.torch_attention import product
@@ -34,12 +34,10 @@ def _weights(call: Call, *given: Any) -> tuple[list[_Array | None], bool]:
 
 
 def _required(call: Call, input: Any, weight: Any, bias: Any) -> tuple[Value, _Array, _Array | None, bool]:
-    if not isinstance(input, Value):
-        raise NotMapped("reads what is no value")
     (matrix, shift), is_frozen = _weights(call, weight, bias)
     if matrix is None:
         raise NotMapped("has no weights")
-    return input, matrix, shift, is_frozen
+    return value_of(input), matrix, shift, is_frozen
 
 
 def _linear(call: Call, input: Any, weight: Any, bias: Any = None) -> Value:
@@ -121,8 +119,6 @@ def _pool(how: Literal["max", "average"], rank: int) -> Handler:
         dilation: Any = 1,
         return_indices: bool = False,
     ) -> Value:
-        if not isinstance(input, Value):
-            raise NotMapped("reads what is no value")
         wrong = []
         names = (
             ("dilation", "ceil_mode", "return_indices")
@@ -146,17 +142,17 @@ def _pool(how: Literal["max", "average"], rank: int) -> Handler:
             raise NotMapped(f"has {'; '.join(wrong)}")
         kernel = _each(kernel_size, rank)
         step = _each(stride, rank) if stride not in (None, [], ()) else kernel
-        return blocks.pool(call.draft, input, how, kernel=kernel, stride=step, padding=_each(padding, rank))
+        return blocks.pool(call.draft, value_of(input), how, kernel=kernel, stride=step, padding=_each(padding, rank))
 
     return run
 
 
 def _adaptive(how: Literal["max", "average"], rank: int) -> Handler:
     def run(call: Call, input: Any, output_size: Any, return_indices: bool = False) -> Value:
-        if not isinstance(input, Value) or return_indices:
-            raise NotMapped("reads what is no value, or gives indices; leave return_indices out")
+        if return_indices:
+            raise NotMapped("has return_indices=True: leave it out")
         listed = list(output_size) if isinstance(output_size, tuple | list) else [output_size] * rank
-        return blocks.global_pool(call.draft, input, how, sizes=listed)
+        return blocks.global_pool(call.draft, value_of(input), how, sizes=listed)
 
     return run
 
@@ -166,11 +162,9 @@ def _dropout(call: Call, input: Any, p: float = 0.5, training: bool = True, inpl
         if p:
             call.draft.warn("drops out attention weights; here it does not")
         return input
-    if not isinstance(input, Value):
-        raise NotMapped("drops from what is no value")
     if call.name != "dropout":
         call.draft.warn("drops whole channels; here single numbers are dropped, as many on average")
-    return call.draft.pointwise(wire.Dropout, input, p=p) if p else input
+    return call.draft.pointwise(wire.Dropout, value_of(input), p=p) if p else input
 
 
 def _layer_norm(
@@ -220,7 +214,8 @@ def _instance_norm(
 
 def _batch_norm(call: Call, *args: Any, **kwargs: Any) -> Value:
     raise NotMapped(
-        "normalises over the examples of a batch, so that none can be clipped by itself; use GroupNorm instead"
+        "normalises over the examples of a batch, so that none can be clipped by itself; use GroupNorm instead, or "
+        "fold it into the layer before, by torch.nn.utils.fusion.fuse_conv_bn_eval"
     )
 
 

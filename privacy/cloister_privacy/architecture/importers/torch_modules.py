@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from cloister.wire import layers as wire
 from cloister_privacy.architecture.importers import blocks
-from cloister_privacy.architecture.importers.draft import NotMapped, Place, Value
+from cloister_privacy.architecture.importers.draft import NotMapped, Place, Value, value_of
 from cloister_privacy.architecture.importers.origins import Mask, States, Unread
 from cloister_privacy.architecture.importers.torch_attention import is_causal_mask
 from cloister_privacy.architecture.importers.torch_recording import Call, Handler
@@ -57,11 +57,9 @@ def _recurrent(call: Call, module: nn.RNNBase, input: Any, hx: Any = None) -> li
     return [sequence, states, *(Unread("the last cell state of an LSTM") for _ in call.outs[2:])]
 
 
-def _weights(call: Call, module: nn.Module, within: str = "") -> tuple[dict[str, NDArray[np.float32]], bool]:
+def _weights(call: Call, module: nn.Module) -> tuple[dict[str, NDArray[np.float32]], bool]:
     """A module's weights by name, and whether it is frozen."""
     parameters = {name: call.owners.of(each) for name, each in module.named_parameters()}
-    if within:
-        parameters = {name: each for name, each in parameters.items() if name.startswith(within)}
     weights = {name: call.owners.take(call.draft, each) for name, each in parameters.items()}
     return weights, call.owners.is_frozen(call.draft, *parameters.values())
 
@@ -190,13 +188,7 @@ def _transformer(
             is_frozen=is_frozen and bool(weights),
         )
     call.draft.place = place
-    return _value(value)
-
-
-def _value(given: Any) -> Value:
-    if not isinstance(given, Value):
-        raise NotMapped("reads what is no value of the network")
-    return given
+    return value_of(value)
 
 
 def _refused(why: str) -> Handler:

@@ -36,16 +36,14 @@ _ALIASES = {
     **dict.fromkeys(("rmul", "imul", "multiply"), "mul"),
     **dict.fromkeys(("isub", "subtract"), "sub"),
     **dict.fromkeys(("truediv", "itruediv", "idiv", "true_divide", "divide"), "div"),
-    **dict.fromkeys(("rtruediv", "reciprocal"), "rdiv"),
     **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
     **dict.fromkeys(("concat", "concatenate"), "cat"),
-    **dict.fromkeys(("not_equal",), "ne"),
     **dict.fromkeys(("bitwise_not", "logical_not"), "invert"),
     **dict.fromkeys(("mm", "bmm", "rmatmul"), "matmul"),
     "negative": "neg",
+    "not_equal": "ne",
     "moveaxis": "movedim",
     "greater": "gt",
-    "rpow": "float_power",
 }
 
 _CREATES = re.compile("(zeros|ones|full|empty)_like|new_(zeros|ones|full|empty|tensor)")

@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from cloister_privacy.architecture.importers import blocks, operations
-from cloister_privacy.architecture.importers.draft import Draft, NotMapped, Value
+from cloister_privacy.architecture.importers.draft import Draft, NotMapped, Value, dimension
 from cloister_privacy.architecture.importers.origins import MOVED, Count, Mask, Moved, States
-from cloister_privacy.architecture.importers.torch_arithmetic import array_beside, dimension
+from cloister_privacy.architecture.importers.torch_arithmetic import array_beside
 from cloister_privacy.architecture.importers.torch_recording import Call, Handler
 from cloister_privacy.architecture.importers.torch_weights import Learned
 
-__all__ = ["SHAPES", "state"]
+__all__ = ["SHAPES"]
 
 
 def _reshape(call: Call, input: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(input, States) and call.name == "squeeze" and input.count == 1:
-        return state(call.draft, input, 0)
+        return _state(call.draft, input, 0)
     if isinstance(input, Mask | Count) and call.name == "unsqueeze":
         return input
     if not isinstance(input, Value):
@@ -82,7 +82,7 @@ def _getitem(call: Call, input: Any, index: Any) -> Any:
         chosen = index[0] if isinstance(index, tuple) and all(each == slice(None) for each in index[1:]) else index
         if not isinstance(chosen, int):
             raise NotMapped("takes several last states at once; take them one by one: states[-1]")
-        return state(call.draft, input, chosen)
+        return _state(call.draft, input, chosen)
     if isinstance(input, Moved) and isinstance(index, int):
         return _first_taken(call, input, index)
     if not isinstance(input, Value):
@@ -197,7 +197,7 @@ def _joined_states(call: Call, parts: list[States]) -> Value:
     return operations.concatenate(call.draft, values, len(values[0].shape) - 1)
 
 
-def state(draft: Draft, states: States, index: int) -> Any:
+def _state(draft: Draft, states: States, index: int) -> Any:
     """One of the last states, of a layer and a direction: a value where the layer has one direction."""
     chosen = index % states.count
     if chosen < states.count - states.directions:
