@@ -14,7 +14,7 @@ from cloister_server.service import Service
 from cloister_server.store.paging import page_of
 from cloister_server.store.tables import Dataset, Job, Model, Source, new_id
 
-__all__ = ["FAILURES", "cancel", "get", "listed", "start"]
+__all__ = ["FAILURES", "cancel", "get", "listed", "require_start", "start"]
 
 FAILURES = {
     "budget": "steps lost in a crash did not fit the budget again; nothing was published; ask an owner to raise it",
@@ -25,8 +25,17 @@ FAILURES = {
 """Why a job can fail, in words that say nothing of rows."""
 
 
+def require_start(session: Session, principal: Principal, service: Service, body: wire.StartJob) -> None:
+    """Refuse a run whose network could not start as its spec says; what it looks at never changes, and it writes nothing."""
+    spec = body.training
+    dataset = policy.find(session, principal, "dataset.train", Dataset, spec.dataset).resource
+    plans.check_spec(dataset, session.get_one(Source, (dataset.tenant_id, dataset.source_id)), spec)
+    start = weights.usable(session, principal, spec.initial.id if spec.initial else None, dataset=dataset)
+    weights.require_start(session, service, spec.architecture, spec.lora, start)
+
+
 def start(session: Session, principal: Principal, service: Service, body: wire.StartJob) -> wire.Job:
-    """Reserve the whole run and queue it, in one transaction.
+    """Reserve the whole run and queue it, in one transaction; `require_start` has let it pass.
 
     Raises BudgetExceeded or RevisionMoved with the ledger unchanged. A worker picks the job up from its row.
     """
@@ -36,7 +45,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     source = session.get_one(Source, (dataset.tenant_id, dataset.source_id))
     plan = plans.check_spec(dataset, source, spec)
     start = weights.usable(session, principal, spec.initial.id if spec.initial else None, dataset=dataset)
-    weights.require_start(session, service, spec.architecture, spec.lora, row=start, named=spec.initial)
+    weights.require_named(start, spec.initial)
     if dataset.status != "ready":
         raise Conflict("the dataset is not ready; complete its upload, then train", code="dataset_not_ready")
     budgets.lock(session, source)
@@ -73,6 +82,8 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, job)
     audit.allowed(session, authorized, "dataset.train", dataset.id)
+    if start is not None:
+        audit.allowed(session, start, "weights.use", start.resource.id)
     return view(job)
 
 

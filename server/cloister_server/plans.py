@@ -17,6 +17,8 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.tables import Dataset, Source
 
+_MOST_LINES = 4096
+
 __all__ = ["check_spec", "make", "view_network"]
 
 
@@ -33,10 +35,10 @@ def make(session: Session, principal: Principal, service: Service, body: PlanReq
         delta=source.delta,
         unit=source.unit,
         guarantee=_guarantee(source),
-        initial=Initial(id=start.id, digest=start.digest) if start is not None else None,
+        initial=Initial(id=start.resource.id, digest=start.resource.digest) if start is not None else None,
     )
     plan = check_spec(dataset, source, spec)
-    weights.require_start(session, service, spec.architecture, spec.lora, row=start, named=spec.initial)
+    weights.require_start(session, service, spec.architecture, spec.lora, start)
     event = plan.event()
     return Plan(
         training=spec,
@@ -51,8 +53,9 @@ def make(session: Session, principal: Principal, service: Service, body: PlanReq
 
 
 def view_network(architecture: Architecture) -> NetworkView:
-    """A network as a table and as a picture."""
-    return NetworkView(summary=summary(architecture), picture=picture(architecture))
+    """A network as a table and, where its lines do not run into thousands, as a picture."""
+    lines = sum(len(layer.reads or ()) for layer in architecture.layers)
+    return NetworkView(summary=summary(architecture), picture=picture(architecture) if lines <= _MOST_LINES else "")
 
 
 def check_spec(dataset: Dataset, source: Source, spec: TrainingSpec) -> DPPlan:

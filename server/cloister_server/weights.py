@@ -14,7 +14,7 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.tables import Dataset, Tenant, Weights, new_id
 
-__all__ = ["create", "may_create", "require_start", "usable"]
+__all__ = ["create", "digest_of", "may_create", "require_named", "require_start", "usable"]
 
 
 def may_create(session: Session, principal: Principal) -> policy.Authorized[Tenant]:
@@ -22,12 +22,16 @@ def may_create(session: Session, principal: Principal) -> policy.Authorized[Tena
     return policy.authorize(session, principal, "weights.create", session.get_one(Tenant, principal.tenant_id))
 
 
-def create(session: Session, principal: Principal, service: Service, body: bytes) -> WeightsView:
-    """Seal uploaded weights. Raises WeightsRefused unless they are finite float32 safetensors."""
-    from cloister_privacy.training.start import digest_of
+def digest_of(body: bytes) -> str:
+    """The digest of uploaded weights. Raises InitialRefused unless they are finite float32 safetensors."""
+    from cloister_privacy.training.start import digest_of as digest
 
-    authorized = may_create(session, principal)
-    digest, tenant_id = digest_of(body), principal.tenant_id
+    return digest(body)
+
+
+def create(session: Session, principal: Principal, service: Service, body: bytes, *, digest: str) -> WeightsView:
+    """Seal uploaded weights of this digest."""
+    authorized, tenant_id = may_create(session, principal), principal.tenant_id
     object_id = vault.seal_object(session, service.keys, service.blobs, body, tenant_id=tenant_id, kind="initial")
     row = Weights(tenant_id=tenant_id, id=new_id("wts"), object_id=object_id, digest=digest)
     session.add(row)
@@ -37,18 +41,26 @@ def create(session: Session, principal: Principal, service: Service, body: bytes
     return WeightsView(id=row.id, digest=row.digest, created=row.created)
 
 
-def usable(session: Session, principal: Principal, weights_id: str | None, *, dataset: Dataset) -> Weights | None:
+def usable(
+    session: Session, principal: Principal, weights_id: str | None, *, dataset: Dataset
+) -> policy.Authorized[Weights] | None:
     """The weights that a run on this dataset starts from, if the principal may use them; None where none are named."""
     if weights_id is None:
         return None
-    row = policy.find(session, principal, "weights.use", Weights, weights_id).resource
-    if row.tenant_id != dataset.tenant_id:
+    authorized = policy.find(session, principal, "weights.use", Weights, weights_id)
+    if authorized.resource.tenant_id != dataset.tenant_id:
         raise Conflict(
             "the weights are another tenant's than the dataset, and a run is sealed under one tenant's key; upload them as an app of "
             "the dataset's tenant",
             code="weights_elsewhere",
         )
-    return row
+    return authorized
+
+
+def require_named(authorized: policy.Authorized[Weights] | None, named: Initial | None) -> None:
+    """Refuse a spec that names these weights by another digest."""
+    if authorized is not None and named is not None and authorized.resource.digest != named.digest:
+        raise Conflict("the weights have another digest than the spec says; plan again", code="weights_differ")
 
 
 def require_start(
@@ -56,17 +68,14 @@ def require_start(
     service: Service,
     architecture: Architecture,
     lora: LoRA | None,
-    *,
-    row: Weights | None,
-    named: Initial | None,
+    authorized: policy.Authorized[Weights] | None,
 ) -> None:
-    """Refuse a run that could not start: weights of another network or of another digest, adapters for nothing."""
+    """Refuse a run that could not start: weights of another network, adapters for nothing. Slow: in no write transaction."""
     from cloister_privacy.training.start import require_start as require
 
-    if row is not None and named is not None and row.digest != named.digest:
-        raise Conflict("the weights have another digest than the spec says; plan again", code="weights_differ")
     body = None
-    if row is not None:
+    if authorized is not None:
+        row = authorized.resource
         body = vault.open_object(session, service.keys, service.blobs, tenant_id=row.tenant_id, object_id=row.object_id)
     if body is not None or lora is not None or any(map(is_frozen, architecture.layers)):
         require(architecture, body, lora)

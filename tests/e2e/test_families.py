@@ -86,8 +86,15 @@ def test_a_brought_network_is_tuned_through_adapters_and_its_digest_is_certified
     certificate = cloister.verify(model.certificate, client.certificate_keys())
     assert certificate.initial_digest == plan.training.initial.digest
     assert model.predict(["good", "bad"]).shape == (2,)
+    assert certificate.initial == "uploaded"
     with pytest.raises(cloister.InvalidArgument, match="no layer is called so"):
         client.plan(data, target="kind", network=network, freeze=["nothing"])
+    large = {
+        **network.weights,
+        "more": np.zeros(400_000, np.float32),
+    }  # over what a document may have, and no limit to weights
+    with pytest.raises(cloister.InvalidRequest, match="made from another spec"):
+        client.plan(data, target="kind", network=Brought(network.layers, large))
     other = Brought(network.layers, {**network.weights, "layers.4.bias": np.zeros(3, np.float32)})
     with pytest.raises(cloister.InvalidRequest, match="another shape"):
         client.plan(data, target="kind", network=other)

@@ -56,3 +56,7 @@ def test_every_command_and_setting_that_the_docs_name_exists() -> None:
         assert variable.lower() in Settings.model_fields, variable
     targets = set(re.findall(r"^([a-z-]+):", (Path(__file__).parents[2] / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)", docs)) <= targets
+
+
+def test_no_figure_of_the_readme_is_left_blank() -> None:
+    assert "RESULT_" not in README

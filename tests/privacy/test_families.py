@@ -9,8 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cloister_privacy.architecture import build, check, from_bytes, measure, to_bytes
+from cloister.wire.columns import TensorColumn
+from cloister_privacy.architecture import Network, build, check, from_bytes, measure, to_bytes
 from cloister_privacy.architecture.values import values_of
+from cloister_privacy.errors import ArchitectureRefused, InputRefused
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.training import engine, train
 from cloister_privacy.training.examples import Examples, keeps_stem, synthetic
@@ -117,3 +119,45 @@ def test_padding_after_a_text_or_a_recording_changes_nothing_of_what_masks_it() 
     short = network.predict({"text": np.array(["good"], dtype=object)})["probabilities"]
     alone = network.predict({"text": np.array(["good", "a longer one"], dtype=object)})["probabilities"][:1]
     np.testing.assert_allclose(short, alone, atol=1e-6)
+
+
+def test_the_work_of_a_run_by_user_does_not_tell_how_many_rows_its_users_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, seen = FAMILIES["scattering"], []
+    spec = spec_of(family, nominal_size=20, capacity=20, batch_size=10, steps=2)
+    stem = Network.stem
+    monkeypatch.setattr(
+        Network, "stem", lambda network, values: seen.append(len(values["image"])) or stem(network, values)
+    )
+    for rows in (20, 500):
+        train(
+            spec, converted(family, rows), plan=DPPlan.of(spec, unit="user"), units=lambda rows=rows: np.arange(rows) % 20,
+            device="cpu", chunk_steps=2, before_chunk=lambda *_: None, after_chunk=lambda *_: True,
+        )  # fmt: skip
+    assert not seen, "the plan does not tell how many rows there may be, so none are run at once"
+
+
+def test_no_layer_has_the_name_of_the_target() -> None:
+    family = FAMILIES["hashed text"]
+    named = tuple(
+        layer.model_copy(update={"name": "kind"}) if layer.type == "hashed_text" else layer for layer in family.layers
+    )
+    with pytest.raises(ArchitectureRefused, match="each column and the target its own"):
+        check(family.architecture.model_copy(update={"layers": named}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"), [((8, 4096), "too unequal"), ((64, 32, 32), "at most 4 channels"), ((7, 9), "at least 8 x 8")]
+)
+def test_images_whose_filters_would_cost_too_much_are_refused(shape: tuple[int, ...], why: str) -> None:
+    column = TensorColumn(shape=shape, low=0, high=1)
+    with pytest.raises(ArchitectureRefused, match=why):
+        check(FAMILIES["scattering"].architecture.model_copy(update={"inputs": {"image": column}}))
+
+
+def test_what_is_sent_bounds_what_a_prediction_takes() -> None:
+    network = build(FAMILIES["audio"].architecture)
+    with pytest.raises(InputRefused, match="at least one sample"):
+        network.predict({"sound": np.zeros((8000, 0), np.float32)})
+    with pytest.raises(InputRefused, match="send fewer"):
+        network.predict({"sound": np.zeros((2**20, 1), np.int16)})
+    assert 1 <= build(FAMILIES["convolutions"].architecture).rows_at_once <= 1024

@@ -165,3 +165,8 @@ def test_without_a_compiler_the_passes_run_as_they_are(monkeypatch: pytest.Monke
     assert all(
         bool(each.isfinite().all()) for each in clipped.sums((torch.randn(3, 4, 5), torch.arange(3)), torch.ones(3))
     )
+
+
+def test_a_whole_number_is_a_deviation_too() -> None:
+    with NoiseDraws(10_000, std=5, device="cpu", is_compiled=True) as draws:
+        assert 4.5 < float(draws.take().std()) < 5.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,24 @@ def test_with_every_layer_frozen_adapters_train_alone_and_without_them_nothing_w
     assert "layers.4.bias" not in moved
     with pytest.raises(ArchitectureRefused, match="every layer is frozen"):
         require_start(spec.architecture, weights, None)
+
+
+def test_weights_that_would_cost_more_to_look_at_than_to_send_are_refused_at_once() -> None:
+    rank = safetensors.numpy.save({"a": np.zeros([1] * 9, np.float32)})
+    header = b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % b",".join([b"1"] * 100_000)
+    bomb = len(header).to_bytes(8, "little") + header + bytes(4)
+    for body in (rank, bomb, safetensors.numpy.save({}), safetensors.numpy.save({"a": np.zeros((3, 0), np.float32)})):
+        started = time.process_time()
+        with pytest.raises(InitialRefused, match="at most 8 dimensions"):
+            digest_of(body)
+        assert time.process_time() - started < 1
+
+
+def test_adapters_count_among_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, spec = weights_of(build(FAMILY.architecture)), spec_from(None)
+    architecture = spec.architecture.model_copy(update={"layers": frozen(FAMILY.layers, "transformer_layer")})
+    count = sum(each.numel() for each in build(FAMILY.architecture).parameters())
+    monkeypatch.setattr("cloister_privacy.training.start.PARAMETER_LIMIT", count + 100)
+    require_start(architecture, weights, LoRA(rank=1))
+    with pytest.raises(ArchitectureRefused, match="with its adapters the network has"):
+        require_start(architecture, weights, LoRA(rank=100))

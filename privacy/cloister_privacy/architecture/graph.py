@@ -55,8 +55,10 @@ def nodes_of(architecture: Architecture) -> tuple[Node, ...]:
         if isinstance(layer, wire.Encode) and any(name not in architecture.inputs for name in reads):
             raise ArchitectureRefused(f"{where} joins columns, and reads a layer; use concatenate for layers")
         key = layer.name if layer.name is not None else f"#{position}"
-        if key in known:
-            raise ArchitectureRefused(f"{where}: the name {key!r} comes twice; give each layer and column its own")
+        if key in known or key == architecture.target:
+            raise ArchitectureRefused(
+                f"{where}: the name {key!r} comes twice; give each layer, each column and the target its own"
+            )
         known.add(key)
         nodes.append(Node(layer, key, tuple(reads), where))
     _require_all_used(architecture, nodes)

@@ -16,6 +16,10 @@ from cloister_privacy.errors import InputRefused
 __all__ = ["validate_inputs"]
 
 
+_PADDED_LIMIT = 2**28
+"""The most bytes of texts, or samples of recordings, that one request may be padded to."""
+
+
 def validate_inputs(architecture: Architecture, columns: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """The inputs as rows (`cloister.wire.rows`), or InputRefused with the column and the problem.
 
@@ -78,6 +82,8 @@ def _text(name: str, array: NDArray[Any], column: TextColumn) -> dict[str, NDArr
         raise InputRefused(name, f"is {array.dtype.name} of shape {array.shape}; send a text for each row")
     if len(array) == 0:
         raise InputRefused(name, "has no rows; send at least one")
+    if len(array) * column.max_length > _PADDED_LIMIT:
+        raise InputRefused(name, f"has too many rows at once for texts of up to {column.max_length} bytes; send fewer")
     texts = [each.encode() if isinstance(each, str) else each for each in array.tolist()]
     if not all(isinstance(each, bytes) for each in texts):
         raise InputRefused(name, "holds what is no text")
@@ -96,6 +102,8 @@ def _audio(name: str, array: NDArray[Any], column: AudioColumn) -> dict[str, NDA
         )
     if len(array) == 0:
         raise InputRefused(name, "has no rows; send at least one")
+    if not array.shape[1] or len(array) * column.max_samples > _PADDED_LIMIT:
+        raise InputRefused(name, "has no samples, or too many rows at once; send fewer rows, of at least one sample")
     if array.shape[1] > column.max_samples:
         raise InputRefused(name, f"is longer than the {column.max_samples} samples of its column; cut it")
     if array.dtype.name == "float32":

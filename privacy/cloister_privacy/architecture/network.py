@@ -31,8 +31,8 @@ __all__ = ["Network", "build", "digest"]
 _HUBER = 0.1
 """Up to this share of the target's range an error counts by its square."""
 
-_ROWS_AT_ONCE = 1024
-"""Of a prediction: the layers of more would take memory for nothing."""
+_ROWS_AT_ONCE, _NUMBERS_AT_ONCE = 1024, 2**26
+"""Rows and numbers that one pass without training makes, about: more would take memory for nothing."""
 
 
 def build(architecture: wire.Architecture) -> Network:
@@ -72,8 +72,12 @@ class Network(nn.Module):
         super().__init__()
         self.architecture = architecture
         self._nodes = [each.node for each in measured]
-        self._numbers = {each.node.key: _numbers(each.gives) for each in measured}
+        total = sum(each.numbers for each in measured)
+        self.rows_at_once = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // max(1, total)))
+        """Of a pass without training."""
         known = {name: column_value(column) for name, column in architecture.inputs.items()}
+        self._numbers = {name: 2 * math.prod(value.shape) for name, value in known.items()}
+        self._numbers |= {each.node.key: _numbers(each.gives) for each in measured}
         known |= {each.node.key: each.gives for each in measured}
         self.layers = nn.ModuleList(
             module_of(node, [known[name] for name in node.reads], architecture.inputs) for node in self._nodes
@@ -104,7 +108,8 @@ class Network(nn.Module):
         stem: set[str] = set()
         for node, module in zip(self._nodes, self.layers, strict=True):
             parameters = list(module.parameters())
-            is_fixed = not any(each.requires_grad for each in parameters) and not isinstance(node.layer, layers.Dropout)
+            is_random = isinstance(node.layer, layers.Dropout) or bool(getattr(node.layer, "dropout", 0))
+            is_fixed = not is_random and not any(each.requires_grad for each in parameters)
             if is_fixed and all(name in fixed or name in self.architecture.inputs for name in node.reads):
                 fixed[node.key] = node
                 if _is_costly(node.layer) or parameters or any(name in stem for name in node.reads):
@@ -120,8 +125,9 @@ class Network(nn.Module):
 
     @property
     def stem_numbers(self) -> int:
-        """How many numbers the stem gives of one example to the layers after it; 0 without a stem."""
-        return sum(self._numbers[name] for name in self._after_stem if name in self._stem)
+        """How many numbers of an example are kept where the stem is run once: what it gives, and columns that are read beside it; 0
+        without a stem."""
+        return sum(self._numbers[name] for name in self._after_stem) if self._stem else 0
 
     @torch.no_grad()
     def stem(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,8 +160,8 @@ class Network(nn.Module):
         device = next(self.parameters()).device
         parts = []
         with torch.inference_mode():
-            for start in range(0, count, _ROWS_AT_ONCE):
-                rows = {name: array[start : start + _ROWS_AT_ONCE] for name, array in inputs.items()}
+            for start in range(0, count, self.rows_at_once):
+                rows = {name: array[start : start + self.rows_at_once] for name, array in inputs.items()}
                 parts.append(self(values_of(self.architecture.inputs, rows, device=device)))
         outputs = torch.cat(parts)
         if not bool(torch.isfinite(outputs).all()):

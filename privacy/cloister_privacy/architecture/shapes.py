@@ -10,7 +10,7 @@ from typing import Any, assert_never
 from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
-from cloister_privacy.architecture.frontends.geometry import LEAST_IMAGE, geometry_of, hop_of
+from cloister_privacy.architecture.frontends.geometry import LEAST_IMAGE, MOST_CELLS, MOST_CHANNELS, geometry_of, hop_of
 from cloister_privacy.architecture.graph import MASKED, Node, nodes_of
 from cloister_privacy.errors import ArchitectureRefused
 
@@ -35,6 +35,7 @@ TEXT_INDICES = 257
 
 _GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 _WIDTH_LIMIT = 2**20
+_SCATTERING_LIMIT = 8
 _RANGE_LIMIT = 1e30  # a target's range must square within float32's reach of its gradient
 
 Shape = tuple[int, ...]
@@ -60,6 +61,8 @@ class Measured:
     node: Node
     gives: Value
     parameters: int
+    numbers: int
+    """About how many numbers it makes of one example, on the way to what it gives too."""
 
 
 def check(architecture: Architecture) -> int:
@@ -79,7 +82,8 @@ def measure(architecture: Architecture) -> tuple[Measured, ...]:
     for node in nodes_of(architecture):
         gives, more = through(node, [known[name] for name in node.reads], architecture.inputs)
         parameters += more
-        elements += math.prod(gives.shape) + _inside(node.layer, known[node.reads[0]])
+        numbers = math.prod(gives.shape) + _inside(node.layer, known[node.reads[0]])
+        elements += numbers
         if parameters > PARAMETER_LIMIT:
             raise ArchitectureRefused(
                 f"the network has over {PARAMETER_LIMIT} parameters by {node.where}; narrow its layers"
@@ -89,7 +93,11 @@ def measure(architecture: Architecture) -> tuple[Measured, ...]:
                 f"the layers up to {node.where} give {elements} numbers of one example; narrow them, or pool"
             )
         known[node.key] = gives
-        measured.append(Measured(node, gives, more))
+        measured.append(Measured(node, gives, more, numbers))
+    if sum(isinstance(each.node.layer, wire.Scattering) for each in measured) > _SCATTERING_LIMIT:
+        raise ArchitectureRefused(
+            f"the network has over {_SCATTERING_LIMIT} scatterings, each costly; join the images before it"
+        )
     if not any(each.parameters for each in measured):
         raise ArchitectureRefused("the network has nothing to learn; add a linear layer")
     _check_output(architecture, measured[-1].gives)
@@ -352,6 +360,12 @@ def _inside(layer: wire.Layer, first: Value) -> int:
         case wire.LSTM() | wire.GRU() | wire.RNN():
             gates = _GATES[layer.type] * (2 if layer.bidirectional else 1)
             return first.shape[0] * gates * layer.hidden_size * layer.num_layers
+        case wire.Embedding() | wire.PositionalEmbedding():
+            return first.shape[0] ** 2 if first.shape else 0  # which positions are alike, for clipping
+        case wire.Linear() if len(first.shape) == 2:
+            return min(2 * first.shape[0] ** 2, layer.in_features * layer.out_features)  # for clipping
+        case wire.HashedText():
+            return 32 * first.shape[0]
         case wire.Scattering():
             return 16 * math.prod(first.shape)
         case wire.LogMel():
@@ -369,7 +383,15 @@ def _scattering(node: Node, layer: wire.Scattering, reads: list[Value]) -> tuple
             f"shape {shape}",
             "flatten it, and read it as numbers",
         )
-    return (geometry_of(shape).features,), 0
+    geometry = geometry_of(shape)
+    if geometry.channels > MOST_CHANNELS or math.prod(geometry.grid) > MOST_CELLS:
+        raise _refused(
+            node,
+            f"an image of at most {MOST_CHANNELS} channels, whose sides are not too unequal",
+            f"shape {shape}",
+            "crop it, or pad",
+        )
+    return (geometry.features,), 0
 
 
 def _log_mel(node: Node, layer: wire.LogMel, reads: list[Value]) -> tuple[Shape, int]:

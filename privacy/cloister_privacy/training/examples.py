@@ -27,9 +27,6 @@ _NEAR_ZERO = 3.0
 _STEM_BYTES = 2**32
 """The most memory that what the stem gives of all rows may take; where it would be more, each step computes it anew."""
 
-_STEM_ROWS = 512
-"""Run through the stem at once."""
-
 
 class Examples:
     """The columns that a network reads and predicts. Raises RowsDoNotFit where their shapes are not the spec's.
@@ -56,7 +53,9 @@ class Examples:
         if self.count == 0:  # padding needs a row to read
             self._rows = {name: np.zeros((1, *array.shape[1:]), array.dtype) for name, array in self._rows.items()}
         if keeps_stem(network, slots=slots):
-            self._stem = self._through_stem(network, max(slots, self.count))
+            if self.count > slots:
+                raise RowsDoNotFit("there are more rows than slots; train on the dataset that the plan was made for")
+            self._stem = self._through_stem(network, slots)
 
     def batch(self, indices: NDArray[np.intp]) -> Batch:
         """Inputs and target of some rows: not-a-number is 0, everything else is clamped to its column's bounds."""
@@ -72,8 +71,8 @@ class Examples:
     def _through_stem(self, network: Network, slots: int) -> dict[str, Tensor]:
         """What the layers after the stem read of every row, and the target. Past the rows the first is run again, for nothing."""
         kept: dict[str, Tensor] = {}
-        for start in range(0, slots, _STEM_ROWS):
-            indices = np.arange(start, min(start + _STEM_ROWS, slots))
+        for start in range(0, slots, network.rows_at_once):
+            indices = np.arange(start, min(start + network.rows_at_once, slots))
             values, target = _batch(
                 self._columns, self._target, self._taken(indices * (indices < self.count)), self._device
             )

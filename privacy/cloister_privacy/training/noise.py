@@ -72,7 +72,7 @@ class NoiseDraws:
         is_ahead: bool = False,
         is_compiled: bool = False,
     ) -> None:
-        self._count, self._std, self._device, self._is_ahead = count, std, torch.device(device), is_ahead
+        self._count, self._std, self._device, self._is_ahead = count, float(std), torch.device(device), is_ahead
         # Passes of equal size, since what the last one makes too much is thrown away.
         self._passes = -(-count // _BLOCK)
         self._groups = -(-count // (_TOGETHER * max(1, self._passes)))

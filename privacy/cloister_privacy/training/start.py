@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -11,8 +13,12 @@ from cloister.wire.layers import is_frozen
 from cloister.wire.plans import LoRA
 from cloister_privacy import tensors
 from cloister_privacy.architecture.network import Network, build, digest
+from cloister_privacy.architecture.shapes import PARAMETER_LIMIT
 from cloister_privacy.errors import ArchitectureRefused, InitialRefused
 from cloister_privacy.training.adapters import merged, with_lora
+
+_HEADER_LIMIT = 2**22
+_TENSOR_LIMIT = 2**14
 
 __all__ = ["adapted", "digest_of", "network_of", "plain", "require_start"]
 
@@ -40,7 +46,11 @@ def require_start(architecture: Architecture, initial: bytes | None, lora: LoRA 
             "a frozen layer would keep its random weights; give the weights to start from, or train it"
         )
     if lora is not None:
-        adapted(network, lora)
+        count = sum(each.numel() for each in adapted(network, lora).parameters())
+        if count > PARAMETER_LIMIT:
+            raise ArchitectureRefused(
+                f"with its adapters the network has {count} parameters, over {PARAMETER_LIMIT}; lower the rank"
+            )
     elif not any(each.requires_grad for each in network.parameters()):
         raise ArchitectureRefused("every layer is frozen, so nothing is trained; freeze fewer, or give lora")
 
@@ -87,9 +97,27 @@ def plain(network: Network) -> Network:
 
 def _read(initial: bytes) -> dict[str, Tensor]:
     try:
+        _require_bearable(initial)
         given: dict[str, Tensor] = safetensors.torch.load(initial)
+    except InitialRefused:
+        raise
     except Exception as exc:  # safetensors raises errors of several families, none of them documented
         raise InitialRefused(
             f"these bytes are not safetensors ({type(exc).__name__}); save the weights as such"
         ) from None
     return given
+
+
+def _require_bearable(initial: bytes) -> None:
+    """Before anything is made of it: torch takes time by the square of a tensor's dimensions."""
+    size = int.from_bytes(initial[:8], "little")
+    if size > _HEADER_LIMIT:
+        raise ValueError("the header is too long")
+    header = json.loads(initial[8 : 8 + size])
+    named = {name: each for name, each in header.items() if name != "__metadata__"}
+    if not 0 < len(named) <= _TENSOR_LIMIT or any(
+        len(each["shape"]) > 8 or 0 in each["shape"] for each in named.values()
+    ):
+        raise InitialRefused(
+            f"weights are 1 to {_TENSOR_LIMIT} tensors of at most 8 dimensions, none of them empty; save the network's own"
+        )

@@ -218,8 +218,10 @@ def _declared_length(scope: Scope) -> int:
 
 
 def _is_raw(scope: Scope) -> bool:
-    """Whether the body is tensors or rows, and not a document."""
-    return scope["path"].startswith("/v2/") or (scope["method"] == "PUT" and _PART.fullmatch(scope["path"]) is not None)
+    """Whether the body is tensors, rows or weights, and not a document."""
+    method, path = scope["method"], scope["path"]
+    is_part = method == "PUT" and _PART.fullmatch(path) is not None
+    return path.startswith("/v2/") or is_part or (method == "POST" and path == "/v1/weights")
 
 
 def _is_json(scope: Scope) -> bool:

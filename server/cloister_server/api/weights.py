@@ -27,6 +27,8 @@ async def create_weights(request: Request, call: WriteCall) -> Response:
 
 
 def _create(call: Call, body: bytes) -> Response:
+    digest = weights.digest_of(body)  # before the transaction, which keeps other writers waiting
     return call.once(
-        hashlib.sha256(body).digest(), lambda session: weights.create(session, call.principal, call.service, body)
+        hashlib.sha256(body).digest(),
+        lambda session: weights.create(session, call.principal, call.service, body, digest=digest),
     )

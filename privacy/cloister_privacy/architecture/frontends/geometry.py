@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["ANGLES", "LEAST_IMAGE", "Geometry", "geometry_of", "hop_of"]
+__all__ = ["ANGLES", "LEAST_IMAGE", "MOST_CELLS", "MOST_CHANNELS", "Geometry", "geometry_of", "hop_of"]
 
 ANGLES = 8
 LEAST_IMAGE = 8
 """Points that an image has at least, in both directions."""
+
+MOST_CHANNELS, MOST_CELLS = 4, 256
+"""What makes filters costly to make."""
 
 _LEAST_GRID = 7
 """About so many cells lie along the short side."""

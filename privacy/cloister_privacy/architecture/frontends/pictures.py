@@ -13,10 +13,10 @@ _SEED = 20
 _MOST_LEAVES = 6
 
 
-def pictures(count: int, channels: int, height: int, width: int) -> Tensor:
+def pictures(count: int, channels: int, height: int, width: int, *, number: int) -> Tensor:
     """[count, channels, height, width] in [0, 1]: one to six flat or cloudy ellipses and boxes over an even ground, which is black in
-    every other picture; every other picture is its own mirror image."""
-    draw = _Draw(count, channels, height, width)
+    every other picture; every other picture is its own mirror image. Each `number` gives others."""
+    draw = _Draw(count, channels, height, width, seed=_SEED + number)
     y = ((torch.arange(height) + 0.5) / height * 2 - 1).view(1, 1, height, 1)
     x = ((torch.arange(width) + 0.5) / width * 2 - 1).view(1, 1, 1, width)
     picture = torch.where(draw.coin(), 0.0, draw.colour()).expand(count, channels, height, width)
@@ -38,8 +38,8 @@ def pictures(count: int, channels: int, height: int, width: int) -> Tensor:
 class _Draw:
     """Numbers for each picture, from a generator of fixed seed; the order of the calls is part of what the pictures are."""
 
-    def __init__(self, count: int, channels: int, height: int, width: int) -> None:
-        self._generator = torch.Generator().manual_seed(_SEED)
+    def __init__(self, count: int, channels: int, height: int, width: int, *, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
         self._count, self._channels, self._size = count, channels, (height, width)
         rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
         self._frequency = (rows.square() + columns.square()).sqrt()

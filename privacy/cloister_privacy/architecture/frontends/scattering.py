@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import cos, pi, sin
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,10 @@ _FLOOR = 0.01
 _NORM = 10.0
 """The length of what it gives, so that the bias of a linear layer weighs a tenth of it."""
 
-_SYNTHETIC = 4096
+_SYNTHETIC, _DRAWN_AT_ONCE = 4096, 512
+_BUILDING = Lock()
+"""Filters are made by one thread at a time: it takes seconds, and the others want the same ones."""
+
 _AT_ONCE = 64
 """Images: what they need stays in the processor's caches."""
 
@@ -40,19 +44,12 @@ class Scattering(nn.Module):
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self._geometry = geometry_of(shape)
-        fixed = _fixed(self._geometry)
-        self.register_buffer("mean", fixed.mean, persistent=False)
-        self.register_buffer("whiten_maps", fixed.whiten_maps, persistent=False)
-        self.register_buffer("whiten_cells", fixed.whiten_cells, persistent=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([self._features(each) for each in torch.split(images, _AT_ONCE)])
-
-    def _features(self, images: Tensor) -> Tensor:
-        energies = _energies(images, self._geometry) - self.get_buffer("mean")
-        whitened = self.get_buffer("whiten_maps") @ energies @ self.get_buffer("whiten_cells")
-        return _NORM * functional.normalize(whitened.flatten(1), dim=1, eps=1e-6)
+        with _BUILDING:
+            fixed = _fixed(self._geometry)  # at the first image: a network that is only looked at needs none
+        return torch.cat([_features(each, self._geometry, fixed) for each in torch.split(images, _AT_ONCE)])
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,24 @@ class _Fixed:
     whiten_cells: Tensor
 
 
+def _features(images: Tensor, geometry: Geometry, fixed: _Fixed) -> Tensor:
+    energies = _energies(images, geometry) - fixed.mean.to(images)
+    whitened = fixed.whiten_maps.to(images) @ energies @ fixed.whiten_cells.to(images)
+    return _NORM * functional.normalize(whitened.flatten(1), dim=1, eps=1e-6)
+
+
 @lru_cache(maxsize=16)
 def _fixed(geometry: Geometry) -> _Fixed:
     """Takes seconds, and is the same for every network of this geometry; on the CPU, whatever device is the default."""
-    with torch.device("cpu"), torch.no_grad():
-        synthetic = pictures(_SYNTHETIC, geometry.channels, *geometry.image)
-        energies = torch.cat([_energies(each, geometry) for each in torch.split(synthetic, _AT_ONCE)]).double()
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        parts = [
+            _energies(part, geometry)
+            for number in range(_SYNTHETIC // _DRAWN_AT_ONCE)
+            for part in torch.split(
+                pictures(_DRAWN_AT_ONCE, geometry.channels, *geometry.size, number=number), _AT_ONCE
+            )
+        ]
+        energies = torch.cat(parts).double()
         mean = energies.mean(0)
         energies -= mean
         of_maps = torch.einsum("ncs,nds->cd", energies, energies) / len(energies)

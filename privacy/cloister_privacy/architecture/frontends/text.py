@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -135,11 +137,16 @@ def _merged(places: Tensor, weights: Tensor, nowhere: int) -> Tensor:
 
 
 def _powers(base: int, count: int, device: torch.device) -> Tensor:
+    return _powers_of(base, count).to(device)
+
+
+@lru_cache(maxsize=16)
+def _powers_of(base: int, count: int) -> Tensor:
     power, powers = 1, []
     for _ in range(count):
         powers.append(_wrapped(power))
         power = power * base % 2**64
-    return torch.tensor(powers, device=device)
+    return torch.tensor(powers, device="cpu")
 
 
 def _mixed(hashed: Tensor) -> Tensor:

@@ -45,6 +45,12 @@ def constant_of(attributes: Mapping[str, Any]) -> Constant:
     raise NotMapped("holds a constant of a kind that no network needs")
 
 
+_SPREADS = frozenset(
+    {"Add", "Sub", "Mul", "Div", "Equal", "Where", "Pow", "Greater", "Less", "Mod", "Max", "Min", "And", "Or"}
+)
+"""Operators whose inputs are spread to one shape."""
+
+
 def computed(operator: str, inputs: Sequence[Constant | None], attributes: Mapping[str, Any]) -> Constant:
     """What an operator gives of constants. Raises NotMapped for one that is not among those that shapes are computed by."""
     run = _OPERATORS.get(operator)
@@ -53,8 +59,13 @@ def computed(operator: str, inputs: Sequence[Constant | None], attributes: Mappi
     arrays = [None if each is None else each.array for each in inputs]
     names = frozenset().union(*(each.names for each in inputs if each is not None))
     try:
+        # Whatever is made of them, joined or spread over each other, is bounded by both.
+        given = [each.shape for each in arrays if each is not None]
+        _bearable([sum(math.prod(shape) for shape in given)])
+        if operator in _SPREADS:
+            _bearable(np.broadcast_shapes(*given))
         array = np.asarray(run(attributes, *arrays))
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as exc:
+    except (MemoryError, ValueError, TypeError, IndexError, KeyError, OverflowError) as exc:
         raise NotMapped(f"does not fit its constants ({str(exc).splitlines()[0]})") from None
     if names and operator not in _REARRANGES:
         raise NotMapped(f"computes with weights alone by {operator}; let the weights be what they are used as")

@@ -62,7 +62,7 @@ class Kernels:
         """As `noise._gaussians`: int32 words [2, 2, 2, 2, groups] to 8 * groups draws."""
         groups = words.shape[-1]
         drawn = torch.empty(8 * groups)
-        self._run("gaussians", words, drawn, groups, std)
+        self._run("gaussians", words, drawn, groups, float(std))
         return drawn
 
     def _padded(self, weight: Tensor) -> Tensor:
