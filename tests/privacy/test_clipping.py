@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cloister_privacy.training.clipping import ClippedGradients, Clipping
 from cloister_privacy.training.rules import gradients as forms
+from cloister_privacy.training.rules.gradients import _norms
 from networks import N, cases, losses
 
 NAMES = list(cases())
@@ -207,3 +208,22 @@ def test_half_precision_is_for_the_passes_alone() -> None:
             (inputs[index : index + 1], targets[index : index + 1]), torch.ones(1)
         )
         assert torch.cat([each.flatten() for each in one]).double().norm() <= 1e-3 * (1 + 1e-5)
+
+
+@given(
+    exponent=st.integers(-45, 38),
+    width=st.sampled_from([1, 7, 1023, 1025, 4096, 9000]),
+    spread=st.sampled_from([0.0, 3.0, 12.0]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_norm_is_never_told_smaller_than_it_is(exponent: int, width: int, spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(3, width, generator=generator, dtype=torch.float64)
+    rows = (
+        rows * 10.0 ** (exponent + spread * torch.randn(3, width, generator=generator, dtype=torch.float64))
+    ).float()
+    told, truth = _norms(rows), torch.linalg.vector_norm(rows.double(), dim=1)
+    assert bool((told >= truth * (1 - 3e-6)).all())
+    is_usual = (truth > 1e-12) & (truth < 1e18)
+    torch.testing.assert_close(told[is_usual], truth[is_usual], rtol=3e-6, atol=0)

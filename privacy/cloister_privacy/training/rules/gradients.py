@@ -6,6 +6,7 @@ the very numbers that are summed, or in float64, so that no cancellation makes i
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,9 @@ _LARGEST_INPUT = 1e15
 _DENSE_BYTES = 2**27
 """Up to this size the gradients of all examples are written out; beyond it their norms come from a Gram matrix."""
 
+
+_RUN, _LEAST_NORM = 1024, 1e-13
+"""Numbers whose squares are added in float32, and the least norm that they tell: below it too many squares would vanish."""
 
 _LONGEST_ROW = 4096
 """So many squares may be added in float32: its roundings stay well within the slack of the sensitivity."""
@@ -152,9 +156,19 @@ def _of_columns(places: Tensor, values: Tensor, size: int, back: Tensor) -> Tens
 
 
 def _norms(rows: Tensor) -> Tensor:
-    """The norm of each row, in float64: squares of float32 numbers neither overflow nor vanish there."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    """The norm of each row [n, d], float64: in float32 over runs of so few numbers that rounding stays a fifth of the sensitivity's
+    slack, in float64 over the runs."""
+    norms: Tensor = torch.linalg.vector_norm(
+        torch.stack([_norms_of_run(run) for run in torch.split(rows, _RUN, dim=1)], dim=1), dim=1
+    )
     return norms
+
+
+def _norms_of_run(run: Tensor) -> Tensor:
+    """Where float32 cannot hold the squares, as much as the norm could be, and never less: the largest number in every place."""
+    norms = torch.linalg.vector_norm(run, dim=1)
+    most = torch.linalg.vector_norm(run, ord=torch.inf, dim=1).double() * math.sqrt(run.shape[1])
+    return torch.where((norms >= _LEAST_NORM) & norms.isfinite(), norms.double(), most)
 
 
 def _kept(rows: Tensor, scales: Tensor) -> Tensor:
