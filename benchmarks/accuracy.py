@@ -35,7 +35,7 @@ from cloister_privacy.architecture import from_bytes  # noqa: E402
 from cloister_privacy.architecture.network import Network  # noqa: E402
 from cloister_privacy.plan import DPPlan  # noqa: E402
 from cloister_privacy.recipes import resolve  # noqa: E402
-from cloister_privacy.training import engine, train  # noqa: E402
+from cloister_privacy.training import ClippedGradients, engine, train  # noqa: E402
 from cloister_privacy.training.examples import Examples  # noqa: E402
 
 DELTA = 1e-5
@@ -114,6 +114,9 @@ def without_privacy(spec: TrainingSpec, rows: Rows, kept: Rows) -> float:
     plan = DPPlan.of(spec)
     run = engine._Run(spec, plan, device="cpu")
     examples = Examples(run.network, rows, slots=plan.capacity, device="cpu")
+    whole = ClippedGradients(
+        run.network, engine._losses, clip=1e12
+    )  # which clips nothing: its sums are the fastest here
     random = np.random.default_rng()
     # Without the clip an image's features, of length 10, ask for a rate that is smaller by their square.
     rate = 0.02 if spec.clipping == "automatic" else 1.0
@@ -122,10 +125,11 @@ def without_privacy(spec: TrainingSpec, rows: Rows, kept: Rows) -> float:
         for group in run.updates.optimizer.param_groups:
             group["lr"] *= rate
         drawn = np.flatnonzero(random.random(examples.count) < plan.batch_size / plan.nominal_size)
-        run.updates.optimizer.zero_grad()
+        total = [torch.zeros_like(each) for each in whole.parameters]
         for part in np.array_split(drawn, max(1, len(drawn) // _ROWS_AT_ONCE)):
-            values, target = examples.batch(part)
-            (run.network.losses(run.network(values), target).sum() / len(drawn)).backward()
+            torch._foreach_add_(total, whole.sums(examples.batch(part), torch.ones(len(part))))
+        for parameter, each in zip(whole.parameters, total, strict=True):
+            parameter.grad = each / len(drawn)
         run.updates.optimizer.step()
         run.updates.after(step)
     return judged(run.updates.model, kept)
