@@ -100,7 +100,7 @@ class Dense:
         if self._gradients.ndim < 3 or self._gradients[0, 0].numel() > _LONGEST_ROW:
             return _norms(self._gradients.flatten(1))
         # In float32 within a row of the parameter, where few enough are added; in float64 over the rows.
-        return _norms(torch.linalg.vector_norm(self._gradients.flatten(2), dim=2))
+        return _norms64(torch.linalg.vector_norm(self._gradients.flatten(2), dim=2))
 
     def weighted_sum(self, scales: Tensor) -> Tensor:
         rows = _kept(self._gradients.flatten(1), scales)
@@ -158,16 +158,22 @@ def _of_columns(places: Tensor, values: Tensor, size: int, back: Tensor) -> Tens
 def _norms(rows: Tensor) -> Tensor:
     """The norm of each row [n, d], float64: in float32 over runs of so few numbers that rounding stays a fifth of the sensitivity's
     slack, in float64 over the runs."""
-    norms: Tensor = torch.linalg.vector_norm(
-        torch.stack([_norms_of_run(run) for run in torch.split(rows, _RUN, dim=1)], dim=1), dim=1
-    )
+    n, count = len(rows), rows.shape[1] // _RUN
+    runs = [rows[:, : count * _RUN].reshape(n, count, _RUN), rows[:, count * _RUN :].unsqueeze(1)]
+    return _norms64(torch.cat([_norms_of_runs(each) for each in runs if each.shape[1] and each.shape[2]], dim=1))
+
+
+def _norms64(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms
 
 
-def _norms_of_run(run: Tensor) -> Tensor:
-    """Where float32 cannot hold the squares, as much as the norm could be, and never less: the largest number in every place."""
-    norms = torch.linalg.vector_norm(run, dim=1)
-    most = torch.linalg.vector_norm(run, ord=torch.inf, dim=1).double() * math.sqrt(run.shape[1])
+def _norms_of_runs(runs: Tensor) -> Tensor:
+    """The norms [n, k] of runs [n, k, d], float64. Where float32 cannot hold the squares, as much as the norm could be and never
+    less: the largest number in every place."""
+    norms = torch.linalg.vector_norm(runs, dim=2)
+    largest = torch.maximum(runs.amax(dim=2), -runs.amin(dim=2))
+    most = largest.double() * math.sqrt(runs.shape[2])
     return torch.where((norms >= _LEAST_NORM) & norms.isfinite(), norms.double(), most)
 
 
