@@ -4,6 +4,9 @@
     ├── PlanError
     │   ├── BatchLargerThanNominal
     │   ├── PlanImpossible
+    │   ├── QueryRefused
+    │   │   ├── BinsRefused
+    │   │   └── ColumnNotQueryable
     │   └── UnitNotSupported
     ├── AccountingError
     │   └── AccountantsDisagree
@@ -31,8 +34,10 @@ __all__ = [
     "AccountingError",
     "ArchitectureRefused",
     "BatchLargerThanNominal",
+    "BinsRefused",
     "CheckpointRefused",
     "ClippingNotExact",
+    "ColumnNotQueryable",
     "CrossExampleLayer",
     "InPlaceLayer",
     "InitialRefused",
@@ -40,6 +45,7 @@ __all__ = [
     "PlanError",
     "PlanImpossible",
     "PrivacyError",
+    "QueryRefused",
     "RowsDoNotFit",
     "TrainingDiverged",
     "TrainingError",
@@ -65,6 +71,18 @@ class PlanImpossible(PlanError):
     """No setting within the limits gives what was asked."""
 
 
+class QueryRefused(PlanError):
+    """A question about a dataset that cannot be asked."""
+
+
+class BinsRefused(QueryRefused):
+    """Bins that are too many, do not ascend, or lie outside of the column's bounds."""
+
+
+class ColumnNotQueryable(QueryRefused):
+    """A column that is not there, or of a kind that this question is not for."""
+
+
 class UnitNotSupported(PlanError):
     """The source's unit or adjacency is one that the engine cannot protect yet."""
 
@@ -74,7 +92,7 @@ class AccountingError(PrivacyError):
 
 
 class AccountantsDisagree(AccountingError):
-    """The tighter accountant came out above RDP, so one of them is wrong."""
+    """One accountant came out above another that bounds it, so one of them is wrong."""
 
 
 class ArchitectureRefused(PrivacyError):

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cloister._budgets import BudgetReport as BudgetReport
     from cloister._client import AsyncCloister as AsyncCloister
     from cloister._client import Cloister as Cloister
     from cloister._errors import APIError as APIError
@@ -40,7 +41,10 @@ if TYPE_CHECKING:
     from cloister._handles import Job as Job
     from cloister._handles import Model as Model
     from cloister._plans import Plan as Plan
+    from cloister._queries import AsyncQueryJob as AsyncQueryJob
+    from cloister._queries import QueryJob as QueryJob
     from cloister.wire import layers as layers
+    from cloister.wire import queries as queries
     from cloister.wire.certificate import Certificate as Certificate
     from cloister.wire.certificate import InvalidCertificate as InvalidCertificate
     from cloister.wire.certificate import verify as verify
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from cloister.wire.columns import TextColumn as Text
     from cloister.wire.columns import UnitColumn as Unit
     from cloister.wire.jobs import ModelSchema as ModelSchema
+    from cloister.wire.ledger import BudgetEntry as BudgetEntry
     from cloister.wire.plans import EMA as EMA
     from cloister.wire.plans import SGD as SGD
     from cloister.wire.plans import Adam as Adam
@@ -59,6 +64,8 @@ if TYPE_CHECKING:
     from cloister.wire.plans import Privacy as DP  # noqa: N814 (DP is its public name)
     from cloister.wire.plans import Schedule as Schedule
     from cloister.wire.plans import Tail as Tail
+    from cloister.wire.sources import Allowance as Allowance
+    from cloister.wire.sources import Block as Block
     from cloister.wire.sources import Budget as Budget
     from cloister.wire.sources import Dataset as Dataset
     from cloister.wire.sources import Source as Source
@@ -100,11 +107,15 @@ _HOME: dict[str, tuple[str, str]] = {
         for name in ("Audio", "Category", "Number", "Tensor", "Text", "Unit")
     },
     **{name: ("cloister.wire.plans", name) for name in ("EMA", "SGD", "Adam", "AdamW", "LoRA", "Schedule", "Tail")},
-    **{name: ("cloister.wire.sources", name) for name in ("Budget", "Dataset", "Source")},
+    **{name: ("cloister.wire.sources", name) for name in ("Allowance", "Block", "Budget", "Dataset", "Source")},
+    "BudgetEntry": ("cloister.wire.ledger", "BudgetEntry"),
+    "BudgetReport": ("cloister._budgets", "BudgetReport"),
     "ModelSchema": ("cloister.wire.jobs", "ModelSchema"),
     "DP": ("cloister.wire.plans", "Privacy"),
     "Plan": ("cloister._plans", "Plan"),
+    **{name: ("cloister._queries", name) for name in ("AsyncQueryJob", "QueryJob")},
     "layers": ("cloister.wire.layers", ""),
+    "queries": ("cloister.wire.queries", ""),
 }
 """Public name -> the module that has it and its name there; no name where it is the module itself."""
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from cloister._auth import ClientCredentials
+from cloister._budgets import BudgetReport
 from cloister._errors import ConfigurationError, InvalidArgument, valid
 from cloister._handles import AsyncJob, Job
 from cloister._http import AsyncSender, Sender, check_url
 from cloister._networks import ImportedNetwork, network_of
 from cloister._operations import Operations, id_or_blank
 from cloister._plans import Plan
+from cloister._queries import AsyncQueries, Queries
 from cloister._resources import (
     AsyncDatasets,
     AsyncJobs,
@@ -27,7 +29,7 @@ from cloister.wire import jobs as wire
 from cloister.wire.architecture import Loss
 from cloister.wire.layers import Layer
 from cloister.wire.plans import LoRA, Optimizer, PlanRequest, Precision, Privacy
-from cloister.wire.sources import Dataset
+from cloister.wire.sources import Dataset, Source
 
 __all__ = ["AsyncCloister", "Cloister"]
 
@@ -79,10 +81,11 @@ class Cloister:
         self.datasets = Datasets(self._sender, self._operations)
         self.jobs = Jobs(self._sender, self._operations)
         self.models = Models(self._sender, self._operations)
+        self.queries = Queries(self._sender, self._operations)
 
     def plan(
         self,
-        dataset: Dataset | str,
+        dataset: Dataset | str | Sequence[Dataset | str],
         *,
         target: str,
         features: Sequence[str] | None = None,
@@ -97,16 +100,22 @@ class Cloister:
         optimizer: Optimizer | None = None,
         rows_per_unit: int | None = None,
         precision: Precision | None = None,
+        audit: bool = False,
     ) -> Plan:
         """What a run would cost; free. `dataset`: itself, its id or its name. What is left out is filled by a public recipe.
 
+        Several datasets, of one source and the same columns and each of another block, are trained on together; all of their
+        blocks are charged.
+
         `layers` describe a network; `network` is an imported one (`cloister_privacy.architecture.from_torch` and its like),
         whose weights are uploaded and started from. `freeze` names layers that keep theirs, `*` standing for anything ("conv*");
-        with `lora` the linear layers among them are trained through adapters.
+        with `lora` the linear layers among them are trained through adapters. `audit`, of a public source alone, has canaries try the
+        run's claim afterwards.
         """
         layers, weights = network_of(layers, network, freeze)
+        datasets = _each(dataset)
         request = _plan_request(
-            dataset,
+            datasets,
             target,
             features,
             layers,
@@ -118,8 +127,9 @@ class Cloister:
             optimizer=optimizer,
             rows_per_unit=rows_per_unit,
             precision=precision,
+            audit=audit,
         )
-        return self._sender.run(self._operations.plan(request, dataset, weights=weights))
+        return self._sender.run(self._operations.plan(request, datasets, weights=weights))
 
     def train(self, plan: Plan, *, model: str, require_revision: bool = False) -> Job:
         """Reserve the plan's whole cost and queue the run. Raises BudgetExceeded, or RevisionMoved where it is required."""
@@ -128,6 +138,13 @@ class Cloister:
             self._operations,
             self._sender.run(self._operations.start(_start(plan, model, require_revision))),
         )
+
+    def budget(self, source: Source | str) -> BudgetReport:
+        """What was used of a source, by whom and on what, and what is left: of all for its owner, of you alone otherwise.
+
+        `print` shows a table, a notebook a plot as well; `to_csv()` and `to_json()` take it elsewhere.
+        """
+        return self._sender.run(self._operations.budget(source))
 
     def certificate_keys(self) -> dict[str, bytes]:
         """The public keys that certificates are signed with, by key id, 32 raw bytes each; pin them out of band.
@@ -167,10 +184,11 @@ class AsyncCloister:
         self.datasets = AsyncDatasets(self._sender, self._operations)
         self.jobs = AsyncJobs(self._sender, self._operations)
         self.models = AsyncModels(self._sender, self._operations)
+        self.queries = AsyncQueries(self._sender, self._operations)
 
     async def plan(
         self,
-        dataset: Dataset | str,
+        dataset: Dataset | str | Sequence[Dataset | str],
         *,
         target: str,
         features: Sequence[str] | None = None,
@@ -185,11 +203,13 @@ class AsyncCloister:
         optimizer: Optimizer | None = None,
         rows_per_unit: int | None = None,
         precision: Precision | None = None,
+        audit: bool = False,
     ) -> Plan:
         """As `Cloister.plan`."""
         layers, weights = network_of(layers, network, freeze)
+        datasets = _each(dataset)
         request = _plan_request(
-            dataset,
+            datasets,
             target,
             features,
             layers,
@@ -201,13 +221,18 @@ class AsyncCloister:
             optimizer=optimizer,
             rows_per_unit=rows_per_unit,
             precision=precision,
+            audit=audit,
         )
-        return await self._sender.run(self._operations.plan(request, dataset, weights=weights))
+        return await self._sender.run(self._operations.plan(request, datasets, weights=weights))
 
     async def train(self, plan: Plan, *, model: str, require_revision: bool = False) -> AsyncJob:
         """As `Cloister.train`."""
         seen = await self._sender.run(self._operations.start(_start(plan, model, require_revision)))
         return AsyncJob(self._sender, self._operations, seen)
+
+    async def budget(self, source: Source | str) -> BudgetReport:
+        """As `Cloister.budget`."""
+        return await self._sender.run(self._operations.budget(source))
 
     async def certificate_keys(self) -> dict[str, bytes]:
         """As `Cloister.certificate_keys`."""
@@ -223,8 +248,17 @@ class AsyncCloister:
         await self.close()
 
 
+def _each(dataset: Dataset | str | Sequence[Dataset | str]) -> tuple[Dataset | str, ...]:
+    """The datasets of a plan, one or several."""
+    if isinstance(dataset, str) or not isinstance(dataset, Sequence):
+        return (dataset,)
+    if not dataset:
+        raise InvalidArgument("these are no datasets; give one, or one of each block")
+    return tuple(dataset)
+
+
 def _plan_request(
-    dataset: Dataset | str,
+    datasets: tuple[Dataset | str, ...],
     target: str,
     features: Sequence[str] | None,
     layers: Sequence[Layer] | None,
@@ -234,7 +268,8 @@ def _plan_request(
         raise InvalidArgument(f"features is a sequence of names; give [{features!r}]")
     return valid(
         PlanRequest,
-        dataset=id_or_blank(dataset, "ds"),
+        dataset=id_or_blank(datasets[0], "ds"),
+        with_datasets=tuple(id_or_blank(each, "ds") for each in datasets[1:]),
         target=target,
         features=None if features is None else tuple(features),
         layers=None if layers is None else tuple(layers),

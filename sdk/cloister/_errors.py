@@ -227,6 +227,7 @@ class ServerFault(APIError):
 
 _BY_CODE: dict[str, type[APIError]] = {
     "budget_exceeded": BudgetExceeded,
+    "allowance_expired": BudgetExceeded,
     "revision_moved": RevisionMoved,
     "rows_refused": RowsRefused,
 }

@@ -16,10 +16,10 @@ from cloister.wire import jobs as wire
 from cloister.wire.certificate import Certificate, InvalidCertificate, Keys, verify
 from cloister.wire.plans import NetworkView
 
-__all__ = ["AsyncJob", "AsyncModel", "Job", "Model"]
+__all__ = ["AsyncJob", "AsyncModel", "Job", "JobState", "Model"]
 
 
-class _JobState:
+class JobState:
     """What was last seen of a job."""
 
     def __init__(self, operations: Operations, seen: wire.Job) -> None:
@@ -53,7 +53,7 @@ class _JobState:
         return f"<{type(self).__name__} {self.id} {self.status} {self.steps_done}/{self.steps} steps>"
 
 
-class Job(_JobState):
+class Job(JobState):
     """A training run on the server. It goes on whether anyone watches or not."""
 
     def __init__(self, sender: Sender, operations: Operations, seen: wire.Job) -> None:
@@ -94,7 +94,7 @@ class Job(_JobState):
         return self
 
 
-class AsyncJob(_JobState):
+class AsyncJob(JobState):
     """A training run on the server, watched from an event loop."""
 
     def __init__(self, sender: AsyncSender, operations: Operations, seen: wire.Job) -> None:
@@ -182,6 +182,14 @@ class Model(_ModelState):
         """What this version reads and predicts: `inputs`, `target`, `output`, and `classes`, which the indices stand for."""
         return self._sender.run(self._operations.schema(self.id, self.version))
 
+    def deployment_statement(self) -> dict[str, Any]:
+        """The server's signed word that it answers with this version, about its certificate; see `cloister.wire.statements`."""
+        return self._sender.run(self._operations.statement(self.id, self.version, "deployment"))
+
+    def audit_statement(self) -> dict[str, Any]:
+        """What canaries gave away, signed, where the run was planned with `audit=True`. Raises NotFound where it was not."""
+        return self._sender.run(self._operations.statement(self.id, self.version, "audit"))
+
     def network(self) -> NetworkView:
         """The network as a table (`print`) and as a picture (in a notebook), for whoever may publish to the model."""
         return self._sender.run(self._operations.network(self.id, self.version))
@@ -210,6 +218,14 @@ class AsyncModel(_ModelState):
     async def schema(self) -> wire.ModelSchema:
         """As `Model.schema`."""
         return await self._sender.run(self._operations.schema(self.id, self.version))
+
+    async def deployment_statement(self) -> dict[str, Any]:
+        """As `Model.deployment_statement`."""
+        return await self._sender.run(self._operations.statement(self.id, self.version, "deployment"))
+
+    async def audit_statement(self) -> dict[str, Any]:
+        """As `Model.audit_statement`."""
+        return await self._sender.run(self._operations.statement(self.id, self.version, "audit"))
 
     async def network(self) -> NetworkView:
         """As `Model.network`."""

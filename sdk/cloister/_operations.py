@@ -6,24 +6,38 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from cloister import _errors
+from cloister._budgets import BudgetReport
 from cloister._http import Ask, Operation, Pause, asked, is_passing
 from cloister._inputs import model_inputs
 from cloister._plans import Plan
 from cloister._uploads import RowData, checked, windows
 from cloister.wire import oip
+from cloister.wire.answers import Answer, QueryPrice, StartQuery
 from cloister.wire.jobs import FINAL, Job, Model, ModelSchema, ModelVersion, Page, StartJob
+from cloister.wire.ledger import BudgetEntry, LedgerPage
 from cloister.wire.plans import NetworkView, PlanRequest
+from cloister.wire.queries import QueryRequest
 from cloister.wire.rows import encode_rows
-from cloister.wire.sources import CreateDataset, CreateSource, Dataset, Source
+from cloister.wire.sources import (
+    Allowance,
+    Block,
+    CreateDataset,
+    CreateSource,
+    Dataset,
+    OpenBlock,
+    SetAllowance,
+    SetBudget,
+    Source,
+)
 from cloister.wire.weights import WEIGHTS_TYPE, Weights
 
 __all__ = ["Operations", "id_or_blank"]
@@ -35,6 +49,7 @@ _LONGEST_SILENCE_S = 60.0
 """How long a watcher without a time limit of its own goes on asking a server that does not answer."""
 
 _ELEMENTS_A_REQUEST = 500_000
+_ENTRIES_A_PAGE = "200"
 _ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
 _SEGMENT = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 """A name or an id, which is all that may become a part of a path."""
@@ -49,6 +64,28 @@ class Operations:
 
     def create_source(self, body: CreateSource) -> Operation[Source]:
         return _told(Source, (yield from self._ask("POST", "/v1/sources", body)))
+
+    def set_budget(self, source: Source | str, body: SetBudget) -> Operation[Source]:
+        return _told(Source, (yield from self._ask("PUT", f"/v1/sources/{_named(source)}/budget", body)))
+
+    def allow(self, source: Source | str, client: str, body: SetAllowance) -> Operation[Allowance]:
+        path = f"/v1/sources/{_named(source)}/allowances/{_segment(client)}"
+        return _told(Allowance, (yield from self._ask("PUT", path, body)))
+
+    def open_block(self, source: Source | str, body: OpenBlock) -> Operation[Block]:
+        return _told(Block, (yield from self._ask("POST", f"/v1/sources/{_named(source)}/blocks", body)))
+
+    def budget(self, source: Source | str) -> Operation[BudgetReport]:
+        """A source's budget and the whole ledger as it was then: what was entered since is left out."""
+        seen = yield from self.get("sources", _named(source), Source)
+        params: dict[str, str] = {"limit": _ENTRIES_A_PAGE}
+        entries: list[BudgetEntry] = []
+        while True:
+            page = _told(LedgerPage, (yield from self._ask("GET", f"/v1/sources/{seen.id}/ledger", params=params)))
+            entries += [entry for entry in page.items if entry.revision <= seen.budget.revision]
+            if page.next is None:
+                return BudgetReport(seen, tuple(entries), page.is_of_all)
+            params["cursor"] = page.next
 
     def get(self, kind: str, id_or_name: str, model: type[M]) -> Operation[M]:
         """One source, dataset, job or model; the server takes ids and names alike."""
@@ -82,13 +119,17 @@ class Operations:
         found = yield from self._id("datasets", dataset, Dataset)
         yield from self._ask("DELETE", f"/v1/datasets/{found}")
 
-    def plan(self, body: PlanRequest, dataset: Dataset | str, *, weights: bytes | None) -> Operation[Plan]:
+    def plan(self, body: PlanRequest, datasets: Sequence[Dataset | str], *, weights: bytes | None) -> Operation[Plan]:
         """Quote a run; weights to start from are uploaded first."""
-        found = yield from self._id("datasets", dataset, Dataset)
-        body = body.model_copy(update={"dataset": found})
+        found = []
+        for dataset in datasets:
+            found.append((yield from self._id("datasets", dataset, Dataset)))
+        body = body.model_copy(update={"dataset": found[0], "with_datasets": tuple(found[1:])})
         if weights is not None:
             body = body.model_copy(update={"initial": (yield from self._upload_weights(weights)).id})
-        return _told(Plan, (yield from self._ask("POST", "/v1/plans", body)))
+        given = {name for name, field in PlanRequest.model_fields.items() if getattr(body, name) != field.default}
+        asked_for = body.model_dump(mode="json", exclude_none=True, include=given)  # the rest is the server's to fill
+        return _told(Plan, (yield from self._ask("POST", "/v1/plans", asked_for)))
 
     def _upload_weights(self, content: bytes) -> Operation[Weights]:
         ask = Ask("POST", "/v1/weights", content=content, headers={"Content-Type": WEIGHTS_TYPE})
@@ -106,14 +147,34 @@ class Operations:
         Raises JobFailed, JobCancelled, StillRunning, or what kept it from looking; each names the job.
         """
         until = None if timeout_s is None else monotonic() + timeout_s
+        state = yield from self._watch(job, show, timeout_s=timeout_s, until=until)
+        path = f"/v1/models/{state.model}/versions/{state.version or 0}"
+        return (yield from self._look(path, ModelVersion, job=job, until=until))
+
+    def price_query(self, body: QueryRequest, dataset: Dataset | str) -> Operation[QueryPrice]:
+        body = body.model_copy(update={"dataset": (yield from self._id("datasets", dataset, Dataset))})
+        return _told(QueryPrice, (yield from self._ask("POST", "/v1/queries/price", body)))
+
+    def start_query(self, body: QueryRequest, dataset: Dataset | str) -> Operation[Job]:
+        body = body.model_copy(update={"dataset": (yield from self._id("datasets", dataset, Dataset))})
+        return _told(Job, (yield from self._ask("POST", "/v1/queries", StartQuery(query=body))))
+
+    def watch_query(self, job: str, *, show: Callable[[Job], None], timeout_s: float | None) -> Operation[Answer]:
+        """Poll a query until it is over; its answers. Raises as `watch`."""
+        until = None if timeout_s is None else monotonic() + timeout_s
+        yield from self._watch(job, show, timeout_s=timeout_s, until=until)
+        return (yield from self._look(f"/v1/queries/{job}/answer", Answer, job=job, until=until))
+
+    def _watch(
+        self, job: str, show: Callable[[Job], None], *, timeout_s: float | None, until: float | None
+    ) -> Operation[Job]:
         pause_s = _FIRST_POLL_S
         while True:
             state = yield from self._look(f"/v1/jobs/{job}", Job, job=job, until=until)
             show(state)
             if state.status in FINAL:
                 _check_done(state)
-                path = f"/v1/models/{state.model}/versions/{state.version or 0}"
-                return (yield from self._look(path, ModelVersion, job=job, until=until))
+                return state
             left_s = pause_s if until is None else until - monotonic()
             if left_s <= 0:
                 raise _errors.StillRunning(
@@ -135,6 +196,10 @@ class Operations:
             answer = yield from self._ask("GET", f"/v1/models/{model}/versions/{version}/schema")
             self._schemas[model, version] = _told(ModelSchema, answer)
         return self._schemas[model, version]
+
+    def statement(self, model: str, version: int, about: Literal["deployment", "audit"]) -> Operation[dict[str, Any]]:
+        """A signed envelope about a version."""
+        return (yield from self._ask("GET", f"/v1/models/{model}/versions/{version}/{about}"))
 
     def network(self, model: str, version: int) -> Operation[NetworkView]:
         return _told(NetworkView, (yield from self._ask("GET", f"/v1/models/{model}/versions/{version}/network")))
@@ -229,10 +294,16 @@ class Operations:
             found = yield from self.get("datasets", body.name, Dataset)
         except (_errors.NotFound, _errors.PermissionDenied):
             raise refusal from None
-        declared = body.model_copy(update={"capacity_rows": body.capacity_rows or body.capacity})
-        there = declared.model_copy(update={name: getattr(found, name) for name in CreateDataset.model_fields})
         if found.status != "uploading":
             raise refusal
+        declared = body.model_copy(update={"capacity_rows": body.capacity_rows or body.capacity})
+        try:
+            block = yield from self._block_name(found, declared.block)
+        except (_errors.NotFound, _errors.PermissionDenied):  # who may not see the source cannot tell
+            raise refusal from None
+        there = declared.model_copy(
+            update={name: getattr(found, name) for name in CreateDataset.model_fields} | {"block": block}
+        )
         if there != declared:
             differ = [name for name in CreateDataset.model_fields if getattr(there, name) != getattr(declared, name)]
             raise _errors.Conflict(
@@ -241,6 +312,13 @@ class Operations:
                 **_known(refusal),
             )
         return found
+
+    def _block_name(self, dataset: Dataset, declared: str | None) -> Operation[str | None]:
+        """The block that a dataset was declared in, by name; None for the source's first where none is named now either."""
+        if declared is None and dataset.block == 0:
+            return None
+        blocks = (yield from self.get("sources", dataset.source, Source)).budget.blocks
+        return next((each.name for each in blocks if each.number == dataset.block), "")
 
     def _send_part(self, dataset: Dataset, number: int, content: bytes, *, first_row: int) -> Operation[None]:
         digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
@@ -294,6 +372,11 @@ def id_or_blank(given: Any, prefix: str) -> str:
             f"a {type(given).__name__} names nothing here; give the thing itself, its id or its name"
         )
     return str(given.id)
+
+
+def _named(given: Any) -> str:
+    """What stands for a thing in a path: the id of itself, or the id or name that was given."""
+    return _segment(given) if isinstance(given, str) else id_or_blank(given, "")
 
 
 def _delete_first(dataset: Dataset) -> str:

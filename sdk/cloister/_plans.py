@@ -22,14 +22,18 @@ class Plan(wire.Plan):
         optimizer = f"{spec.optimizer.type}, learning rate {spec.optimizer.learning_rate:g}"
         verdict = f"fits, {quote.left:.3f} would be left" if quote.fits else f"does not fit: {quote.left:.3f} is left"
         if not quote.fits:
-            verdict += "; all runs together are charged a little more than a run alone, so ask for less"
+            verdict += "; ask for less, or for all that is left by DP(all_left=True)"
+        count = 1 + len(spec.with_datasets)
+        block = f" in block {quote.block}" if quote.block or count > 1 else ""
+        together = f"{count} together, each charged to a block of its own: {spec.nominal_size} expected units"
         lines = {
+            **({"datasets": together} if count > 1 else {}),
             "network": f"{layers}, {spec.architecture.loss}",
             **_start(spec),
             "steps": f"{spec.steps} of {spec.batch_size} expected rows (q = {event.sampling_rate:.4g}), {optimizer}",
             "noise": f"multiplier {spec.noise_multiplier:.4g} on gradients clipped to {spec.clip:g}",
             "cost": f"epsilon {self.epsilon:.3f} at delta {self.delta:g} (RDP, decides; PLD: {self.epsilon_pld:.3f})",
-            "budget": f"{quote.before:.3f} -> {quote.after:.3f} of {quote.cap:g}, {verdict}",
+            "budget": f"{quote.before:.3f} -> {quote.after:.3f} of {quote.cap:g}{block}, {verdict}",
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items()) + "\nA plan spends nothing."

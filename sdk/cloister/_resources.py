@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
+from datetime import datetime
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel
@@ -11,10 +12,21 @@ from cloister._errors import valid
 from cloister._handles import AsyncJob, AsyncModel, Job, Model
 from cloister._http import AsyncSender, Sender
 from cloister._operations import Operations, id_or_blank
+from cloister._queries import AsyncQueryJob, QueryJob
 from cloister._uploads import RowData
 from cloister.wire import jobs as wire
 from cloister.wire.columns import Column
-from cloister.wire.sources import CreateDataset, CreateSource, Dataset, Source
+from cloister.wire.sources import (
+    Allowance,
+    Block,
+    CreateDataset,
+    CreateSource,
+    Dataset,
+    OpenBlock,
+    SetAllowance,
+    SetBudget,
+    Source,
+)
 
 __all__ = [
     "AsyncDatasets",
@@ -67,6 +79,35 @@ class Sources(_Sync):
         body = valid(CreateSource, name=name, epsilon=epsilon, delta=delta, unit=unit, public=public)
         return self._sender.run(self._operations.create_source(body))
 
+    def set_budget(self, source: Source | str, *, epsilon: float, reason: str) -> Source:
+        """Change what a source allows, as its owner; the ledger keeps the reason.
+
+        Raises InvalidRequest below what is used. The guarantee stays the largest epsilon that was ever in force.
+        """
+        body = valid(SetBudget, epsilon=epsilon, reason=reason)
+        return self._sender.run(self._operations.set_budget(source, body))
+
+    def allow(
+        self,
+        source: Source | str,
+        *,
+        client: str,
+        epsilon: float | None = None,
+        expires: datetime | None = None,
+        reason: str,
+    ) -> Allowance:
+        """Bound what one app may use of a source, in each of its blocks, and until when; with neither, lift the bound.
+
+        `client`: its id, or its name where it is of the source's own tenant. It grants nothing: what the app may do is the
+        operator's to say.
+        """
+        body = valid(SetAllowance, epsilon=epsilon, expires=expires, reason=reason)
+        return self._sender.run(self._operations.allow(source, client, body))
+
+    def open_block(self, source: Source | str, name: str, *, reason: str) -> Block:
+        """Open a block for people who are in none of the earlier ones: your word as the owner. It has a budget of its own."""
+        return self._sender.run(self._operations.open_block(source, valid(OpenBlock, name=name, reason=reason)))
+
     def get(self, id_or_name: str) -> Source:
         """One source, with its budget."""
         return self._sender.run(self._operations.get("sources", id_or_name, Source))
@@ -86,6 +127,28 @@ class AsyncSources(_Async):
         body = valid(CreateSource, name=name, epsilon=epsilon, delta=delta, unit=unit, public=public)
         return await self._sender.run(self._operations.create_source(body))
 
+    async def set_budget(self, source: Source | str, *, epsilon: float, reason: str) -> Source:
+        """As `Sources.set_budget`."""
+        body = valid(SetBudget, epsilon=epsilon, reason=reason)
+        return await self._sender.run(self._operations.set_budget(source, body))
+
+    async def allow(
+        self,
+        source: Source | str,
+        *,
+        client: str,
+        epsilon: float | None = None,
+        expires: datetime | None = None,
+        reason: str,
+    ) -> Allowance:
+        """As `Sources.allow`."""
+        body = valid(SetAllowance, epsilon=epsilon, expires=expires, reason=reason)
+        return await self._sender.run(self._operations.allow(source, client, body))
+
+    async def open_block(self, source: Source | str, name: str, *, reason: str) -> Block:
+        """As `Sources.open_block`."""
+        return await self._sender.run(self._operations.open_block(source, valid(OpenBlock, name=name, reason=reason)))
+
     async def get(self, id_or_name: str) -> Source:
         """As `Sources.get`."""
         return await self._sender.run(self._operations.get("sources", id_or_name, Source))
@@ -104,6 +167,7 @@ class Datasets(_Sync):
         data: RowData,
         *,
         source: Source | str,
+        block: str | None = None,
         columns: Mapping[str, Column],
         nominal_size: int,
         capacity: int,
@@ -115,14 +179,15 @@ class Datasets(_Sync):
         `data`: column name -> array or path of a `.npy` file; or the path of a `.csv` or `.csv.gz` in UTF-8 whose header
         names the columns. Integers in a category's column are indices, text is one of the declared values. `nominal_size`
         and `capacity` are public numbers, what you would tell a stranger: never the number of rows itself. `source`:
-        itself, its id or its name. A column that is not declared is an error, or with `ignore_undeclared` left out. In a
-        CSV, blanks around names, numbers, categories and user ids are no part of them.
+        itself, its id or its name. `block`: the name of the one that its people came in, by default the source's first. A
+        column that is not declared is an error, or with `ignore_undeclared` left out. In a CSV, blanks around names, numbers,
+        categories and user ids are no part of them.
 
         All rows are checked here before anything is sent: RowsNotFit leaves no dataset behind. Called again with the same
         rows after an interruption, it goes on where the server stands; raises UploadDiffers where what was sent before
         was not the same. Raises RowsRefused if the server finds more.
         """
-        body = _declaration(name, source, columns, nominal_size, capacity, capacity_rows)
+        body = _declaration(name, source, block, columns, nominal_size, capacity, capacity_rows)
         return self._sender.run(self._operations.upload(body, data, source=source, ignore_undeclared=ignore_undeclared))
 
     def delete(self, dataset: Dataset | str) -> None:
@@ -147,6 +212,7 @@ class AsyncDatasets(_Async):
         data: RowData,
         *,
         source: Source | str,
+        block: str | None = None,
         columns: Mapping[str, Column],
         nominal_size: int,
         capacity: int,
@@ -154,7 +220,7 @@ class AsyncDatasets(_Async):
         ignore_undeclared: bool = False,
     ) -> Dataset:
         """As `Datasets.upload`."""
-        body = _declaration(name, source, columns, nominal_size, capacity, capacity_rows)
+        body = _declaration(name, source, block, columns, nominal_size, capacity, capacity_rows)
         return await self._sender.run(
             self._operations.upload(body, data, source=source, ignore_undeclared=ignore_undeclared)
         )
@@ -173,30 +239,34 @@ class AsyncDatasets(_Async):
 
 
 class Jobs(_Sync):
-    """Training runs, found again by id."""
+    """Training runs and queries, found again by id."""
 
-    def get(self, job: str) -> Job:
+    def get(self, job: str) -> Job | QueryJob:
         """A job to watch, cancel or wait for again."""
-        return Job(self._sender, self._operations, self._sender.run(self._operations.get("jobs", job, wire.Job)))
+        return self._handle(self._sender.run(self._operations.get("jobs", job, wire.Job)))
 
-    def list(self) -> Iterator[Job]:
+    def list(self) -> Iterator[Job | QueryJob]:
         """All that are visible."""
-        return (Job(self._sender, self._operations, seen) for seen in self._items("jobs", wire.Job))
+        return (self._handle(seen) for seen in self._items("jobs", wire.Job))
+
+    def _handle(self, seen: wire.Job) -> Job | QueryJob:
+        return (QueryJob if seen.kind == "query" else Job)(self._sender, self._operations, seen)
 
 
 class AsyncJobs(_Async):
     """As `Jobs`."""
 
-    async def get(self, job: str) -> AsyncJob:
+    async def get(self, job: str) -> AsyncJob | AsyncQueryJob:
         """As `Jobs.get`."""
-        return AsyncJob(
-            self._sender, self._operations, await self._sender.run(self._operations.get("jobs", job, wire.Job))
-        )
+        return self._handle(await self._sender.run(self._operations.get("jobs", job, wire.Job)))
 
-    async def list(self) -> AsyncIterator[AsyncJob]:
+    async def list(self) -> AsyncIterator[AsyncJob | AsyncQueryJob]:
         """As `Jobs.list`."""
         async for seen in self._items("jobs", wire.Job):
-            yield AsyncJob(self._sender, self._operations, seen)
+            yield self._handle(seen)
+
+    def _handle(self, seen: wire.Job) -> AsyncJob | AsyncQueryJob:
+        return (AsyncQueryJob if seen.kind == "query" else AsyncJob)(self._sender, self._operations, seen)
 
 
 class Models(_Sync):
@@ -227,6 +297,7 @@ class AsyncModels(_Async):
 def _declaration(
     name: str,
     source: Source | str,
+    block: str | None,
     columns: Mapping[str, Column],
     nominal_size: int,
     capacity: int,
@@ -236,6 +307,7 @@ def _declaration(
         CreateDataset,
         source=id_or_blank(source, "src"),
         name=name,
+        block=block,
         columns=dict(columns),
         nominal_size=nominal_size,
         capacity=capacity,

@@ -12,6 +12,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from cloister_server.errors import Unavailable
 from cloister_server.policy import Authorized, Denied
 from cloister_server.principal import Principal
 from cloister_server.store.session import writing
@@ -52,7 +53,7 @@ def keep_denial(engine: Engine, denied: Denied) -> None:
     try:
         with writing(engine) as session:
             session.add(_row(denial.principal, denial.verb, resource_id, outcome=f"denied: {denial.reason}"))
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, Unavailable) as error:
         log.error(
             "audit.denial_not_written",
             extra={"error": type(error).__name__, "request_id": denial.principal.request_id},

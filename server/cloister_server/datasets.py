@@ -19,12 +19,13 @@ from cloister.wire import sources as wire
 from cloister.wire.columns import Schema, UnitColumn
 from cloister.wire.jobs import Page
 from cloister.wire.rows import RowsRefused, part_rows, row_bytes, seal_form
-from cloister_server import audit, grants, policy, vault
+from cloister_server import audit, grants, policy, units, vault
 from cloister_server.errors import Conflict, Invalid, NotFound
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.paging import page_of
+from cloister_server.store.queries import FIRST_BLOCK, blocks_of
 from cloister_server.store.tables import Dataset, Part, Source, new_id
 
 __all__ = [
@@ -66,6 +67,7 @@ def create(session: Session, principal: Principal, body: wire.CreateDataset) -> 
         tenant_id=source.tenant_id,
         id=new_id("ds"),
         source_id=source.id,
+        block=_block(session, source, body.block),
         name=body.name,
         columns=_SCHEMA.dump_python(body.columns, mode="json"),
         nominal_size=body.nominal_size,
@@ -124,6 +126,13 @@ def add_part(
     if stored is not None:
         raise _stored_already(session, principal, service, dataset, stored, rows)
     _seal_part(session, principal, service, dataset, number, rows)
+    session.flush()  # the part locks the dataset's row, and the tenant's row, which its users lock, is locked last
+    try:
+        units.register(session, principal, service, dataset, rows)
+    except RowsRefused:
+        part = session.get_one(Part, (dataset.tenant_id, dataset.id, number))
+        vault.abandon_object(service.blobs, part.object_id, tenant_id=dataset.tenant_id)
+        raise
     audit.allowed(session, authorized, "dataset.upload", dataset.id)
     return wire.PartReceipt(part=number)
 
@@ -186,6 +195,7 @@ def forget(session: Session, principal: Principal, service: Service, dataset_id:
     objects = session.scalars(select(Part.object_id).where(*of_dataset)).all()
     vault.forget_objects(session, service.blobs, objects, tenant_id=dataset.tenant_id)
     session.execute(delete(Part).where(*of_dataset))
+    units.forget(session, dataset)
     grants.forget_resource(session, dataset)
     session.delete(dataset)
     audit.allowed(session, authorized, "dataset.delete", dataset.id)
@@ -211,6 +221,7 @@ def view(dataset: Dataset) -> wire.Dataset:
         id=dataset.id,
         name=dataset.name,
         source=dataset.source_id,
+        block=dataset.block,
         columns=schema_of(dataset),
         nominal_size=dataset.nominal_size,
         capacity=dataset.capacity,
@@ -220,7 +231,26 @@ def view(dataset: Dataset) -> wire.Dataset:
     )
 
 
+def _block(session: Session, source: Source, name: str | None) -> int:
+    numbers = {each: number for number, each in blocks_of(session, source)}
+    if name is None and len(numbers) > 1:
+        raise Invalid(
+            f"source {source.name!r} has the blocks {', '.join(numbers)}; say by block which one these people are in"
+        )
+    number = numbers.get(name or FIRST_BLOCK)
+    if number is None:
+        raise Invalid(
+            f"source {source.name!r} has no block {name!r}; it has {', '.join(numbers)}, and its owner opens more"
+        )
+    return number
+
+
 def _check_declaration(source: Source, body: wire.CreateDataset) -> None:
+    if source.delta * body.nominal_size >= 1:
+        raise Invalid(
+            f"the source's delta {source.delta:g} is not below 1 / nominal_size = {1 / body.nominal_size:g}, so that revealing one "
+            "person's row whole would be within its promise; declare a source with a smaller delta"
+        )
     has_unit = any(isinstance(column, UnitColumn) for column in body.columns.values())
     if source.unit == "user" and not has_unit:
         raise Invalid("the source's unit is a user: declare one column of type 'unit' that says whose each row is")

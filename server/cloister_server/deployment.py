@@ -10,20 +10,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import make_url
+from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from cloister_privacy.sealing import KeyProvider, KeyProviderError, LocalKeyProvider
 from cloister_server import vault
-from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
 from cloister_server.service import Service
 from cloister_server.settings import Settings
-from cloister_server.store import migrate
+from cloister_server.store import chain, migrate
+from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import check_durability, new_engine, reading, writing
 
-__all__ = ["check_initialised", "check_ready", "initialise", "open_service", "unlock"]
+__all__ = ["check_initialised", "check_ready", "initialise", "open_service", "rolled_back", "unlock"]
 
 _PURPOSES: tuple[vault.Purpose, ...] = ("token", "certificate", "pepper")
 
@@ -31,16 +32,19 @@ _PURPOSES: tuple[vault.Purpose, ...] = ("token", "certificate", "pepper")
 def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
     """Make what is missing of a deployment, and leave alone what is there: running it again is how it is upgraded.
 
-    The data directory (0700), the keystore under `settings.key_file` (made too) or else a passphrase, the schema, and
-    the service's own keys. Raises StartRefused, above all where database and keystore do not belong together.
+    The data directory (0700), the keystore under `settings.key_file` (made too) or else a passphrase, the schema, the
+    service's own keys, and the chains of rows from before there were any. Raises StartRefused, above all where database and
+    keystore do not belong together.
     """
     _check_apart(settings)
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     _make_database_directory(settings)
     keys = _open_or_create_keystore(settings, passphrase)
+    anchors = Anchors(settings.anchor_dir)
+    anchors.create()
     try:
         migrate.upgrade(settings)
-        engine = new_engine(settings.database_url.get_secret_value())
+        engine = new_engine(settings.database_url.get_secret_value(), anchors=anchors)
         check_durability(engine)
         with writing(engine) as session:
             made = [purpose for purpose in _PURPOSES if not public_keys(session, purpose)]
@@ -52,6 +56,10 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
                 vault.new_signing_key(session, keys, purpose)
         with reading(engine) as session:
             _check_keys(session, keys, settings)
+        with writing(engine) as session:
+            drafts = chain.link_rows_from_before(session, anchors)
+        for draft in drafts:
+            draft.publish()
         engine.dispose()
     except SQLAlchemyError as error:
         raise _unreachable(settings, error) from None
@@ -78,7 +86,10 @@ def unlock(settings: Settings) -> bytes:
 
 
 def open_service(settings: Settings, *, root_key: bytes | None = None) -> Service:
-    """Everything a process needs, every part of it checked. Raises StartRefused and says which is not sound, and why."""
+    """Everything a process needs, every part of it checked. Raises StartRefused and says which is not sound, and why.
+
+    Tenants whose ledger is older than its anchor are logged; of theirs nothing can be charged or changed, and all can be read.
+    """
     _check_apart(settings)
     check_initialised(settings)
     try:
@@ -86,14 +97,20 @@ def open_service(settings: Settings, *, root_key: bytes | None = None) -> Servic
     except KeyProviderError as error:
         raise StartRefused(str(error)) from None
     try:
-        engine = new_engine(settings.database_url.get_secret_value())
-        check_durability(engine)
-        migrate.check_current(engine)
-        with reading(engine) as session:
-            _check_keys(session, keys, settings)
+        engine = new_engine(settings.database_url.get_secret_value(), anchors=Anchors(settings.anchor_dir))
     except (SQLAlchemyError, ImportError) as error:
         raise _unreachable(settings, error) from None
+    try:
+        _check_database(engine, keys, settings)
+    except BaseException:
+        engine.dispose()
+        raise
     return Service(settings, engine, keys, Blobs(settings.data_dir / "objects"))
+
+
+def rolled_back(service: Service) -> list[LedgerRolledBack]:
+    """The tenants whose ledger does not go on from its anchor, each with the reason. Raises StartRefused where none can be kept."""
+    return _rolled_back(service.engine, service.settings)
 
 
 def check_ready(service: Service) -> None:
@@ -106,6 +123,27 @@ def check_ready(service: Service) -> None:
         raise Unavailable(
             "not ready: the database, its migration or the keys; the log of the start says more"
         ) from None
+
+
+def _check_database(engine: Engine, keys: KeyProvider, settings: Settings) -> None:
+    try:
+        check_durability(engine)
+        migrate.check_current(engine)
+        with reading(engine) as session:
+            _check_keys(session, keys, settings)
+            chain.require_linked(session)
+        _rolled_back(engine, settings)
+    except (SQLAlchemyError, ImportError) as error:
+        raise _unreachable(settings, error) from None
+    except Unavailable as refusal:
+        raise StartRefused(refusal.message) from None
+
+
+def _rolled_back(engine: Engine, settings: Settings) -> list[LedgerRolledBack]:
+    anchors = Anchors(settings.anchor_dir)
+    anchors.check()
+    with reading(engine) as session:
+        return chain.rolled_back(session, anchors)
 
 
 def _check_apart(settings: Settings) -> None:

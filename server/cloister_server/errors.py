@@ -13,6 +13,7 @@ ServerError
 ├── TooLarge               413  too_large
 ├── RateLimited            429  rate_limited
 ├── Unavailable            503  unavailable
+│   └── LedgerRolledBack   503  ledger_rolled_back: the database is older than its anchor; only reads go on
 └── StartRefused           -    the process refuses to start (never sent over HTTP)
 """
 
@@ -27,6 +28,7 @@ __all__ = [
     "Forbidden",
     "IdempotencyMismatch",
     "Invalid",
+    "LedgerRolledBack",
     "NotFound",
     "RateLimited",
     "RevisionMoved",
@@ -109,6 +111,22 @@ class RateLimited(ServerError):
 class Unavailable(ServerError):
     status = 503
     default_code = "unavailable"
+
+
+class LedgerRolledBack(Unavailable):
+    """A tenant's ledger does not go on from its anchor: nothing of the tenant is charged or audited before that is mended.
+
+    The server's state and not the request is at fault, so it is no Conflict. Which tenant, and why, is the operator's to know.
+    """
+
+    default_code = "ledger_rolled_back"
+
+    def __init__(self, tenant_id: str, why: str) -> None:
+        super().__init__(
+            "the privacy ledger is not the one that was last charged: an older database was restored. It can be read; nothing "
+            "is charged or changed before the server's operator replays what is missing, or writes the budget off"
+        )
+        self.tenant_id, self.why = tenant_id, why
 
 
 class StartRefused(ServerError):

@@ -36,7 +36,7 @@ Role = Literal["steward", "trainer", "predictor", "none"]
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "steward": tuple(VERBS),
-    "trainer": ("dataset.read", "dataset.train", "weights.create"),
+    "trainer": ("source.read", "dataset.read", "dataset.train", "weights.create"),
     "predictor": ("model.read", "model.predict"),
     "none": (),
 }

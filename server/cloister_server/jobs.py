@@ -6,7 +6,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cloister.wire import jobs as wire
-from cloister_server import audit, budgets, grants, plans, policy, vault, weights
+from cloister_server import audit, budgets, grants, ledger, plans, policy, vault, weights
 from cloister_server.errors import Conflict, Forbidden, RevisionMoved
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -14,13 +14,13 @@ from cloister_server.service import Service
 from cloister_server.store.paging import page_of
 from cloister_server.store.tables import Dataset, Job, Model, Source, new_id
 
-__all__ = ["FAILURES", "cancel", "get", "listed", "require_start", "start"]
+__all__ = ["FAILURES", "cancel", "get", "listed", "require_revision", "require_start", "start", "view"]
 
 FAILURES = {
-    "budget": "steps lost in a crash did not fit the budget again; nothing was published; ask an owner to raise it",
+    "budget": "the steps that were left to run do not fit the budget any more; nothing was published; ask an owner to raise it",
     "diverged": "the noisy weights are no longer finite; nothing was published; lower the learning rate",
-    "gave_up": "the training process died repeatedly without progress; nothing was published; tell the operator the request id",
-    "internal": "the training process failed; nothing was published; tell the operator the request id",
+    "gave_up": "the job's process died repeatedly without progress; nothing was released; tell the operator the request id",
+    "internal": "the job's process failed; nothing was released; tell the operator the request id",
 }
 """Why a job can fail, in words that say nothing of rows."""
 
@@ -28,9 +28,9 @@ FAILURES = {
 def require_start(session: Session, principal: Principal, service: Service, body: wire.StartJob) -> None:
     """Refuse a run whose network could not start as its spec says; what it looks at never changes, and it writes nothing."""
     spec = body.training
-    dataset = policy.find(session, principal, "dataset.train", Dataset, spec.dataset).resource
-    plans.check_spec(dataset, session.get_one(Source, (dataset.tenant_id, dataset.source_id)), spec)
-    start = weights.usable(session, principal, spec.initial.id if spec.initial else None, dataset=dataset)
+    read = plans.readable(session, principal, spec)
+    plans.check_spec(read, spec)
+    start = weights.usable(session, principal, spec.initial.id if spec.initial else None, dataset=read.first)
     weights.require_start(session, service, spec.architecture, spec.lora, start)
 
 
@@ -40,21 +40,14 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     Raises BudgetExceeded or RevisionMoved with the ledger unchanged. A worker picks the job up from its row.
     """
     spec = body.training
-    authorized = policy.find(session, principal, "dataset.train", Dataset, spec.dataset)
-    dataset = authorized.resource
-    source = session.get_one(Source, (dataset.tenant_id, dataset.source_id))
-    plan = plans.check_spec(dataset, source, spec)
+    read = plans.readable(session, principal, spec)
+    dataset, source = read.first, budgets.lock(session, read.source)
+    plan = plans.check_spec(read, spec)
     start = weights.usable(session, principal, spec.initial.id if spec.initial else None, dataset=dataset)
     weights.require_named(start, spec.initial)
-    if dataset.status != "ready":
+    if any(each.status != "ready" for each in read.datasets):
         raise Conflict("the dataset is not ready; complete its upload, then train", code="dataset_not_ready")
-    budgets.lock(session, source)
-    revision = budgets.balance(session, source).revision
-    if body.require_revision is not None and body.require_revision != revision:
-        raise RevisionMoved(
-            f"the source's ledger moved from revision {body.require_revision} to {revision} since the plan was made; plan again",
-            details={"revision": revision},
-        )
+    require_revision(session, source, body.require_revision)
     job = Job(
         tenant_id=dataset.tenant_id,
         id=new_id("job"),
@@ -68,8 +61,8 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
         epsilon=plan.epsilon(),
         delta=plan.delta,
     )
-    budgets.reserve(session, source, job_id=job.id, principal_id=principal.id, event=plan.event())
-    job.model_id = _claim_model(session, authorized, name=body.model).id
+    budgets.reserve(session, source, job_id=job.id, principal_id=principal.id, event=plan.event(), blocks=read.blocks)
+    job.model_id = _claim_model(session, read.authorized[0], name=body.model).id
     job.spec_id = vault.seal_object(
         session,
         service.keys,
@@ -81,10 +74,21 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     session.add(job)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, job)
-    audit.allowed(session, authorized, "dataset.train", dataset.id)
+    for authorized in read.authorized:
+        audit.allowed(session, authorized, "dataset.train", authorized.resource.id)
     if start is not None:
         audit.allowed(session, start, "weights.use", start.resource.id)
     return view(job)
+
+
+def require_revision(session: Session, source: Source, asked: int | None) -> None:
+    """Raise RevisionMoved where the ledger is not at the revision that a plan was quoted at. The caller holds its lock."""
+    revision = ledger.newest(session, source)
+    if asked is not None and asked != revision:
+        raise RevisionMoved(
+            f"the source's ledger moved from revision {asked} to {revision} since the plan was made; plan again",
+            details={"revision": revision},
+        )
 
 
 def get(session: Session, principal: Principal, job_id: str) -> wire.Job:
@@ -119,6 +123,7 @@ def cancel(session: Session, principal: Principal, job_id: str) -> wire.Job:
 def view(job: Job) -> wire.Job:
     return wire.Job(
         id=job.id,
+        kind=job.kind,
         model=job.model_id,
         dataset=job.dataset_id,
         status=job.status,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from importlib.metadata import distributions
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING
 
@@ -11,21 +13,38 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from cloister.wire import jobs as wire
-from cloister.wire.certificate import Certificate, sign
+from cloister.wire.certificate import Certificate, ChargedEvent, digest_of, environment_digest, sign, verify
+from cloister.wire.dsse import canonical_json
 from cloister.wire.plans import NetworkView, TrainingSpec
+from cloister.wire.statements import Audit, Deployment, sign_audit, sign_deployment
 from cloister_privacy.plan import DPPlan
-from cloister_server import plans, policy, vault
+from cloister_server import ledger, plans, policy, vault
 from cloister_server.errors import NotFound
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store import chain
 from cloister_server.store.paging import page_of
-from cloister_server.store.tables import Attempt, Job, Model, ModelVersion, Source, now
+from cloister_server.store.queries import public_keys
+from cloister_server.store.tables import Attempt, Job, LedgerEntry, Model, ModelVersion, Source, now
 
 if TYPE_CHECKING:
     from cloister_privacy.architecture import Network
 
-__all__ = ["find_version", "get", "get_version", "listed", "network", "open_network", "publish", "schema", "versions"]
+__all__ = [
+    "audit_statement",
+    "deployment",
+    "find_version",
+    "get",
+    "get_version",
+    "listed",
+    "network",
+    "open_network",
+    "publish",
+    "schema",
+    "schema_of",
+    "versions",
+]
 
 
 def get(session: Session, principal: Principal, id_or_name: str) -> wire.Model:
@@ -49,6 +68,50 @@ def get_version(session: Session, principal: Principal, id_or_name: str, number:
     return view_version(model, _version(session, model, number))
 
 
+def deployment(
+    session: Session, principal: Principal, service: Service, id_or_name: str, number: int
+) -> dict[str, object]:
+    """The signed statement that this server answers with a version, since it was published; it names the certificate's digest."""
+    model = policy.find(session, principal, "model.read", Model, id_or_name).resource
+    row = _version(session, model, number)
+    certificate = verify(row.certificate, public_keys(session, "certificate"))
+    key, private = _signer(session, service)
+    statement = Deployment(
+        tenant=model.tenant_id,
+        model=model.id,
+        version=row.version,
+        certificate_digest=digest_of(row.certificate),
+        weights_digest=certificate.weights_digest,
+        server=installed("cloister"),
+        since=row.created,
+    )
+    return sign_deployment(statement, private_key=private, key_id=key)
+
+
+def audit_statement(
+    session: Session, principal: Principal, service: Service, id_or_name: str, number: int
+) -> dict[str, object]:
+    """The signed statement of what canaries gave away, of a version whose run asked for an audit, about its certificate."""
+    model = policy.find(session, principal, "model.read", Model, id_or_name).resource
+    row = _version(session, model, number)
+    trained = select(Attempt).where(
+        Attempt.tenant_id == row.tenant_id, Attempt.job_id == row.job_id, Attempt.outcome == "trained"
+    )
+    found = (session.scalars(trained).one().result or {}).get("audit")
+    if found is None:
+        raise NotFound("audit of this version")
+    certificate = verify(row.certificate, public_keys(session, "certificate"))
+    key, private = _signer(session, service)
+    statement = Audit(
+        certificate_digest=digest_of(row.certificate),
+        engine=certificate.engine,
+        method="one-run canary audit of the engine at this epsilon, arXiv 2305.08846",
+        issued=row.created,
+        **found,
+    )
+    return sign_audit(statement, private_key=private, key_id=key)
+
+
 def find_version(
     session: Session, principal: Principal, id_or_name: str, number: int | None
 ) -> tuple[Authorized[Model], ModelVersion]:
@@ -59,7 +122,11 @@ def find_version(
 
 def schema(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> wire.ModelSchema:
     """What a version reads and predicts, for whoever may predict with it: it is sealed with the weights."""
-    _, row = find_version(session, principal, id_or_name, number)
+    return schema_of(session, service, find_version(session, principal, id_or_name, number)[1])
+
+
+def schema_of(session: Session, service: Service, row: ModelVersion) -> wire.ModelSchema:
+    """What a version reads and predicts."""
     spec = open_network(session, service, row).architecture
     return wire.ModelSchema(inputs=spec.inputs, target=spec.target, output=spec.output)
 
@@ -155,13 +222,19 @@ def _certificate(
         job=job.id,
         source=source.id,
         dataset=job.dataset_id,
+        datasets=(spec.dataset, *spec.with_datasets),
         weights_digest=result["weights_digest"],
+        sealed_digest=result.get("sealed_digest"),
         architecture_digest=result["architecture_digest"],
         initial_digest=result["initial_digest"],
         initial="drawn" if spec.initial is None else "uploaded",
         epsilon=plan.epsilon(),
         delta=plan.delta,
         event=plan.event(),
+        events=tuple(
+            _charged(row) for row in ledger.entries_of_job(session, job.tenant_id, job.id, "reserve", "settle")
+        ),
+        sampler="poisson",
         clip=plan.clip,
         nominal_size=plan.nominal_size,
         capacity=plan.capacity,
@@ -170,9 +243,22 @@ def _certificate(
         adjacency=plan.adjacency,
         accountant="rdp",
         engine={name: installed(name) for name in ("cloister", "torch", "opacus")},
+        code_version=installed("cloister"),
+        environment_digest=environment_digest({each.name: each.version for each in distributions()}),
         issued=now(),
     )
+    key, private = _signer(session, service)
+    return sign(certificate, private_key=private, key_id=key)
+
+
+def _charged(row: LedgerEntry) -> ChargedEvent:
+    """A ledger row as a certificate names it: the reservation of each block, and the settlement."""
+    digest = hashlib.sha256(canonical_json(chain.canonical(row))).hexdigest()
+    return ChargedEvent(source=row.source_id, id=chain.row_id(row), block=row.block, digest=digest)
+
+
+def _signer(session: Session, service: Service) -> tuple[str, Ed25519PrivateKey]:
     key = vault.signing_key(session, service.keys, "certificate")
     private = load_der_private_key(key.secret, None)
     assert isinstance(private, Ed25519PrivateKey)  # noqa: S101 (what vault made for this purpose)
-    return sign(certificate, private_key=private, key_id=key.id)
+    return key.id, private

@@ -64,6 +64,11 @@ class Settings(BaseModel):
         return self.database_url.get_secret_value().startswith("sqlite")
 
     @property
+    def anchor_dir(self) -> Path:
+        """Where the ledgers are anchored: with the keys, and so neither in the database nor in its backups."""
+        return self.key_dir / "anchors"
+
+    @property
     def workflow_database_url(self) -> str:
         """Where the durable queue keeps its state: a file of its own beside SQLite, the same database on PostgreSQL."""
         if self.is_sqlite:

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from sqlalchemy import delete, event, select
+from sqlalchemy import Select, delete, event, select
 from sqlalchemy.orm import Session
 
 from cloister.wire.certificate import key_id as certificate_key_id
@@ -35,6 +35,7 @@ __all__ = [
     "Kind",
     "Purpose",
     "SigningSecret",
+    "abandon_object",
     "content_mac",
     "data_key",
     "forget_objects",
@@ -44,6 +45,7 @@ __all__ = [
     "open_object",
     "seal_object",
     "signing_key",
+    "unit_macs",
 ]
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,10 @@ SYSTEM_KEY_ID = "system"
 _AT_ONCE = 500
 """Ids in one statement: databases bound the parameters of one."""
 
-Kind = Literal["part", "manifest", "spec", "checkpoint", "weights", "initial"]
+_UNITS_ID = "units"
+"""The object id of the one key of a tenant that tells its users apart: a second one cannot be stored."""
+
+Kind = Literal["part", "manifest", "spec", "checkpoint", "weights", "initial", "units", "answer"]
 Purpose = Literal["token", "certificate", "pepper"]
 
 
@@ -94,21 +99,8 @@ def new_tenant_key(session: Session, keys: KeyProvider, tenant_id: str) -> None:
 
 def new_data_key(session: Session, keys: KeyProvider, *, tenant_id: str, kind: Kind) -> DataKey:
     """A fresh data key, its wrapped form in the session; it may seal one stream, in one process, once."""
-    tenant_key = session.scalars(
-        select(TenantKey).where(TenantKey.tenant_id == tenant_id).order_by(TenantKey.version.desc()).limit(1)
-    ).one()
-    object_id, secret = new_id("obj"), new_key()
-    context = Context(tenant=tenant_id, kind=kind, object=object_id)
-    session.add(
-        SealedObject(
-            tenant_id=tenant_id,
-            id=object_id,
-            kind=kind,
-            key_version=tenant_key.version,
-            wrapped_key=keys.wrap(tenant_key.key_id, secret, context=context),
-        )
-    )
-    return DataKey(object_id, secret, context)
+    tenant_key = session.scalars(_newest_tenant_key(tenant_id)).one()
+    return _new_data_key(session, keys, tenant_key, kind=kind, object_id=new_id("obj"))
 
 
 def data_key(session: Session, keys: KeyProvider, *, tenant_id: str, object_id: str) -> DataKey:
@@ -144,6 +136,17 @@ def content_mac(session: Session, keys: KeyProvider, content: bytes, *, tenant_i
     return hmac.digest(HKDF(SHA512(), length=32, salt=None, info=info).derive(key.secret), content, hashlib.sha256)
 
 
+def unit_macs(session: Session, keys: KeyProvider, ids: Iterable[bytes], *, tenant_id: str) -> list[bytes]:
+    """HMAC-SHA256 of each user's id, under a key of the tenant's alone: of an id always the same, in whatever dataset.
+
+    Whoever reads the database learns no id from it, and cannot try one out; it dies with the tenant's key.
+    """
+    key = _units_key(session, keys, tenant_id)
+    info = b"cloister.units/1\n" + key.context.to_bytes()
+    secret = HKDF(SHA512(), length=32, salt=None, info=info).derive(key.secret)
+    return [hmac.digest(secret, each, "sha256") for each in ids]
+
+
 def forget_objects(session: Session, blobs: Blobs, object_ids: Sequence[str], *, tenant_id: str) -> None:
     """Delete the wrapped keys of objects that nothing names any more and, once that is committed, their blobs.
 
@@ -155,12 +158,17 @@ def forget_objects(session: Session, blobs: Blobs, object_ids: Sequence[str], *,
 
     def remove_blobs(_: Session) -> None:
         for object_id in object_ids:
-            try:
-                blobs.delete(tenant_id, object_id)
-            except OSError as error:
-                log.error("blob.not_deleted", extra={"object_id": object_id, "error": type(error).__name__})
+            abandon_object(blobs, object_id, tenant_id=tenant_id)
 
     event.listen(session, "after_commit", remove_blobs, once=True)
+
+
+def abandon_object(blobs: Blobs, object_id: str, *, tenant_id: str) -> None:
+    """Delete the blob of an object whose key is deleted, or never comes to be stored: bytes that nothing opens."""
+    try:
+        blobs.delete(tenant_id, object_id)
+    except OSError as error:
+        log.error("blob.not_deleted", extra={"object_id": object_id, "error": type(error).__name__})
 
 
 def new_signing_key(session: Session, keys: KeyProvider, purpose: Purpose) -> SigningSecret:
@@ -180,6 +188,36 @@ def signing_key(session: Session, keys: KeyProvider, purpose: Purpose) -> Signin
         raise StartRefused(f"there is no {purpose} key: this deployment is not initialised; run `cloister-admin init`")
     secret = keys.unwrap(SYSTEM_KEY_ID, row.wrapped, context=_signing_context(purpose, row.id))
     return SigningSecret(row.id, secret, row.public)
+
+
+def _newest_tenant_key(tenant_id: str) -> Select[TenantKey]:
+    return select(TenantKey).where(TenantKey.tenant_id == tenant_id).order_by(TenantKey.version.desc()).limit(1)
+
+
+def _new_data_key(session: Session, keys: KeyProvider, tenant_key: TenantKey, *, kind: Kind, object_id: str) -> DataKey:
+    tenant_id, secret = tenant_key.tenant_id, new_key()
+    context = Context(tenant=tenant_id, kind=kind, object=object_id)
+    session.add(
+        SealedObject(
+            tenant_id=tenant_id,
+            id=object_id,
+            kind=kind,
+            key_version=tenant_key.version,
+            wrapped_key=keys.wrap(tenant_key.key_id, secret, context=context),
+        )
+    )
+    return DataKey(object_id, secret, context)
+
+
+def _units_key(session: Session, keys: KeyProvider, tenant_id: str) -> DataKey:
+    """The tenant's key for its users, made at the first look. It seals nothing: other keys are derived from it."""
+    place = (tenant_id, _UNITS_ID)
+    if session.get(SealedObject, place) is None:
+        # Of two that find none one waits here, and then finds the other's.
+        tenant_key = session.scalars(_newest_tenant_key(tenant_id).with_for_update()).one()
+        if session.get(SealedObject, place) is None:
+            return _new_data_key(session, keys, tenant_key, kind="units", object_id=_UNITS_ID)
+    return data_key(session, keys, tenant_id=tenant_id, object_id=_UNITS_ID)
 
 
 def _signing_context(purpose: Purpose, key_id: str) -> Context:

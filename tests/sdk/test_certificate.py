@@ -6,7 +6,9 @@ import base64
 import hashlib
 import json
 import math
-from datetime import UTC, datetime
+import subprocess
+import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +19,20 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from certificates import CERTIFICATE, JWK, KEY_ID, KEYS, PRIVATE, RAW, TOLD_LATER, X, dsse, flipped, signed, statement
 from cloister.wire._errors import CloisterError, InvalidArgument
-from cloister.wire.certificate import Certificate, InvalidCertificate, key_id, sign, verify
-from cloister.wire.plans import Event
+from cloister.wire.certificate import (
+    Certificate,
+    ChargedEvent,
+    InvalidCertificate,
+    digest_of,
+    environment_digest,
+    key_id,
+    sign,
+    verify,
+)
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "certificate-1.json").read_text())
-
-PRIVATE = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"a signing key for tests").digest())
-RAW = PRIVATE.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-KEY_ID = key_id(RAW)
-KEYS = {KEY_ID: RAW}
-
-CERTIFICATE = Certificate(
-    tenant="tn_" + "0" * 32,
-    model="mdl_" + "1" * 32,
-    name="digits",
-    version=3,
-    job="job_" + "2" * 32,
-    source="src_" + "3" * 32,
-    dataset="ds_" + "4" * 32,
-    weights_digest=hashlib.sha256(b"weights").hexdigest(),
-    architecture_digest=hashlib.sha256(b"architecture").hexdigest(),
-    initial_digest=hashlib.sha256(b"initial weights").hexdigest(),
-    epsilon=1.25,
-    delta=1e-6,
-    event=Event(
-        mechanism="poisson_subsampled_gaussian",
-        noise_multiplier=1.1,
-        sampling_rate=0.0042,
-        steps=2344,
-        unit="row",
-        adjacency="add_remove",
-    ),
-    clip=1.0,
-    nominal_size=60_000,
-    capacity=80_000,
-    rows_per_unit=1,
-    unit="row",
-    adjacency="add_remove",
-    accountant="rdp",
-    engine={"cloister": "0.1.0", "torch": "2.13.0"},
-    issued=datetime(2026, 11, 24, 12, 0, tzinfo=UTC),
-)
 
 
 class Refused(Exception):
@@ -89,8 +63,8 @@ def independent_verify(envelope_json: str, keys: dict[str, str]) -> dict[str, An
         raw_key = bytes.fromhex(keys[signature["keyid"]])
         if signature["keyid"] != "ed25519:" + hashlib.sha256(raw_key).digest()[:16].hex():
             raise Refused
-        signed = f"DSSEv1 {len(kind.encode())} {kind} {len(payload)} ".encode() + payload
-        Ed25519PublicKey.from_public_bytes(raw_key).verify(decoded(signature["sig"]), signed)
+        authenticated = f"DSSEv1 {len(kind.encode())} {kind} {len(payload)} ".encode() + payload
+        Ed25519PublicKey.from_public_bytes(raw_key).verify(decoded(signature["sig"]), authenticated)
         statement = json.loads(payload, object_pairs_hook=once, parse_constant=not_json)
         predicate: dict[str, Any] = statement["predicate"]
         subject = {
@@ -111,29 +85,12 @@ def independent_verify(envelope_json: str, keys: dict[str, str]) -> dict[str, An
     return predicate
 
 
-def dsse(statement: object, *, payload_type: str = "application/vnd.in-toto+json") -> dict[str, Any]:
-    """An envelope truly signed, around whatever a signer may have been made to sign."""
-    payload = statement if isinstance(statement, bytes) else json.dumps(statement).encode()
-    signed = f"DSSEv1 {len(payload_type)} {payload_type} {len(payload)} ".encode() + payload
-    return {
-        "payload": base64.b64encode(payload).decode(),
-        "payloadType": payload_type,
-        "signatures": [{"keyid": KEY_ID, "sig": base64.b64encode(PRIVATE.sign(signed)).decode()}],
-    }
-
-
-def statement(**changes: Any) -> dict[str, Any]:
-    """The statement of CERTIFICATE, with top-level fields exchanged."""
-    payload = sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID)["payload"]
-    return {**json.loads(base64.b64decode(payload)), **changes}
-
-
 def named(vectors: list[dict[str, Any]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("vector", vectors, ids=[vector["name"] for vector in vectors])
 
 
 def test_what_was_signed_verifies_from_text_from_bytes_and_from_objects() -> None:
-    envelope = sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID)
+    envelope = signed()
     text = json.dumps(envelope)
     for form in (envelope, text, text.encode(), json.loads(text)):
         assert verify(form, KEYS) == CERTIFICATE
@@ -141,7 +98,7 @@ def test_what_was_signed_verifies_from_text_from_bytes_and_from_objects() -> Non
 
 
 def test_what_was_signed_verifies_in_the_independent_verifier() -> None:
-    envelope = json.dumps(sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID))
+    envelope = json.dumps(signed())
     predicate = independent_verify(envelope, {KEY_ID: RAW.hex()})
     assert Certificate.model_validate(predicate) == CERTIFICATE
 
@@ -165,7 +122,7 @@ def test_a_corrupted_vector_is_refused_by_both(vector: dict[str, Any]) -> None:
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
 def test_a_change_of_any_character_is_refused_or_changes_nothing(data: st.DataObject) -> None:
-    text = json.dumps(sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID))
+    text = json.dumps(signed())
     at = data.draw(st.integers(0, len(text) - 1))
     other = data.draw(st.characters(min_codepoint=1, max_codepoint=0x17F))
     try:
@@ -175,10 +132,18 @@ def test_a_change_of_any_character_is_refused_or_changes_nothing(data: st.DataOb
     assert certificate == CERTIFICATE and (other == text[at] or text[at].isspace())
 
 
+def test_a_flip_of_any_bit_of_the_file_is_refused() -> None:
+    file = json.dumps(signed(), indent=1).encode()
+    assert verify(file, KEYS) == CERTIFICATE
+    for copy in flipped(file):
+        with pytest.raises(InvalidCertificate):
+            verify(copy, KEYS)
+
+
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_a_change_of_any_payload_byte_is_refused(data: st.DataObject) -> None:
-    envelope = sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID)
+    envelope = signed()
     payload = bytearray(base64.b64decode(envelope["payload"]))
     payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(InvalidCertificate, match="changed or forged"):
@@ -192,17 +157,13 @@ def test_the_payload_type_is_under_the_signature() -> None:
         verify({**dsse(statement(), payload_type="text/plain"), "payloadType": "application/vnd.in-toto+json"}, KEYS)
 
 
-X = base64.urlsafe_b64encode(RAW).decode().rstrip("=")
-JWK = {"kty": "OKP", "crv": "Ed25519", "kid": KEY_ID, "x": X}
-
-
 @pytest.mark.parametrize(
     "keys",
     [[JWK], {"keys": [JWK]}, {KEY_ID: RAW.hex()}, {KEY_ID: JWK}, ({"kty": "EC", "crv": "P-256", "kid": "t"}, JWK)],
     ids=["list", "set", "hex", "by id", "among others"],
 )
 def test_keys_are_taken_in_every_form_in_which_they_are_given_out(keys: Any) -> None:
-    envelope = sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID)
+    envelope = signed()
     assert verify(envelope, keys) == CERTIFICATE
     assert verify(envelope, json.loads(json.dumps(keys))) == CERTIFICATE
 
@@ -210,13 +171,13 @@ def test_keys_are_taken_in_every_form_in_which_they_are_given_out(keys: Any) -> 
 @pytest.mark.parametrize("keys", ["ed25519:1", b"x", None, 3, [RAW], {KEY_ID: 3}, {KEY_ID: "no hex"}], ids=repr)
 def test_keys_of_no_known_form_are_refused_by_name(keys: Any) -> None:
     with pytest.raises(InvalidArgument, match=r"client\.certificate_keys\(\)"):
-        verify(sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID), keys)
+        verify(signed(), keys)
 
 
 @pytest.mark.parametrize("x", [None, "", "AAAA", "!", X[:-4]])
 def test_a_jwk_that_holds_no_key_proves_nothing(x: Any) -> None:
     with pytest.raises(InvalidCertificate, match="no Ed25519 public key"):
-        verify(sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID), [{**JWK, "x": x}])
+        verify(signed(), [{**JWK, "x": x}])
 
 
 @pytest.mark.parametrize("envelope", [None, 3, [], Path("certificate.json")], ids=repr)
@@ -230,7 +191,7 @@ def test_an_invalid_certificate_hangs_on_the_root_of_the_sdk() -> None:
 
 
 def test_a_key_that_was_not_given_is_refused_by_its_id() -> None:
-    envelope = sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID)
+    envelope = signed()
     with pytest.raises(InvalidCertificate, match=KEY_ID):
         verify(envelope, {})
 
@@ -248,7 +209,7 @@ def test_a_key_given_under_anothers_id_is_refused() -> None:
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_exactly_one_signature_is_asked_for(count: int) -> None:
-    envelope = sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID)
+    envelope = signed()
     with pytest.raises(InvalidCertificate, match="exactly one signature"):
         verify({**envelope, "signatures": envelope["signatures"] * count}, KEYS)
 
@@ -294,6 +255,15 @@ def test_a_subject_of_other_weights_is_refused() -> None:
         ("model", "digits"),
         ("issued", "2026-11-24T12:00:00"),
         ("engine", []),
+        ("datasets", []),
+        ("datasets", ["ds_" + "5" * 32]),
+        ("datasets", "ds_" + "4" * 32),
+        ("sealed_digest", ""),
+        ("environment_digest", "0" * 63),
+        ("code_version", ""),
+        ("sampler", 1),
+        ("events", [{}]),
+        ("events", ["src_" + "3" * 32 + "/17"]),
     ],
 )
 def test_a_signed_predicate_with_a_field_out_of_bounds_is_refused_by_the_fields_name(field: str, value: object) -> None:
@@ -302,14 +272,15 @@ def test_a_signed_predicate_with_a_field_out_of_bounds_is_refused_by_the_fields_
 
 
 def test_what_an_earlier_certificate_does_not_tell_is_told_to_be_unknown() -> None:
-    told = {**statement()["predicate"], "unit": "user"}
-    del told["capacity"], told["rows_per_unit"]
+    told = {name: value for name, value in statement()["predicate"].items() if name not in TOLD_LATER}
+    assert {name for name, field in Certificate.model_fields.items() if not field.is_required()} == TOLD_LATER
     earlier = verify(dsse(statement(predicate=told)), KEYS)
-    assert (earlier.capacity, earlier.rows_per_unit) == (None, None)
+    assert {getattr(earlier, name) for name in TOLD_LATER} == {None}
+    assert earlier == CERTIFICATE.model_copy(update=dict.fromkeys(TOLD_LATER))
 
 
 def test_a_newer_service_may_state_more() -> None:
-    more = statement(predicate={**statement()["predicate"], "events": ["ev_1"]})
+    more = statement(predicate={**statement()["predicate"], "not thought of yet": ["x"]})
     assert verify(dsse(more), KEYS) == CERTIFICATE
 
 
@@ -340,7 +311,7 @@ def test_a_signed_payload_that_readers_could_read_differently_is_refused(spoil: 
 )
 @pytest.mark.parametrize("where", ["payload", "sig"])
 def test_base64_has_one_spelling(where: str, respelled: Any) -> None:
-    envelope = sign(CERTIFICATE, private_key=PRIVATE, key_id=KEY_ID)
+    envelope = signed()
     holder = envelope if where == "payload" else envelope["signatures"][0]
     holder[where] = respelled(holder[where])
     with pytest.raises(InvalidCertificate, match="base64"):
@@ -371,3 +342,46 @@ def test_no_infinite_figure_is_ever_signed() -> None:
     endless = CERTIFICATE.model_copy(update={"epsilon": math.inf})
     with pytest.raises(ValueError, match="JSON compliant"):
         sign(endless, private_key=PRIVATE, key_id=KEY_ID)
+
+
+def test_nothing_is_signed_that_no_verifier_would_read() -> None:
+    (row, _) = CERTIFICATE.events or ()
+    with pytest.raises(ValueError, match="over 1048576 bytes"):
+        signed(CERTIFICATE.model_copy(update={"events": (row,) * 5000}))
+
+
+@pytest.mark.parametrize("row", ["src_" + "0" * 32 + "/17", "src_" + "3" * 32, "src_" + "3" * 32 + "/", "17"])
+def test_a_charged_row_is_one_of_its_sources_ledger(row: str) -> None:
+    good = CERTIFICATE.model_dump(mode="json")["events"][0]
+    assert ChargedEvent.model_validate(good).id == good["id"]
+    with pytest.raises(ValueError, match="id"):
+        ChargedEvent.model_validate({**good, "id": row})
+    events = [good, {**good, "id": row}]
+    with pytest.raises(InvalidCertificate, match=r"events\.1\.id"):
+        verify(dsse(statement(predicate={**statement()["predicate"], "events": events})), KEYS)
+
+
+def test_a_digest_is_of_the_signed_bytes_however_the_envelope_is_written() -> None:
+    envelope = signed()
+    payload = base64.b64decode(envelope["payload"])
+    for form in (envelope, json.dumps(envelope), json.dumps(envelope, indent=2).encode()):
+        assert digest_of(form) == hashlib.sha256(payload).hexdigest()
+    assert digest_of(signed(CERTIFICATE.model_copy(update={"version": 4}))) != digest_of(envelope)
+
+
+@pytest.mark.parametrize("envelope", ["", "{}", [], {"payloadType": "application/vnd.in-toto+json", "payload": "A"}])
+def test_what_is_no_envelope_has_no_digest(envelope: Any) -> None:
+    with pytest.raises(InvalidCertificate):
+        digest_of(envelope)
+
+
+def test_an_environments_digest_is_of_its_sorted_lines() -> None:
+    lines = b"numpy==2.5.1\ntorch==2.13.0\n"
+    assert environment_digest({"torch": "2.13.0", "numpy": "2.5.1"}) == hashlib.sha256(lines).hexdigest()
+
+
+def test_an_environments_digest_is_told_by_pip_too() -> None:
+    listed = subprocess.run([sys.executable, "-m", "pip", "list", "--format=freeze"], capture_output=True, check=True)
+    lines = sorted(listed.stdout.splitlines(keepends=True))
+    installed = {each.name: each.version for each in distributions()}
+    assert len(lines) > 10 and environment_digest(installed) == hashlib.sha256(b"".join(lines)).hexdigest()

@@ -58,9 +58,9 @@ def test_every_error_of_the_sdk_is_exported_and_hangs_on_one_root() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "_auth", "_client", "_convert", "_errors", "_handles", "_http", "_inputs", "_operations", "_plans", "_progress",
-        "_resources", "_uploads", "wire._errors", "wire._model", "wire.architecture", "wire.certificate", "wire.columns",
-        "wire.errors", "wire.jobs", "wire.oip", "wire.plans", "wire.rows", "wire.sources",
+        "_auth", "_budgets", "_burn_down", "_client", "_convert", "_errors", "_handles", "_http", "_inputs", "_operations", "_plans",
+        "_progress", "_resources", "_uploads", "wire._errors", "wire._model", "wire.architecture", "wire.certificate",
+        "wire.columns", "wire.errors", "wire.jobs", "wire.ledger", "wire.oip", "wire.plans", "wire.rows", "wire.sources",
     ],
 )  # fmt: skip
 def test_each_module_names_what_is_public_in_it(module: str) -> None:

@@ -314,7 +314,7 @@ def test_a_name_with_a_blank_is_refused_in_words(server: Server) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (cloister.DP, "DP: give exactly one of epsilon and noise_multiplier"),
+        (cloister.DP, "DP: give exactly one of epsilon, noise_multiplier and all_left"),
         (lambda: cloister.DP(epsilon=0), "DP: epsilon: .*greater than 0"),
         (lambda: cloister.Number(low=1, high=0), r"Number: low \(1.0\) must be below high \(0.0\)"),
         (lambda: cloister.Number(low=1), "Number: high: must be given"),

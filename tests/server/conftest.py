@@ -89,7 +89,7 @@ def _template(root: Path, urls: DatabaseURLs | None) -> Path:
     return root
 
 
-_ON_BOTH = {"test_idempotency", "test_oauth", "test_policy"}
+_ON_BOTH = {"test_chain", "test_idempotency", "test_oauth", "test_policy", "test_units"}
 """The tests whose answer is a database's; each costs a database on PostgreSQL, and the others run on SQLite alone."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -14,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from starlette.testclient import TestClient
 from typer.testing import CliRunner, Result
 
-from cloister_server import deployment
+from cloister_server import budgets, deployment
 from cloister_server.app import create_app
 from cloister_server.cli.admin import cli
 from cloister_server.errors import StartRefused
 from cloister_server.settings import load_settings
-from cloister_server.store.session import new_engine
+from cloister_server.store.session import new_engine, writing
+from cloister_server.store.tables import Source
 
 
 @pytest.fixture
@@ -226,6 +228,11 @@ def test_a_deployment_that_is_not_sound_is_refused_by_name(
         ("grant", "list", "--tenant", "acme"),
         ("source", "list", "--tenant", "acme"),
         ("budget", "show", "people", "--tenant", "acme"),
+        ("audit", "verify"),
+        ("audit", "head"),
+        ("ledger", "export", "--tenant", "acme"),
+        ("ledger", "replay", os.devnull, "--tenant", "acme"),
+        ("ledger", "write-off", "--tenant", "acme", "--reason", "lost"),
     ],
 )
 def test_before_init_nothing_is_opened_and_nothing_is_made(
@@ -486,6 +493,128 @@ def test_the_doctor_prints_no_secret_and_loads_no_torch_unless_it_audits(
     for secret in _files(tmp_path / "keystore") + _files(tmp_path / "root.key"):
         for line in secret.read_bytes().split(b"\n"):
             assert len(line) < 20 or line not in (ended.stdout + ended.stderr).encode()
+
+
+def _charge() -> None:
+    """A row in the ledger of the one source."""
+    service = deployment.open_service(load_settings())
+    with writing(service.engine) as session:
+        source = session.scalars(select(Source)).one()
+        budgets.allow(session, source, principal_id="ap_x", to="ap_y", epsilon=1.0, expires=None, reason="of a test")
+    service.engine.dispose()
+
+
+def _backup(root: Path) -> Callable[[], None]:
+    """A backup of the database; what it gives puts it back."""
+    kept = root / "backup.db"
+    gone = sqlite3.connect(root / "data" / "cloister.db")
+    there = sqlite3.connect(kept)
+    gone.backup(there)
+    gone.close()
+    there.close()
+
+    def restore() -> None:
+        for path in (root / "data").glob("cloister.db*"):
+            path.unlink()
+        shutil.copy(kept, root / "data" / "cloister.db")
+
+    return restore
+
+
+def _rows_with_faults(result: Result) -> list[dict[str, Any]]:
+    assert result.exit_code == 1, (result.stdout, result.stderr, result.exception)
+    return [row for row in json.loads(result.stdout) if row["problem"] is not None]
+
+
+def test_a_restored_database_is_found_and_replayed_or_written_off(
+    acme: Callable[..., Any], admin: Callable[..., Result], tmp_path: Path
+) -> None:
+    acme("client", "create", "--tenant", "acme", "--name", "app")
+    declared = ("--name", "people", "--epsilon", "3", "--delta", "1e-6", "--owner", "app")
+    acme("source", "create", "--tenant", "acme", *declared)
+    _charge()
+    restore = _backup(tmp_path)
+    tenant = next(each for each in acme("tenant", "list") if each["name"] == "acme")["id"]
+    (tmp_path / "early.json").write_text(admin("audit", "head").stdout)
+    _charge()
+    (tmp_path / "late.json").write_text(admin("audit", "head", "--tenant", "acme").stdout)
+    (tmp_path / "acme.jsonl").write_text(admin("ledger", "export", "--tenant", "acme").stdout)
+    assert {row["problem"] for row in acme("audit", "verify")} == {None}
+    assert [row["now"] - row["then"] for row in acme("audit", "compare", str(tmp_path / "early.json"))] == [1, 0]
+
+    restore()
+    said = refusal(admin("client", "create", "--tenant", "acme", "--name", "more"))
+    assert tenant in said and "its chain ends at link" in said and "ledger replay" in said
+    assert len(acme("client", "list", "--tenant", "acme")) == 1, "it can be read"
+    acme("client", "create", "--tenant", "other", "--name", "app")
+    (found,) = _rows_with_faults(admin("audit", "verify", "--json"))
+    assert found["tenant_name"] == "acme" and "ledger write-off" in found["problem"]
+    (behind,) = _rows_with_faults(admin("audit", "compare", str(tmp_path / "late.json"), "--json"))
+    assert "are missing" in behind["problem"]
+    assert tenant in _faults(admin("doctor", "--json"))
+    replay = ("ledger", "replay", str(tmp_path / "acme.jsonl"), "--tenant", "acme")
+    assert acme(*replay) == {"tenant": "acme", "links": 1, "beyond_anchor": 0}
+    assert "no row is missing" in refusal(admin(*replay))
+    assert {row["problem"] for row in acme("audit", "compare", str(tmp_path / "late.json"))} == {None}
+    assert _audited(tmp_path, "ledger.replay") == [tenant]
+
+    restore()
+    assert acme("ledger", "write-off", "--tenant", "acme", "--reason", "lost")["sources"] == ["people"]
+    assert _audited(tmp_path, "ledger.write_off") == [tenant]
+    assert acme("budget", "show", "people", "--tenant", "acme")["left"] == 0
+    assert {row["problem"] for row in acme("audit", "verify", "--tenant", "acme")} == {None}
+    (other_past,) = _rows_with_faults(admin("audit", "compare", str(tmp_path / "late.json"), "--json"))
+    assert "is another now" in other_past["problem"]
+    assert {row["state"] for row in acme("doctor")} <= {"ok", "note"}
+
+
+def test_the_anchor_of_a_tenant_that_a_restore_lost_is_put_aside(
+    acme: Callable[..., Any], admin: Callable[..., Result], tmp_path: Path
+) -> None:
+    restore = _backup(tmp_path)
+    tenant = acme("tenant", "create", "late")["id"]
+    acme("client", "create", "--tenant", "late", "--name", "app")
+    acme(
+        "source",
+        "create",
+        "--tenant",
+        "late",
+        "--name",
+        "people",
+        "--epsilon",
+        "3",
+        "--delta",
+        "1e-6",
+        "--owner",
+        "app",
+    )
+    _charge()
+    restore()
+    (found,) = _rows_with_faults(admin("audit", "verify", "--json"))
+    assert found["tenant"] == tenant and "ends at link 0" in found["problem"]
+    done = acme("ledger", "write-off", "--tenant", tenant, "--reason", "it is gone")
+    assert Path(done["kept_anchor"]).name == f"{tenant}.json.written-off-1"
+    assert {row["problem"] for row in acme("audit", "verify")} == {None}
+    assert "no tenant" in refusal(admin("ledger", "write-off", "--tenant", tenant, "--reason", "it is gone"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("audit", "verify", "--tenant", "nobody"), "no tenant 'nobody'"),
+        (("audit", "compare", "nowhere.json"), "cannot be read"),
+        (("audit", "compare", os.devnull), "no chain heads"),
+        (("ledger", "export", "--tenant", "nobody"), "no tenant 'nobody'"),
+        (("ledger", "replay", "nowhere.jsonl", "--tenant", "acme"), "cannot be read"),
+        (("ledger", "replay", os.devnull, "--tenant", "acme"), "no row is missing"),
+        (("ledger", "write-off", "--tenant", "acme", "--reason", " "), "needs a reason"),
+    ],
+)
+def test_what_the_ledgers_commands_refuse(
+    acme: Callable[..., Any], admin: Callable[..., Result], arguments: tuple[str, ...], told: str
+) -> None:
+    assert told in refusal(admin(*arguments))
+    assert told in json.loads(refusal(admin(*arguments, "--json")))["error"]
 
 
 def test_an_engine_that_stops_in_the_audit_is_a_fault(

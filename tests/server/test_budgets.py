@@ -11,7 +11,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from cloister.wire.plans import Event
-from cloister_server import budgets
+from cloister_privacy.accounting import rdp_per_step
+from cloister_server import budgets, ledger
 from cloister_server.errors import BudgetExceeded
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Dataset, Job, Model, Source, Tenant, new_id
@@ -55,7 +56,7 @@ def reserve(engine: Engine, source: Source, event: Event = EVENT) -> str:
     job_id = new_id("job")
     with writing(engine) as session:
         budgets.lock(session, source)
-        budgets.reserve(session, source, job_id=job_id, principal_id="ap_x", event=event)
+        budgets.reserve(session, source, job_id=job_id, principal_id="ap_x", event=event, blocks=(0,))
         session.add(
             Job(
                 tenant_id=source.tenant_id, id=job_id, source_id=source.id, dataset_id="ds_x", model_id="mdl_x",
@@ -78,6 +79,11 @@ def settle(engine: Engine, source: Source, job_id: str) -> int:
         return budgets.settle(session, session.get_one(Job, (source.tenant_id, job_id)))
 
 
+def set_epsilon(engine: Engine, source: Source, epsilon: float) -> None:
+    with writing(engine) as session:
+        budgets.set_epsilon(session, source, principal_id="ap_owner", epsilon=epsilon, reason="because")
+
+
 def balance(engine: Engine, source: Source) -> budgets.Budget:
     with reading(engine) as session:
         return budgets.balance(session, source)
@@ -96,7 +102,7 @@ def test_the_test_vector_admits_seven_jobs_and_refuses_the_eighth_unchanged(engi
 
 def test_a_quote_is_what_the_balance_becomes(engine: Engine, source: Source) -> None:
     with reading(engine) as session:
-        quoted = budgets.quote(session, source, EVENT)
+        quoted = budgets.quote(session, source, EVENT, principal_id="ap_x", blocks=(0,))
     assert quoted.fits and quoted.before == 0.0 and quoted.revision == 0
     reserve(engine, source)
     assert balance(engine, source).spent == quoted.after
@@ -129,17 +135,11 @@ def test_a_settled_job_is_charged_what_it_opened(engine: Engine, source: Source)
     open_chunk(engine, source, job, 0, 100)
     assert settle(engine, source, job) == 100
     assert settle(engine, source, job) == 100, "settling twice changes nothing"
-    short = EVENT.model_copy(update={"steps": 100})
     with reading(engine) as session:
-        usage = budgets._account(session, source).used
-    assert usage == pytest.approx(budgets._cost(_rdp(engine, source), short.steps))
-
-
-def _rdp(engine: Engine, source: Source) -> tuple[float, ...]:
-    with reading(engine) as session:
-        account = budgets._account(session, source)
+        account = ledger.account(session, source, 0)
     assert account.filter is not None
-    return budgets._rdp_per_step(account.filter, EVENT)
+    per_step = rdp_per_step(EVENT.sampling_rate, EVENT.noise_multiplier, orders=account.filter.orders)
+    assert account.used.rdp == pytest.approx([100 * rho for rho in per_step])
 
 
 def test_an_unsettled_job_holds_its_whole_reservation_even_when_all_its_attempts_died(
@@ -221,8 +221,8 @@ def test_overflowing_steps_add_at_most_a_thousandth_to_delta(engine: Engine, sou
     assert refusal.value.details["overflow_left"] == pytest.approx(1e-10)
     assert balance(engine, source) == before, "a refusal writes nothing"
     with reading(engine) as session:
-        assert not budgets.quote(session, source, overflowing(1.01e-10)).fits
-        assert budgets.quote(session, source, overflowing(0.99e-10)).fits
+        assert not budgets.quote(session, source, overflowing(1.01e-10), principal_id="ap_x", blocks=(0,)).fits
+        assert budgets.quote(session, source, overflowing(0.99e-10), principal_id="ap_x", blocks=(0,)).fits
     reserve(engine, source, overflowing(0.99e-10))
 
 
@@ -238,7 +238,7 @@ def test_an_overflow_that_is_none_or_too_large_is_refused_from_the_first_event_o
 def test_overflow_is_charged_by_the_step_like_everything_else(engine: Engine, source: Source) -> None:
     job = reserve(engine, source, overflowing(8e-10, steps=100))
     open_chunk(engine, source, job, 0, 25)
-    assert _overflow(engine, source) == 8e-10, "an open reservation holds all of it"
+    assert _overflow(engine, source) == pytest.approx(8e-10), "an open reservation holds all of it"
     settle(engine, source, job)
     assert _overflow(engine, source) == pytest.approx(2e-10)
     reserve(engine, source, overflowing(8e-10))
@@ -257,8 +257,7 @@ def test_recomputed_steps_whose_overflow_does_not_fit_are_refused(engine: Engine
 def test_a_raised_cap_weighs_past_overflows_by_its_own_epsilon(engine: Engine, source: Source) -> None:
     """What overflows add to delta grows with the epsilon of the guarantee: (1 + e^6) / (1 + e^3) times, here."""
     reserve(engine, source, overflowing(1e-11))
-    with writing(engine) as session:
-        session.get_one(Source, (source.tenant_id, source.id)).epsilon = 6.0
+    set_epsilon(engine, source, 6.0)
     with reading(engine) as session:
         raised = session.get_one(Source, (source.tenant_id, source.id))
     assert _overflow(engine, raised) == pytest.approx(1e-11 * (1 + math.exp(6)) / (1 + math.exp(3)))
@@ -278,7 +277,7 @@ def test_the_filter_and_the_overflow_of_the_test_vector_fit_together(engine: Eng
 
 def _overflow(engine: Engine, source: Source) -> float:
     with reading(engine) as session:
-        return budgets._account(session, source).overflow
+        return ledger.account(session, source, 0).used.delta
 
 
 @pytest.mark.parametrize("statement", ["UPDATE ledger SET steps = 0", "DELETE FROM ledger"])

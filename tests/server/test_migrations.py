@@ -11,7 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from pydantic import SecretStr
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from cloister_server.errors import StartRefused
@@ -79,6 +79,45 @@ def test_a_ledger_written_before_overflow_keeps_its_rows_and_stays_append_only(t
         assert connection.execute(text("SELECT steps, overflow FROM ledger")).all() == [(9, 0.0)]
         with pytest.raises(DBAPIError, match="append-only"):
             connection.execute(text("UPDATE ledger SET overflow = 1"))
+    engine.dispose()
+
+
+def test_jobs_from_before_queries_keep_their_attempts(tmp_path: Path) -> None:
+    engine = migrated(tmp_path)
+    with engine.begin() as connection:
+        connection.execute(text("PRAGMA defer_foreign_keys=ON"))
+        connection.execute(
+            text(
+                "INSERT INTO jobs (tenant_id, id, source_id, dataset_id, model_id, principal_id, request_id, spec_id, status,"
+                " steps, epsilon, delta, steps_done, attempt, cancel_requested, created)"
+                " VALUES ('t', 'j', 's', 'd', 'm', 'p', 'r', 'o', 'done', 1, 1, 1e-6, 1, 1, 0, '2026-01-01')"
+            )
+        )
+        connection.execute(
+            text(
+                "INSERT INTO attempts (tenant_id, job_id, number, started, from_step) VALUES ('t', 'j', 1, '2026-01-01', 0)"
+            )
+        )
+        for table, columns in (
+            ("sources", "'t', 's', 's', 'row', 'add_remove', 1, 1e-6, 0, 'o', '2026-01-01'"),
+            ("models", "'t', 'm', 'm', 0, '2026-01-01'"),
+        ):
+            connection.execute(text(f"INSERT INTO {table} VALUES ({columns})"))  # noqa: S608 (words of this test)
+        connection.execute(
+            text(
+                "INSERT INTO datasets (tenant_id, id, source_id, name, columns, nominal_size, capacity, capacity_rows,"
+                " part_rows, parts, status, created) VALUES ('t', 'd', 's', 'd', '{}', 1, 1, 1, 1, 1, 'ready', '2026-01-01')"
+            )
+        )
+    engine.dispose()
+    unchecked = create_engine(engine.url)
+    stepped(unchecked, command.downgrade, "0004")
+    unchecked.dispose()
+    engine = migrated(tmp_path)
+    with engine.connect() as connection:
+        assert connection.execute(
+            text("SELECT jobs.kind, number FROM attempts JOIN jobs ON jobs.id = job_id")
+        ).all() == [("train", 1)]
     engine.dispose()
 
 

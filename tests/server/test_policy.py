@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
+from starlette.testclient import TestClient
 
 from cloister_server import audit, grants, policy
 from cloister_server.errors import Forbidden, Invalid, NotFound, Unavailable
@@ -190,6 +192,51 @@ def test_not_yours_and_not_there_are_one_404_after_the_same_statements(service: 
         told.append((str(refusal.value), tuple(seen)))
     assert told[0] == told[1] and told[2] == told[3]
     assert told[0][0] == told[2][0]
+
+
+_BUDGET = {"epsilon": 2.0, "reason": "because"}
+_ROUTES: list[tuple[type[Any], str, str, dict[str, Any] | None]] = [
+    (Source, "GET", "/v1/sources/{id}", None),
+    (Source, "GET", "/v1/sources/{id}/ledger", None),
+    (Source, "PUT", "/v1/sources/{id}/budget", _BUDGET),
+    (Source, "PUT", "/v1/sources/{id}/allowances/ap_x", _BUDGET),
+    (Source, "POST", "/v1/sources/{id}/blocks", {"name": "new", "reason": "because"}),
+    (Dataset, "GET", "/v1/datasets/{id}", None),
+    (Dataset, "DELETE", "/v1/datasets/{id}", None),
+    (Dataset, "POST", "/v1/queries/price", {"dataset": "{id}", "queries": [{"type": "count"}], "epsilon": 0.1}),
+    (Job, "GET", "/v1/jobs/{id}", None),
+    (Job, "POST", "/v1/jobs/{id}/cancel", None),
+    (Job, "GET", "/v1/queries/{id}/answer", None),
+    (Model, "GET", "/v1/models/{id}", None),
+    (Model, "GET", "/v1/models/{id}/versions/1", None),
+]
+"""Every way to ask for one thing by its id, as (table, method, path, body)."""
+
+
+def test_no_route_tells_not_yours_from_not_there_by_its_answer_or_its_statements(
+    service: Service, http: TestClient, bearer: dict[str, str]
+) -> None:
+    theirs = {table: put(service, table, THERE, f"a-{table.__name__}").id for table in (Source, Dataset, Job, Model)}
+    seen: list[str] = []
+    event.listen(service.engine, "before_cursor_execute", lambda c, cu, sql, *_: seen.append(sql))
+
+    def told(
+        method: str, path: str, body: dict[str, Any] | None, asked: str
+    ) -> tuple[int, dict[str, Any], tuple[str, ...]]:
+        seen.clear()
+        sent = None if body is None else {key: asked if value == "{id}" else value for key, value in body.items()}
+        answer = http.request(method, path.format(id=asked), json=sent, headers=bearer)
+        # Whether the caller's own app is still there is looked up first, and then not again for a second.
+        after = itertools.dropwhile(
+            lambda sql: sql == "BEGIN" or "FROM apps" in sql or "FROM signing_keys" in sql, seen
+        )
+        return answer.status_code, {**answer.json(), "request_id": ""}, tuple(after)
+
+    for table, method, path, body in _ROUTES:
+        absent = f"{theirs[table].partition('_')[0]}_{'0' * 32}"
+        first = told(method, path, body, absent)
+        assert first[0] == 404 and first[2], f"{method} {path}: {first}"
+        assert told(method, path, body, theirs[table]) == told(method, path, body, absent), f"{method} {path}"
 
 
 def test_yours_but_not_this_verb_is_403(service: Service) -> None:

@@ -44,6 +44,7 @@ def resolve(
     plan = _plan(request, habits, nominal_size=nominal_size, capacity=capacity, delta=delta, unit=unit)
     return TrainingSpec(
         dataset=request.dataset,
+        with_datasets=request.with_datasets,
         architecture=architecture,
         nominal_size=plan.nominal_size,
         capacity=plan.capacity,
@@ -59,6 +60,7 @@ def resolve(
         precision=request.precision or "float32",
         initial=initial,
         lora=request.lora,
+        audit=request.audit,
     )
 
 

@@ -17,6 +17,9 @@ __all__ = ["resume_from", "snapshot"]
 
 _FORMAT = "cloister.checkpoint/1"
 
+_LATER_FIELDS = ("with_datasets", "audit")
+"""Of a spec, since the first checkpoints."""
+
 
 def snapshot(network: Network, optimizer: NoisyOptimizer, *, model: Network, spec: TrainingSpec, step: int) -> bytes:
     """The run after `step` whole steps, each of them noisy; `model` is their average, or the network itself."""
@@ -53,7 +56,9 @@ def resume_from(body: bytes, network: Network, optimizer: NoisyOptimizer, *, mod
 
 
 def _digest(spec: TrainingSpec) -> str:
-    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    # Fields that specs did not have once are left out at their defaults: a run goes on over an upgrade.
+    later = {name for name in _LATER_FIELDS if getattr(spec, name) == TrainingSpec.model_fields[name].default}
+    return hashlib.sha256(spec.model_dump_json(exclude=later).encode()).hexdigest()
 
 
 def _like(network: Network, spec: TrainingSpec) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from cloister_privacy.architecture.network import Network
 from cloister_privacy.architecture.values import values_of
 from cloister_privacy.errors import RowsDoNotFit
 
-__all__ = ["Batch", "Examples", "keeps_stem", "synthetic"]
+__all__ = ["Batch", "Examples", "keeps_stem", "synthetic", "values_within"]
 
 Batch = tuple[dict[str, Tensor], Tensor]
 """What a network reads of some rows, by name, and their target."""
@@ -116,8 +116,15 @@ def synthetic(architecture: Architecture, count: int, *, device: str) -> Batch:
     return _batch(columns, architecture.target, rows, device)
 
 
+def values_within(
+    columns: Mapping[str, InputColumn], rows: Mapping[str, NDArray[Any]], *, device: str
+) -> dict[str, Tensor]:
+    """As `values_of`, with not-a-number as 0 and everything else clamped to its column's bounds."""
+    return {name: _within(each, columns[name]) for name, each in values_of(columns, rows, device=device).items()}
+
+
 def _batch(columns: Mapping[str, InputColumn], target: str, rows: Mapping[str, NDArray[Any]], device: str) -> Batch:
-    values = {name: _within(each, columns[name]) for name, each in values_of(columns, rows, device=device).items()}
+    values = values_within(columns, rows, device=device)
     goal = values.pop(target)
     return values, goal.squeeze(1) if goal.ndim == 2 else goal
 

@@ -29,7 +29,9 @@ class StartJob(Body):
 
 class Job(Response):
     id: Identifier
-    model: Identifier
+    kind: Literal["train", "query"] | str = "train"
+    model: Identifier | None
+    """What a training run publishes to; none for a query."""
     dataset: Identifier
     status: Literal["queued", "running", "cancelling", "done", "failed", "cancelled"] | str
     steps: int

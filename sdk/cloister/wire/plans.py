@@ -20,6 +20,7 @@ __all__ = [
     "Guarantee",
     "Initial",
     "LoRA",
+    "MoreDatasets",
     "NetworkView",
     "Optimizer",
     "Plan",
@@ -35,6 +36,9 @@ __all__ = [
 
 RowsPerUnit = Annotated[int, Field(ge=1, le=1000)]
 
+MoreDatasets = Annotated[tuple[Identifier, ...], Field(max_length=255)]
+"""Further datasets that the run reads: of the same source and columns, and each in a block of its own."""
+
 _Sigma = Annotated[float, Field(ge=0.3, le=1000, allow_inf_nan=False)]
 
 
@@ -47,10 +51,12 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class Privacy(Request):
-    """What a run may cost: a target epsilon, or the noise multiplier itself; exactly one."""
+    """What a run may cost: a target epsilon, the noise multiplier itself, or all that is left of the budget; exactly one."""
 
     epsilon: Annotated[PositiveFloat, Field(le=1000)] | None = None
     noise_multiplier: _Sigma | None = None
+    all_left: bool | None = None
+    """The least noise with which the run fits what is left now, in every block that it reads."""
     delta: Annotated[Probability, Field(le=0.1)] | None = None
     """The delta at which epsilon is told; by default the source's."""
     clip: PositiveFloat = 1.0
@@ -60,8 +66,8 @@ class Privacy(Request):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Privacy:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give exactly one of epsilon and noise_multiplier")
+        if (self.epsilon is not None) + (self.noise_multiplier is not None) + bool(self.all_left) != 1:
+            raise ValueError("give exactly one of epsilon, noise_multiplier and all_left")
         return self
 
 
@@ -138,6 +144,7 @@ class PlanRequest(Request):
     """Ask what a run would cost. What is left out is filled by the public recipe."""
 
     dataset: Identifier
+    with_datasets: MoreDatasets = ()
     target: Name
     features: tuple[Name, ...] | None = None
     """Columns that the network reads; by default all that it can but the target."""
@@ -156,6 +163,8 @@ class PlanRequest(Request):
     """Steps = ceil(epochs * nominal_size / batch_size)."""
     optimizer: Optimizer | None = None
     precision: Precision | None = None
+    audit: bool = False
+    """Try the run's claim with canaries afterwards, and sign what they gave away. Only of a source that is declared public."""
 
 
 class Guarantee(Request):
@@ -170,6 +179,7 @@ class TrainingSpec(Request):
 
     format: Literal["cloister.training/1"] = "cloister.training/1"
     dataset: Identifier
+    with_datasets: MoreDatasets = ()
     architecture: Architecture
     nominal_size: Count
     capacity: Count
@@ -187,6 +197,7 @@ class TrainingSpec(Request):
     precision: Precision = "float32"
     initial: Initial | None = None
     lora: LoRA | None = None
+    audit: bool = False
 
 
 class Event(Response):
@@ -213,7 +224,10 @@ class Quote(Response):
     left: float
     """Left after this run, if it ran; below zero never: where it does not fit, what is left now."""
     fits: bool
-    """Whether the filter admits it, and what overflowing steps may add to delta stays below a thousandth of it."""
+    """Whether the filter admits it, what overflowing steps may add to delta stays below a thousandth of it, and your allowance
+    suffices: in every block that the run reads."""
+    block: int = 0
+    """The block that these figures are of: that which the run leaves least of."""
 
 
 class NetworkView(Response):

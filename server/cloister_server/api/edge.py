@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 
 from cloister_server.api.problems import response_to, to_server_error
 from cloister_server.audit import keep_denial
-from cloister_server.errors import BadRequest, ServerError, TooLarge
+from cloister_server.errors import BadRequest, NotFound, ServerError, TooLarge
 from cloister_server.oauth.verifier import authenticate, recall
 from cloister_server.policy import Denied
 from cloister_server.service import Service
@@ -56,6 +56,8 @@ _PART = re.compile(r"/v1/datasets/[^/]+/parts/[^/]+")
 _MOST_HEADERS = 64
 _MOST_HEADER_BYTES = 16 * 2**10
 _MOST_PATH_BYTES = 4 * 2**10
+_LONGEST_PATH = 500
+"""Of a route that may be answered: it is kept with the answers to writes."""
 _MOST_JSON_BYTES = 2**20
 
 _HEADERS = (
@@ -153,6 +155,8 @@ class Guard:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and ("\x00" in scope["path"] or len(scope["path"]) > _LONGEST_PATH):
+            raise NotFound("route")
         if scope["type"] == "http" and scope["path"] not in PUBLIC:
             principal = recall(self._service, scope["headers"])
             if principal is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 
@@ -39,6 +39,16 @@ def get_version(model: str, version: Annotated[int, Path(ge=0, lt=2**31)], call:
 @router.get("/{model}/versions/{version}/schema")
 def get_schema(model: str, version: Annotated[int, Path(ge=1, lt=2**31)], call: ReadCall) -> ModelSchema:
     return call.read(lambda session: models.schema(session, call.principal, call.service, model, version))
+
+
+@router.get("/{model}/versions/{version}/deployment")
+def get_deployment(model: str, version: Annotated[int, Path(ge=1, lt=2**31)], call: ReadCall) -> dict[str, Any]:
+    return call.read(lambda session: models.deployment(session, call.principal, call.service, model, version))
+
+
+@router.get("/{model}/versions/{version}/audit")
+def get_audit(model: str, version: Annotated[int, Path(ge=1, lt=2**31)], call: ReadCall) -> dict[str, Any]:
+    return call.read(lambda session: models.audit_statement(session, call.principal, call.service, model, version))
 
 
 @router.get("/{model}/versions/{version}/network")

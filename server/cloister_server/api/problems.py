@@ -26,6 +26,7 @@ from cloister_privacy.errors import (
     InputRefused,
     PlanImpossible,
     PrivacyError,
+    QueryRefused,
     UnitNotSupported,
 )
 from cloister_server.errors import (
@@ -53,6 +54,7 @@ _PRIVACY_CODES: Mapping[type[PrivacyError], str] = {
     ArchitectureRefused: "invalid_request",
     InitialRefused: "weights_refused",
     InputRefused: "invalid_request",
+    QueryRefused: "invalid_request",
 }
 """What the privacy library refuses because of the request. All else that it raises (a seal, a key) is our own fault."""
 

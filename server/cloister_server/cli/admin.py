@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import secrets
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from cloister.wire.sources import CreateSource
-from cloister_privacy.errors import PrivacyError
 from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
-from cloister_server.audit import denials_kept
-from cloister_server.cli import doctor
-from cloister_server.errors import Invalid, NotFound, ServerError
-from cloister_server.grants import NoSuch, Role
-from cloister_server.policy import Denied
-from cloister_server.principal import Principal
+from cloister_server.cli import doctor, ledger
+from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, request_id, run, show
+from cloister_server.errors import Invalid
+from cloister_server.grants import Role
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
-from cloister_server.store.queries import OPERATOR_VERBS
-from cloister_server.store.session import reading, writing
+from cloister_server.store import chain
+from cloister_server.store.session import reading
 from cloister_server.store.tables import Grant, Source
 
 __all__ = ["main"]
-
-T = TypeVar("T")
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 tenant_cli, client_cli, grant_cli, source_cli, budget_cli = (
@@ -48,11 +39,10 @@ tenant_cli, client_cli, grant_cli, source_cli, budget_cli = (
 )
 for name, group in {
     "tenant": tenant_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
+    "audit": ledger.audit_cli, "ledger": ledger.ledger_cli,
 }.items():  # fmt: skip
     cli.add_typer(group, name=name)
 
-JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-InTenant = Annotated[str, typer.Option("--tenant", help="The tenant, by name or id.")]
 Client = Annotated[str, typer.Argument(metavar="NAME", help="The client, by name or client id.")]
 Effect = Annotated[Literal["allow", "deny"], typer.Option(help="A deny goes before every allow.")]
 Resource = Annotated[str, typer.Option(help="The resource, by name or id, or * for all of this tenant's.")]
@@ -75,13 +65,13 @@ def init(
     as_json: JSON = False,
 ) -> None:
     """Make the data directory, the keystore, the schema and the service's keys; running it again upgrades the schema."""
-    with _refusals(as_json):
+    with refusals(as_json):
         passphrase = None if passphrase_fd is None else _read_line(passphrase_fd)
         settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
         service = deployment.initialise(settings, passphrase=passphrase)
         with reading(service.engine) as session:
             keys = [vault.signing_key(session, service.keys, "certificate").public]
-        _show({"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}, as_json)
+        show({"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}, as_json)
 
 
 @cli.command("doctor")
@@ -95,7 +85,7 @@ def doctor_(
     rows = list(doctor.diagnosed())
     if audit and rows[0]["state"] == "ok":
         rows += doctor.audited(load_settings())
-    _show(rows, as_json)
+    show(rows, as_json)
     if any(row["state"] == "FAULT" for row in rows):
         raise typer.Exit(1)
 
@@ -105,16 +95,16 @@ def tenant_create(name: str, as_json: JSON = False) -> None:
     """Make a tenant, with an encryption key of its own."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
-        made = tenants.create_tenant(session, service.keys, name=name, request_id=_request_id())
+        made = tenants.create_tenant(session, service.keys, name=name, request_id=request_id())
         return {"id": made.id, "name": made.name}
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @tenant_cli.command("list")
 def tenant_list(as_json: JSON = False) -> None:
     """List the tenants."""
-    _run(
+    run(
         lambda session, _: [{"id": t.id, "name": t.name, "created": t.created} for t in tenants.tenants(session)],
         as_json,
     )
@@ -130,10 +120,10 @@ def client_create(
     """Make an OAuth client; its secret is printed this once and kept nowhere."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
-        app, secret = tenants.create_client(session, service.keys, _operator(session, tenant), name=name, role=role)
+        app, secret = tenants.create_client(session, service.keys, operator_in(session, tenant), name=name, role=role)
         return {"client_id": app.id, "client_secret": secret, "name": app.name, "role": role}
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @client_cli.command("list")
@@ -141,7 +131,7 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
     """List a tenant's OAuth clients."""
 
     def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        apps = tenants.apps(session, _operator(session, tenant))
+        apps = tenants.apps(session, operator_in(session, tenant))
         return [
             {
                 "name": app.name,
@@ -152,7 +142,7 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
             for app in apps
         ]
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @client_cli.command("rotate")
@@ -160,10 +150,10 @@ def client_rotate(client: Client, tenant: InTenant, as_json: JSON = False) -> No
     """Give a client a new secret, printed this once; the old one is refused from now on, tokens it got within ten minutes."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
-        app, secret = tenants.rotate_client(session, service.keys, _operator(session, tenant), client)
+        app, secret = tenants.rotate_client(session, service.keys, operator_in(session, tenant), client)
         return {"client_id": app.id, "client_secret": secret, "name": app.name}
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @client_cli.command("remove")
@@ -171,10 +161,10 @@ def client_remove(client: Client, tenant: InTenant, as_json: JSON = False) -> No
     """Remove a client with all its grants; its secret is refused from now on, its tokens within a second."""
 
     def work(session: Session, _: Service) -> dict[str, Any]:
-        removed = tenants.remove_client(session, _operator(session, tenant), client)
+        removed = tenants.remove_client(session, operator_in(session, tenant), client)
         return {"removed": removed.client_id, "name": removed.name, "sources_without_owner": removed.sources}
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @grant_cli.command("add")
@@ -190,13 +180,13 @@ def grant_add(
     """Let an app do one thing, or forbid it."""
 
     def work(session: Session, _: Service) -> dict[str, Any]:
-        operator = _operator(session, tenant)
+        operator = operator_in(session, tenant)
         expires = None if until is None else until.replace(tzinfo=UTC)
         added = grants.add(session, operator, to=to, verb=verb, resource_id=resource, effect=effect, expires=expires)
         session.flush()  # its holder's name is asked for next
         return _grant_row(added, grants.names(session, operator))
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @grant_cli.command("list")
@@ -208,11 +198,11 @@ def grant_list(
     """List the grants on a tenant's resources."""
 
     def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        operator = _operator(session, tenant)
+        operator = operator_in(session, tenant)
         names = grants.names(session, operator)
         return [_grant_row(grant, names) for grant in grants.listed(session, operator, to=to)]
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @grant_cli.command("remove")
@@ -230,7 +220,7 @@ def grant_remove(
     """Take a grant away: by its id, or in the words that `grant add` was given."""
 
     def work(session: Session, _: Service) -> dict[str, Any]:
-        operator = _operator(session, tenant)
+        operator = operator_in(session, tenant)
         if grant is not None and (to, verb, resource, effect) == (None, None, None, None):
             grants.remove(session, operator, grant)
             return {"removed": grant}
@@ -241,7 +231,7 @@ def grant_remove(
         of: dict[str, Any] = {"to": to, "verb": verb, "resource_id": resource or "*", "effect": effect or "allow"}
         return {"removed": grants.remove_all(session, operator, **of)}
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @source_cli.command("create")
@@ -259,12 +249,12 @@ def source_create(
 
     def work(session: Session, _: Service) -> dict[str, Any]:
         body = CreateSource(name=name, unit=unit, epsilon=epsilon, delta=delta, public=public)
-        operator = _operator(session, tenant)
+        operator = operator_in(session, tenant)
         owner_id = grants.find_app(session, tenants.find_tenant(session, tenant), owner).id
         made = sources.create(session, operator, body, owner_id=owner_id)
         return made.model_dump(mode="json")
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @source_cli.command("list")
@@ -272,7 +262,7 @@ def source_list(tenant: InTenant, as_json: JSON = False) -> None:
     """List a tenant's sources with their budgets."""
 
     def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        operator, found, cursor = _operator(session, tenant), [], None
+        operator, found, cursor = operator_in(session, tenant), [], None
         while True:
             page = sources.listed(session, operator, cursor=cursor, limit=200)
             found += page.items
@@ -280,95 +270,18 @@ def source_list(tenant: InTenant, as_json: JSON = False) -> None:
             if cursor is None:
                 return found
 
-    _run(work, as_json)
+    run(work, as_json)
 
 
 @budget_cli.command("show")
-def budget_show(source: str, tenant: InTenant, as_json: JSON = False) -> None:
+def budgetshow(source: str, tenant: InTenant, as_json: JSON = False) -> None:
     """Show what a source's filter has used and what is left."""
 
     def work(session: Session, _: Service) -> dict[str, Any]:
-        row = policy.find(session, _operator(session, tenant), "source.read", Source, source).resource
+        row = policy.find(session, operator_in(session, tenant), "source.read", Source, source).resource
         return {"source": row.id, "name": row.name, **budgets.balance(session, row).model_dump(mode="json")}
 
-    _run(work, as_json)
-
-
-def _run(work: Callable[[Session, Service], Any], as_json: bool) -> None:
-    """One command, one transaction."""
-    with _refusals(as_json):
-        service = deployment.open_service(load_settings())
-        with denials_kept(service.engine), writing(service.engine) as session:
-            answer = work(session, service)
-        _show(answer, as_json)
-
-
-@contextmanager
-def _refusals(as_json: bool) -> Iterator[None]:
-    """A refusal is one sentence on standard error and exit status 1."""
-    try:
-        yield
-    except Denied as denied:
-        code, message = denied.code, _denied(denied)
-    except (ServerError, PrivacyError) as refusal:
-        code = refusal.code if isinstance(refusal, ServerError) else "refused"
-        message = refusal.message if isinstance(refusal, ServerError) else str(refusal)
-    except ValidationError as refusal:
-        code = "invalid_request"
-        message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in refusal.errors())
-    else:
-        return
-    print(json.dumps({"error": message, "code": code}) if as_json else f"cloister-admin: {message}", file=sys.stderr)
-    raise typer.Exit(1)
-
-
-def _denied(denied: Denied) -> str:
-    """In the operator's words: there is nobody to ask for a grant."""
-    kind = OPERATOR_VERBS[denied.denial.verb].__name__.lower() if denied.denial.verb in OPERATOR_VERBS else "resource"
-    if isinstance(denied, NotFound):
-        return NoSuch(kind, denied.denial.resource_id).message
-    return f"{denied.denial.verb!r} on this {kind} is not the operator's to do; let a client do it that is granted it"
-
-
-def _show(answer: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(answer, default=lambda value: value.isoformat()))
-    elif isinstance(answer, list):
-        _show_table(answer)
-    else:
-        print("\n".join(f"{name}: {_text(value)}" for name, value in answer.items()))
-
-
-def _show_table(rows: list[dict[str, Any]]) -> None:
-    """Aligned columns; of an id and a name the name is shown, where there is one."""
-    if not rows:
-        print("(none)")
-        return
-    columns = [name for name in rows[0] if not name.endswith("_name")]
-    lines = [columns, *([_text(row.get(f"{name}_name") or row[name]) for name in columns] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _text(value: Any) -> str:
-    match value:
-        case None | []:
-            return "-"
-        case datetime():
-            return f"{value:%Y-%m-%d %H:%M}"
-        case [str(), *_]:
-            return ", ".join(value)
-        case list():
-            return json.dumps(value)
-        case dict():
-            return "  ".join(f"{name}={_text(each)}" for name, each in value.items())
-        case _:
-            return str(value)
-
-
-def _operator(session: Session, tenant: str) -> Principal:
-    return tenants.operator_of(tenants.find_tenant(session, tenant), request_id=_request_id())
+    run(work, as_json)
 
 
 def _grant_row(grant: Grant, names: Mapping[str, str]) -> dict[str, Any]:
@@ -389,10 +302,8 @@ def _read_line(descriptor: int) -> str:
         return given.readline().rstrip("\n")
 
 
-def _request_id() -> str:
-    return f"cli_{secrets.token_hex(12)}"
-
-
 def main() -> None:
     processes.refuse_core_dumps()
+    # What is wrong with a chain is the answer of the commands that ask, and not a line of log before it.
+    logging.getLogger(chain.__name__).addHandler(logging.NullHandler())
     cli()

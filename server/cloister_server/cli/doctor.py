@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from cloister_server import deployment
+from cloister_server.cli.terminal import HOW_TO_MEND
 from cloister_server.errors import ServerError
 from cloister_server.settings import Settings, load_settings
 
@@ -39,7 +40,7 @@ def diagnosed() -> Iterator[Row]:
         return
     yield _row("settings", "ok", f"data in {settings.data_dir}, keys in {settings.key_dir}")
     try:
-        yield _opened(settings)
+        yield from _opened(settings)
         for name, place in (("data directory", settings.data_dir), ("keystore", settings.key_dir)):
             if place.is_dir():
                 yield _private(name, place)
@@ -77,17 +78,27 @@ def audited(settings: Settings) -> Iterator[Row]:
     )
 
 
-def _opened(settings: Settings) -> Row:
+def _opened(settings: Settings) -> Iterator[Row]:
     try:
         deployment.check_initialised(settings)
         objects = settings.data_dir / "objects"
         if not objects.is_dir():  # to open the service would make an empty one
             told = f"{objects} is gone, and every sealed row and weight with it; restore it from the database's backup"
-            return _row("sealed objects", "FAULT", told)
-        deployment.open_service(settings).engine.dispose()
+            yield _row("sealed objects", "FAULT", told)
+            return
+        service = deployment.open_service(settings)
     except ServerError as refusal:
-        return _row("keys and database", "FAULT", refusal.message)
-    return _row("keys and database", "ok", "they open, belong together, and are at this release's migration")
+        yield _row("keys and database", "FAULT", refusal.message)
+        return
+    yield _row("keys and database", "ok", "they open, belong together, and are at this release's migration")
+    behind = deployment.rolled_back(service)
+    service.engine.dispose()
+    for each in behind:
+        yield _row("ledger", "FAULT", f"tenant {each.tenant_id}: {each.why}; {HOW_TO_MEND}")
+    if not behind:
+        yield _row(
+            "ledger", "ok", "every tenant's goes on from its anchor; `cloister-admin audit verify` reads them whole"
+        )
 
 
 def _private(name: str, place: Path) -> Row:

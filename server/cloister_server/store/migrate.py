@@ -7,6 +7,7 @@ may neither change nor delete any.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
@@ -17,11 +18,11 @@ from sqlalchemy import Connection, Engine, make_url, text
 from cloister_server.errors import StartRefused
 from cloister_server.settings import Settings
 from cloister_server.store.session import new_engine
-from cloister_server.store.tables import AuditRow, LedgerEntry, Table
+from cloister_server.store.tables import AuditRow, Balance, LedgerEntry, Link, Table
 
 __all__ = ["check_current", "upgrade"]
 
-_APPEND_ONLY = {LedgerEntry.__tablename__, AuditRow.__tablename__}
+_APPEND_ONLY = {table.__tablename__ for table in (LedgerEntry, Balance, Link, AuditRow)}
 
 
 def upgrade(settings: Settings) -> None:
@@ -66,11 +67,22 @@ def check_current(engine: Engine) -> None:
 def _migrate(engine: Engine) -> None:
     config = _config()
     try:
-        with engine.begin() as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        with engine.connect() as connection:
+            if engine.dialect.name == "sqlite":
+                # To change a column SQLite copies the table and drops the old one, which rows elsewhere still refer to.
+                _driver(connection).execute("PRAGMA foreign_keys=OFF")
+            with connection.begin():
+                config.attributes["connection"] = connection
+                command.upgrade(config, "head")
+                if engine.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_key_check").first():
+                    raise StartRefused("after the migration rows refer to rows that are not there; nothing was changed")
     finally:
         engine.dispose()
+
+
+def _driver(connection: Connection) -> Any:
+    """The driver's own connection, on which no transaction is begun yet."""
+    return connection.connection.driver_connection
 
 
 def _migrate_workflows(settings: Settings, role: str) -> None:

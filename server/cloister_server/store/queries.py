@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session, aliased
 from cloister_server.principal import Principal
 from cloister_server.store.tables import (
     App,
+    Block,
     Dataset,
     Grant,
     IdempotencyKey,
@@ -27,11 +28,13 @@ from cloister_server.store.tables import (
 
 __all__ = [
     "ANY",
+    "FIRST_BLOCK",
     "OPERATOR_VERBS",
     "VERBS",
     "app_of_id",
     "app_of_name",
     "apps_of",
+    "blocks_of",
     "forget_answers",
     "forget_grants_on",
     "forget_grants_to",
@@ -49,6 +52,9 @@ __all__ = [
 
 ANY = "*"
 """The resource id of a grant on every resource of its tenant."""
+
+FIRST_BLOCK = "first"
+"""The name of the block that every source begins with."""
 
 VERBS: Mapping[str, type[Table]] = {
     "source.create": Tenant,
@@ -150,6 +156,13 @@ def grants_of(tenant_id: str, holder_id: str | None) -> Select[Grant]:
 def app_of_id(session: Session, client_id: str) -> App | None:
     """The app of this client id, in whatever tenant: who it is, not what it may."""
     return session.scalars(select(App).where(App.id == client_id)).one_or_none()
+
+
+def blocks_of(session: Session, source: Source) -> list[tuple[int, str]]:
+    """Number and name of a source's blocks, in the order in which they were opened. The first has no row."""
+    of_source = (Block.tenant_id == source.tenant_id, Block.source_id == source.id)
+    opened = session.execute(select(Block.number, Block.name).where(*of_source).order_by(Block.number))
+    return [(0, FIRST_BLOCK), *((row.number, row.name) for row in opened)]
 
 
 def sources_of(session: Session, owner_id: str) -> list[str]:

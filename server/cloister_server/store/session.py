@@ -1,7 +1,8 @@
-"""Engines and transactions: how a database must be set before we trust it, and when a transaction takes the write lock."""
+"""Engines and transactions: how a database must be set before we trust it, when the write lock is taken, and what is linked."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,18 +10,34 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
-from cloister_server.errors import StartRefused
+from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.store import chain
+from cloister_server.store.anchors import Anchors, Draft
 
-__all__ = ["check_durability", "new_engine", "reading", "writing"]
+__all__ = ["anchors_of", "check_durability", "new_engine", "reading", "snapshot", "writing"]
 
-_WRITES = "cloister_writes"
+log = logging.getLogger(__name__)
+
+_WRITES, _ANCHORS = "cloister_writes", "cloister_anchors"
 
 
-def new_engine(url: str) -> Engine:
-    """An engine on SQLite (WAL, synchronous=FULL, foreign keys on) or PostgreSQL (SERIALIZABLE is not needed: row locks are taken)."""
+class _Writing(Session):
+    """A session whose new ledger and audit rows are linked before it commits."""
+
+
+event.listen(_Writing, "transient_to_pending", chain.collect)
+
+
+def new_engine(url: str, *, anchors: Anchors | None = None) -> Engine:
+    """An engine on SQLite (WAL, synchronous=FULL, foreign keys on) or PostgreSQL (SERIALIZABLE is not needed: row locks are taken).
+
+    What is written through it is held to `anchors`, and moves them; without them, chains are linked and anchored nowhere.
+    """
+    options = {_ANCHORS: anchors}
     if not url.startswith("sqlite"):
-        return create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1), pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+        of_psycopg = url.replace("postgresql://", "postgresql+psycopg://", 1)
+        return create_engine(of_psycopg, pool_pre_ping=True, execution_options=options)
+    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False}, execution_options=options)
     event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", _begin)
     return engine
@@ -46,10 +63,41 @@ def reading(engine: Engine) -> Iterator[Session]:
 
 
 @contextmanager
-def writing(engine: Engine) -> Iterator[Session]:
-    """One transaction: commits when the block ends, rolls back when it raises."""
-    with Session(engine.execution_options(**{_WRITES: True}), expire_on_commit=False) as session, session.begin():
+def snapshot(engine: Engine) -> Iterator[Session]:
+    """A transaction that only reads, and sees one moment however long it takes."""
+    options = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+    with reading(engine.execution_options(**options)) as session:
         yield session
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Session]:
+    """One transaction: commits when the block ends, rolls back when it raises. Its ledger and audit rows are linked into their chains.
+
+    Raises LedgerRolledBack, and writes nothing, where one of those chains does not go on from its anchor.
+    """
+    drafts: list[Draft] = []
+    with _Writing(engine.execution_options(**{_WRITES: True}), expire_on_commit=False) as session:
+        try:
+            with session.begin():
+                yield session
+                session.flush()
+                chain.extend(session, anchors_of(engine), drafts)
+        except BaseException:
+            for draft in drafts:
+                draft.discard()
+            raise
+    for draft in drafts:
+        try:
+            draft.publish()
+        except Unavailable as error:  # what was committed is: the anchor stays behind until the next row of its ledger
+            log.error("anchor.not_moved", extra={"tenant_id": draft.anchor.tenant_id, "error": str(error)})
+
+
+def anchors_of(engine: Engine | Connection) -> Anchors | None:
+    """What the engine's writes are held to."""
+    found: Anchors | None = engine.get_execution_options().get(_ANCHORS)
+    return found
 
 
 def check_durability(engine: Engine) -> None:

@@ -25,11 +25,14 @@ __all__ = [
     "App",
     "Attempt",
     "AuditRow",
+    "Balance",
+    "Block",
     "Dataset",
     "Grant",
     "IdempotencyKey",
     "Job",
     "LedgerEntry",
+    "Link",
     "Model",
     "ModelVersion",
     "Part",
@@ -39,6 +42,7 @@ __all__ = [
     "Table",
     "Tenant",
     "TenantKey",
+    "Unit",
     "Weights",
     "new_id",
     "now",
@@ -127,7 +131,7 @@ class Grant(Table):
 
 
 class Source(Table):
-    """The people behind datasets. Only `epsilon` may ever change, upwards."""
+    """The people behind datasets. Only `epsilon` may ever change, and never below what is used."""
 
     __tablename__ = "sources"
     __table_args__ = (UniqueConstraint("tenant_id", "name"),)
@@ -143,22 +147,46 @@ class Source(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
+class Block(Table):
+    """People who came to a source later than those of its earlier blocks, disjoint from them, with a budget of their own.
+
+    Every source has a block 0 without a row here.
+    """
+
+    __tablename__ = "blocks"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "source_id", "name"),
+        ForeignKeyConstraint(["tenant_id", "source_id"], ["sources.tenant_id", "sources.id"]),
+    )
+    tenant_id: Mapped[str] = _id()
+    source_id: Mapped[str] = _id()
+    number: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
 class LedgerEntry(Table):
     """One append-only row of a source's ledger; the database itself refuses to update or delete it.
 
-    kind 'freeze': the filter's orders and weights (once, before the first event);
-    'reserve': a job's event with its RDP vector per step, `steps` reserved (once a job), and as `overflow` what all of them
-    may add to delta at the source's epsilon of that day, which stands in the event as `cap`;
+    kind 'block': a block was opened, with the owner's reason;
+    'freeze': what was declared of the source, and the filter's orders and weights (once a block, before its first event);
+    'reserve': a job's event with its RDP vector per step, `steps` reserved (once a job and block), and as `overflow` what all
+    of them may add to delta at the source's epsilon of that day, which stands in the event as `cap`;
     'chunk': steps [first_step, first_step + steps) of an attempt, written before their first read of data;
-    'settle': the job is over, `steps` is what it is charged in the end (once a job).
+    'settle': the job is over, `steps` is what it is charged in the end (once a job);
+    'budget': the source's epsilon from here on, with the owner's reason;
+    'allowance': what one principal may use of it, until when, with the owner's reason; the newest one holds;
+    'write_off': nothing more is ever admitted, since it is not known any more what was spent.
     """
 
     __tablename__ = "ledger"
     __table_args__ = (
         ForeignKeyConstraint(["tenant_id", "source_id"], ["sources.tenant_id", "sources.id"]),
-        Index("ux_ledger_freeze", "tenant_id", "source_id", unique=True,
+        Index("ix_ledger_job", "tenant_id", "job_id"),
+        Index("ix_ledger_kind", "tenant_id", "source_id", "kind", "block"),
+        Index("ux_ledger_freeze", "tenant_id", "source_id", "block", unique=True,
               sqlite_where=text("kind = 'freeze'"), postgresql_where=text("kind = 'freeze'")),
-        Index("ux_ledger_reserve", "tenant_id", "job_id", unique=True,
+        Index("ux_ledger_reserve", "tenant_id", "job_id", "block", unique=True,
               sqlite_where=text("kind = 'reserve'"), postgresql_where=text("kind = 'reserve'")),
         Index("ux_ledger_settle", "tenant_id", "job_id", unique=True,
               sqlite_where=text("kind = 'settle'"), postgresql_where=text("kind = 'settle'")),
@@ -169,6 +197,8 @@ class LedgerEntry(Table):
     source_id: Mapped[str] = _id()
     revision: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[str]
+    block: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Of 'freeze' and 'reserve'; the other kinds are about all blocks of the job or source, and say 0."""
     job_id: Mapped[str | None] = mapped_column(String(40))
     attempt: Mapped[int | None]
     first_step: Mapped[int | None]
@@ -177,6 +207,56 @@ class LedgerEntry(Table):
     principal_id: Mapped[str] = _id(primary=False)
     event: Mapped[dict[str, Any]] = mapped_column(default=dict)
     created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Balance(Table):
+    """What one holder, or '*' all together, has used of a block after a ledger row: append-only, and derived from the rows
+    up to that one, so that admission reads one row however many there are."""
+
+    __tablename__ = "balances"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["tenant_id", "source_id", "revision"], ["ledger.tenant_id", "ledger.source_id", "ledger.revision"]
+        ),
+    )
+    tenant_id: Mapped[str] = _id()
+    source_id: Mapped[str] = _id()
+    block: Mapped[int] = mapped_column(primary_key=True)
+    holder_id: Mapped[str] = _id()
+    revision: Mapped[int] = mapped_column(primary_key=True)
+    used: Mapped[dict[str, Any]]
+    """`rho`, by order of the block's filter, and `overflow`, what overflowing steps may add to delta: whole numbers of small
+    units (`ledger`), whose sums are exact in whatever order."""
+
+
+class Link(Table):
+    """One link of a tenant's chain: the digest of a ledger or audit row and of the link before. Append-only."""
+
+    __tablename__ = "links"
+    __table_args__ = (UniqueConstraint("tenant_id", "kind", "row_id"),)
+    tenant_id: Mapped[str] = _id()
+    number: Mapped[int] = mapped_column(primary_key=True)
+    """1, 2, 3, ... without a gap."""
+    kind: Mapped[str]
+    """'ledger' or 'audit'."""
+    row_id: Mapped[str]
+    """`SOURCE/REVISION`, or the audit row's id."""
+    digest: Mapped[bytes]
+
+
+class Unit(Table):
+    """A user whose rows are in a dataset, as an HMAC under the tenant's key: tells in which source and block that user is."""
+
+    __tablename__ = "units"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "dataset_id"], ["datasets.tenant_id", "datasets.id"]),
+        Index("ix_units_dataset", "tenant_id", "dataset_id"),
+    )
+    tenant_id: Mapped[str] = _id()
+    mac: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    dataset_id: Mapped[str] = _id()
+    source_id: Mapped[str] = _id(primary=False)
+    block: Mapped[int]
 
 
 class Dataset(Table):
@@ -188,6 +268,7 @@ class Dataset(Table):
     tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
+    block: Mapped[int] = mapped_column(default=0, server_default=text("0"))
     name: Mapped[str]
     columns: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
     nominal_size: Mapped[int] = mapped_column(BigInteger)
@@ -227,7 +308,7 @@ class SealedObject(Table):
 
 
 class Job(Table):
-    """A training run. Its spec (with the architecture) is sealed: `spec_id` names the object."""
+    """A training run, or a query on a dataset. Its spec (with the architecture) is sealed: `spec_id` names the object."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -239,7 +320,10 @@ class Job(Table):
     id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
     dataset_id: Mapped[str] = _id(primary=False)
-    model_id: Mapped[str] = _id(primary=False)
+    kind: Mapped[str] = mapped_column(default="train", server_default=text("'train'"))
+    """'train' or 'query'."""
+    model_id: Mapped[str | None] = mapped_column(String(40))
+    """The model that a training run publishes to; null for a query."""
     principal_id: Mapped[str] = _id(primary=False)
     request_id: Mapped[str]
     spec_id: Mapped[str] = _id(primary=False)
@@ -251,6 +335,8 @@ class Job(Table):
     attempt: Mapped[int] = mapped_column(default=0)
     """The fencing number: only the newest attempt may write."""
     checkpoint_id: Mapped[str | None] = mapped_column(String(40))
+    result_id: Mapped[str | None] = mapped_column(String(40))
+    """The sealed answer of a query that is done."""
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     version: Mapped[int | None]
     error_code: Mapped[str | None]
@@ -258,7 +344,7 @@ class Job(Table):
 
 
 class Attempt(Table):
-    """One start of a job's training child."""
+    """One start of a job's child process."""
 
     __tablename__ = "attempts"
     __table_args__ = (ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),)
@@ -268,9 +354,9 @@ class Attempt(Table):
     started: Mapped[datetime] = mapped_column(default=now)
     from_step: Mapped[int]
     outcome: Mapped[str | None]
-    """'trained', 'paused', 'cancelled', 'budget', 'diverged' or 'internal', written by the attempt itself; null if it died."""
+    """'trained', 'answered', 'paused', 'cancelled', 'budget', 'diverged' or 'internal', written by the attempt; null if it died."""
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    """What 'trained' left: the weights' object id and the digests that the certificate states."""
+    """What 'trained' left: the weights' object id and the digests that the certificate states; of 'answered' the answer's id."""
 
 
 class Model(Table):

@@ -1,4 +1,4 @@
-"""One start of a job's training, from its keys to its settlement. Knows SQL, the vault and processes; trains nothing.
+"""One start of a job, training or query, from its keys to its settlement. Knows SQL, the vault and processes; trains nothing.
 
 Whoever runs an attempt holds the job's lock, and the training child inherits it: as long as any child of a job lives,
 no other can start. Every start takes a new fencing number, and only the newest may write.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import select
@@ -16,10 +17,11 @@ from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
 from cloister.wire.plans import TrainingSpec
+from cloister.wire.queries import Evaluation, QueryRequest
 from cloister_server import budgets, datasets, models, processes, vault
 from cloister_server.service import Service
 from cloister_server.store.session import writing
-from cloister_server.store.tables import Attempt, Dataset, Job, Weights
+from cloister_server.store.tables import Attempt, Dataset, Job, ModelVersion, Weights
 
 __all__ = ["GRACE_S", "abandon", "run_attempt"]
 
@@ -96,10 +98,13 @@ def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
         )
         outcome = attempts[0].outcome if attempts else None
         if outcome == "trained":
-            sealed = vault.open_object(session, service.keys, service.blobs, tenant_id=tenant_id, object_id=job.spec_id)
-            spec = TrainingSpec.model_validate_json(sealed)
-            job.version = models.publish(session, service, job, attempt=attempts[0], spec=spec)
+            spec = TrainingSpec.model_validate_json(_spec(session, service, job))
             _close(session, job, "done")
+            job.version = models.publish(session, service, job, attempt=attempts[0], spec=spec)
+        elif outcome == "answered":
+            assert attempts[0].result is not None  # noqa: S101 (an 'answered' attempt has left one)
+            _close(session, job, "done")
+            job.result_id = attempts[0].result["answer_id"]
         elif job.cancel_requested or outcome == "cancelled":
             _close(session, job, "cancelled")
         elif outcome in ("budget", "diverged", "internal"):
@@ -118,14 +123,8 @@ def _close(session: Session, job: Job, status: str, *, error_code: str | None = 
     log.info("job.over", extra={"job_id": job.id, "status": status, "charged": charged})
 
 
-def _initial_key(session: Session, service: Service, job: Job) -> dict[str, str] | None:
-    """The key of the weights that the job starts from, if it does; which ones lies sealed in its spec."""
-    sealed = vault.open_object(session, service.keys, service.blobs, tenant_id=job.tenant_id, object_id=job.spec_id)
-    named = TrainingSpec.model_validate_json(sealed).initial
-    if named is None:
-        return None
-    row = session.get_one(Weights, (job.tenant_id, named.id))
-    return vault.data_key(session, service.keys, tenant_id=job.tenant_id, object_id=row.object_id).to_message()
+def _spec(session: Session, service: Service, job: Job) -> bytes:
+    return vault.open_object(session, service.keys, service.blobs, tenant_id=job.tenant_id, object_id=job.spec_id)
 
 
 def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | None:
@@ -137,29 +136,72 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | No
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.cancel_requested or job.status in FINAL:
             return None
-        dataset = session.get_one(Dataset, (tenant_id, job.dataset_id))
         job.attempt += 1
         job.status = "running"
         session.add(Attempt(tenant_id=tenant_id, job_id=job_id, number=job.attempt, from_step=job.steps_done))
-        chunk_steps = max(service.settings.chunk_steps, -(-job.steps // MAX_CHUNKS))
-        checkpoints = -(-(job.steps - job.steps_done) // chunk_steps)
-
-        def key(object_id: str) -> dict[str, str]:
-            return vault.data_key(session, service.keys, tenant_id=tenant_id, object_id=object_id).to_message()
-
-        def fresh(kind: vault.Kind) -> dict[str, str]:
-            return vault.new_data_key(session, service.keys, tenant_id=tenant_id, kind=kind).to_message()
-
+        keys = _Keys(session, service, tenant_id)
         return {
             "settings": service.settings.dump_with_secrets(),
             "tenant": tenant_id,
             "job": job_id,
             "attempt": job.attempt,
-            "chunk_steps": chunk_steps,
-            "spec": key(job.spec_id),
-            "initial": _initial_key(session, service, job),
-            "parts": [key(part) for part in datasets.part_objects(session, service, dataset)],
-            "resume": key(job.checkpoint_id) if job.checkpoint_id else None,
-            "checkpoints": [fresh("checkpoint") for _ in range(checkpoints)],
-            "weights": fresh("weights"),
+            "kind": job.kind,
+            "spec": keys.of(job.spec_id),
+            **(_for_query(keys, job) if job.kind == "query" else _for_training(keys, job)),
         }
+
+
+def _for_training(keys: _Keys, job: Job) -> dict[str, Any]:
+    """What a training child is given besides: the dataset's keys, those of where it starts, and fresh ones for what it leaves."""
+    session, service, tenant_id = keys.session, keys.service, keys.tenant_id
+    spec = TrainingSpec.model_validate_json(_spec(session, service, job))
+    chunk_steps = max(service.settings.chunk_steps, -(-job.steps // MAX_CHUNKS))
+    checkpoints = -(-(job.steps - job.steps_done) // chunk_steps)
+    initial = session.get_one(Weights, (tenant_id, spec.initial.id)).object_id if spec.initial is not None else None
+    return {
+        "chunk_steps": chunk_steps,
+        "initial": keys.of(initial) if initial else None,
+        "parts": [part for each in (spec.dataset, *spec.with_datasets) for part in keys.of_parts(each)],
+        "resume": keys.of(job.checkpoint_id) if job.checkpoint_id else None,
+        "checkpoints": [keys.fresh("checkpoint") for _ in range(checkpoints)],
+        "weights": keys.fresh("weights"),
+    }
+
+
+def _for_query(keys: _Keys, job: Job) -> dict[str, Any]:
+    """What a child that answers a query is given besides: the dataset's keys, those of the models it evaluates, and a fresh one."""
+    query = QueryRequest.model_validate_json(_spec(keys.session, keys.service, job))
+    versions = {(each.model, each.version) for each in query.queries if isinstance(each, Evaluation)}
+    return {
+        "parts": keys.of_parts(job.dataset_id),
+        "models": [
+            {
+                "model": model,
+                "version": version,
+                "weights": keys.of(keys.session.get_one(ModelVersion, (keys.tenant_id, model, version)).weights_id),
+            }
+            for model, version in sorted(versions)
+        ],
+        "answer": keys.fresh("answer"),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """The data keys of one tenant, as a child's message has them."""
+
+    session: Session
+    service: Service
+    tenant_id: str
+
+    def of(self, object_id: str) -> dict[str, str]:
+        return vault.data_key(
+            self.session, self.service.keys, tenant_id=self.tenant_id, object_id=object_id
+        ).to_message()
+
+    def of_parts(self, dataset_id: str) -> list[dict[str, str]]:
+        dataset = self.session.get_one(Dataset, (self.tenant_id, dataset_id))
+        return [self.of(part) for part in datasets.part_objects(self.session, self.service, dataset)]
+
+    def fresh(self, kind: vault.Kind) -> dict[str, str]:
+        return vault.new_data_key(self.session, self.service.keys, tenant_id=self.tenant_id, kind=kind).to_message()

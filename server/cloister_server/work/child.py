@@ -1,4 +1,4 @@
-"""The training child: one attempt of one job. Knows its own job's keys and nobody else's; writes only what it may.
+"""The child process: one attempt of one job, training or query. Knows its job's keys and nobody else's; writes only what it may.
 
 Every chunk is in the ledger before its first read of data. What leaves this process is sealed (checkpoints, weights) or
 one word about how it ended. Nothing of rows is ever logged: an error is told by its type and place alone.
@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from cloister.wire.answers import Answer
 from cloister.wire.columns import Column, UnitColumn
+from cloister.wire.jobs import ModelSchema
 from cloister.wire.plans import TrainingSpec
+from cloister.wire.queries import QueryRequest
 from cloister.wire.rows import arrays_of, open_form
 from cloister_privacy.errors import TrainingDiverged
 from cloister_privacy.plan import DPPlan
@@ -26,6 +29,7 @@ from cloister_privacy.sealing import open_sealed, seal
 from cloister_server import budgets, datasets, logs, processes
 from cloister_server.errors import Unavailable
 from cloister_server.settings import Settings
+from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.session import new_engine, reading, writing
 from cloister_server.store.tables import Attempt, Dataset, Job, Source
@@ -36,7 +40,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_Ending = Literal["trained", "paused", "cancelled", "budget", "diverged", "internal"]
+AUDIT_STEPS = 8
+
+_ANSWERS_PAGE = 4096
+"""Sealed answers are filled up with blanks to multiples of so many bytes."""
+
+_Ending = Literal["trained", "answered", "paused", "cancelled", "budget", "diverged", "internal"]
 
 
 class _Paused(Exception):
@@ -50,8 +59,11 @@ def main() -> int:
     attempt = _Running(message)
     logs.configure(attempt.settings)
     try:
-        result = attempt.train(stop_asked=lambda: bool(stop_asked))
-        attempt.end("trained" if result else "cancelled", result)
+        if attempt.kind == "query":
+            attempt.end("answered", attempt.answer())
+        else:
+            result = attempt.train(stop_asked=lambda: bool(stop_asked))
+            attempt.end("trained" if result else "cancelled", result)
     except _Paused:
         attempt.end("paused")
     except budgets.Cancelled:
@@ -82,18 +94,17 @@ class _Running:
         self.settings = Settings.model_validate_json(message["settings"])
         self.tenant_id: str = message["tenant"]
         self.job_id: str = message["job"]
+        self.kind: str = message["kind"]
+        self._message = message
         self._number: int = message["attempt"]
-        self._chunk_steps: int = message["chunk_steps"]
         self._spec_key = self._key(message["spec"])
-        self._initial_key = self._key(message["initial"]) if message["initial"] else None
         self._part_keys = [self._key(part) for part in message["parts"]]
-        self._resume_key = self._key(message["resume"]) if message["resume"] else None
-        self._checkpoint_keys = [self._key(each) for each in message["checkpoints"]]
-        self._weights_key = self._key(message["weights"])
-        self._engine: Engine = new_engine(self.settings.database_url.get_secret_value())
+        self._checkpoint_keys = [self._key(each) for each in message.get("checkpoints", ())]
+        url, anchors = self.settings.database_url.get_secret_value(), Anchors(self.settings.anchor_dir)
+        self._engine: Engine = new_engine(url, anchors=anchors)
         self._blobs = Blobs(self.settings.data_dir / "objects")
 
-    def train(self, *, stop_asked: Callable[[], bool]) -> dict[str, str] | None:
+    def train(self, *, stop_asked: Callable[[], bool]) -> dict[str, Any] | None:
         """Run the steps that are left; what the weights are, or None where the job was cancelled."""
         from cloister_privacy.training import train
 
@@ -110,25 +121,78 @@ class _Running:
                     raise _Paused
             return True
 
-        rows = _Rows(lambda: (open_form(columns, self._open(key)) for key in self._part_keys), columns)
+        rows, message = self._rows(columns), self._message
+        plan, device = DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency), device_of(self.settings.device)
+        weights_key = self._key(message["weights"])
         weights = train(
             spec,
             rows,
             units=rows.units if source.unit == "user" else None,
-            plan=DPPlan.of(spec, unit=source.unit, adjacency=source.adjacency),
-            device=device_of(self.settings.device),
-            chunk_steps=self._chunk_steps,
+            plan=plan,
+            device=device,
+            chunk_steps=message["chunk_steps"],
             before_chunk=self._open_chunk,
             after_chunk=after_chunk,
-            initial=self._open(self._initial_key) if self._initial_key else None,
-            resume=self._open(self._resume_key) if self._resume_key else None,
+            initial=self._open(self._key(message["initial"])) if message["initial"] else None,
+            resume=self._open(self._key(message["resume"])) if message["resume"] else None,
         )
         if weights is None:
             return None
-        self._blobs.put(self.tenant_id, self._weights_key.object_id, self._seal(self._weights_key, weights))
-        return {"weights_id": self._weights_key.object_id, **_digests(weights)}
+        sealed = self._seal(weights_key, weights)
+        self._blobs.put(self.tenant_id, weights_key.object_id, sealed)
+        return {
+            "weights_id": weights_key.object_id,
+            "sealed_digest": hashlib.sha256(sealed).hexdigest(),
+            **_digests(weights),
+            **({"audit": _audit(plan, device=device)} if spec.audit else {}),
+        }
 
-    def end(self, outcome: _Ending, result: dict[str, str] | None = None) -> None:
+    def answer(self) -> dict[str, str]:
+        """Release the answers to a query: charged as one step, before the first row is read."""
+        from cloister_privacy.architecture import from_bytes
+        from cloister_privacy.queries import QueryPlan, release
+        from cloister_privacy.queries.predictions import predictions
+
+        query = QueryRequest.model_validate_json(self._open(self._spec_key))
+        with reading(self._engine) as session:
+            job = session.get_one(Job, (self.tenant_id, self.job_id))
+            source = session.get_one(Source, (self.tenant_id, job.source_id))
+            dataset = session.get_one(Dataset, (self.tenant_id, job.dataset_id))
+        columns = datasets.schema_of(dataset)
+        networks = {
+            (each["model"], each["version"]): from_bytes(self._open(self._key(each["weights"])))
+            for each in self._message["models"]
+        }
+        schemas = {
+            version: ModelSchema(
+                inputs=network.architecture.inputs,
+                target=network.architecture.target,
+                output=network.architecture.output,
+            )
+            for version, network in networks.items()
+        }
+        plan = QueryPlan.of(query, schema=columns, unit=source.unit, adjacency=source.adjacency, models=schemas)
+        self._open_chunk(0, 1)
+        rows, device = self._rows(columns), device_of(self.settings.device)
+        results = release(
+            plan,
+            rows,
+            units=rows.units() if source.unit == "user" else None,
+            predictions={
+                version: predictions(network, rows, count=rows.count, slots=dataset.capacity_rows, device=device)
+                for version, network in networks.items()
+            },
+        )
+        told = Answer(job=self.job_id, dataset=query.dataset, epsilon=plan.epsilon, results=results)
+        key, answer = self._key(self._message["answer"]), told.model_dump_json().encode()
+        padded = answer.ljust(-(-len(answer) // _ANSWERS_PAGE) * _ANSWERS_PAGE)  # a size on the disk tells no digits
+        self._blobs.put(self.tenant_id, key.object_id, self._seal(key, padded))
+        return {"answer_id": key.object_id}
+
+    def _rows(self, columns: Mapping[str, Column]) -> _Rows:
+        return _Rows(lambda: (open_form(columns, self._open(key)) for key in self._part_keys), columns)
+
+    def end(self, outcome: _Ending, result: dict[str, Any] | None = None) -> None:
         """Say how this attempt ended, unless a newer one has taken over."""
         with writing(self._engine) as session:
             job = session.get_one(Job, (self.tenant_id, self.job_id), with_for_update=True)
@@ -136,7 +200,7 @@ class _Running:
                 return
             row = session.get_one(Attempt, (self.tenant_id, self.job_id, self._number))
             row.outcome, row.result = outcome, result
-            if outcome == "trained":
+            if outcome in ("trained", "answered"):
                 job.steps_done = job.steps
 
     def _open_chunk(self, first: int, last: int) -> None:
@@ -193,6 +257,11 @@ class _Rows(Mapping[str, "np.ndarray[Any, Any]"]):
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def count(self) -> int:
+        """How many there are: private."""
+        return len(next(iter(self._arrays().values())))
+
     def units(self) -> np.ndarray[Any, Any]:
         """Whose each row is, as one whole number per user: int64 [rows]."""
         import numpy as np
@@ -222,6 +291,22 @@ def _digests(weights: bytes) -> dict[str, str]:
         "weights_digest": hashlib.sha256(weights).hexdigest(),
         "architecture_digest": hashlib.sha256(network.architecture.model_dump_json().encode()).hexdigest(),
         "initial_digest": network.initial_digest,
+    }
+
+
+def _audit(plan: DPPlan, *, device: str) -> dict[str, Any]:
+    """What canaries give away of the engine here at the run's own epsilon and delta; the run itself is public."""
+    from cloister_privacy.canaries import audit_run
+
+    audit = audit_run(epsilon=plan.epsilon(), delta=plan.delta, steps=AUDIT_STEPS, device=device)
+    return {
+        "canaries": audit.canaries,
+        "steps": AUDIT_STEPS,
+        "confidence": audit.confidence,
+        "epsilon_lower_bound": audit.epsilon_lower_bound,
+        "claimed_epsilon": audit.claimed_epsilon,
+        "delta": audit.delta,
+        "contradicts_claim": audit.contradicts_claim,
     }
 
 

@@ -1,0 +1,29 @@
+"""`cloister`: the command line of whoever holds a certificate. Knows arguments and exit statuses; its commands know the rest.
+
+Exit status 0: done. 1: refused, with one sentence on standard error. 2: not how the command is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from cloister.cli import verify
+from cloister.wire._errors import CloisterError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status. Raises SystemExit(2) where the arguments are not understood."""
+    parser = ArgumentParser(prog="cloister", description="Work with what a Cloister service gave you.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    verify.describe(commands.add_parser("verify", help="check a certificate offline", description=verify.__doc__))
+    given = parser.parse_args(arguments)
+    try:
+        verify.run(given)
+    except CloisterError as refusal:
+        print(f"cloister {given.command}: {verify.printable(str(refusal))}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,131 @@
+"""What the operator's commands have in common: one transaction each, refusals in a sentence, answers as text or as JSON."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from cloister_privacy.errors import PrivacyError
+from cloister_server import deployment, tenants
+from cloister_server.audit import denials_kept
+from cloister_server.errors import LedgerRolledBack, NotFound, ServerError
+from cloister_server.grants import NoSuch
+from cloister_server.policy import Denied
+from cloister_server.principal import Principal
+from cloister_server.service import Service
+from cloister_server.settings import load_settings
+from cloister_server.store.queries import OPERATOR_VERBS
+from cloister_server.store.session import snapshot, writing
+
+__all__ = ["HOW_TO_MEND", "JSON", "InTenant", "looking", "operator_in", "refusals", "request_id", "run", "show"]
+
+JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+InTenant = Annotated[str, typer.Option("--tenant", help="The tenant, by name or id.")]
+
+HOW_TO_MEND = (
+    "restore the newest database, or run `cloister-admin ledger replay` with an export of its ledger; where what was charged is "
+    "lost, `cloister-admin ledger write-off`"
+)
+"""What there is to do about a ledger that is older than its anchor."""
+
+
+def run(work: Callable[[Session, Service], Any], as_json: bool) -> None:
+    """One command, one transaction; its answer is shown."""
+    with refusals(as_json):
+        service = deployment.open_service(load_settings())
+        with denials_kept(service.engine), writing(service.engine) as session:
+            answer = work(session, service)
+        show(answer, as_json)
+
+
+@contextmanager
+def looking() -> Iterator[tuple[Session, Service]]:
+    """For a command that only reads, maybe for long: a snapshot, so that nobody waits for it."""
+    service = deployment.open_service(load_settings())
+    with denials_kept(service.engine), snapshot(service.engine) as session:
+        yield session, service
+
+
+@contextmanager
+def refusals(as_json: bool) -> Iterator[None]:
+    """A refusal is one sentence on standard error and exit status 1."""
+    try:
+        yield
+    except Denied as denied:
+        code, message = denied.code, _denied(denied)
+    except LedgerRolledBack as refusal:
+        code, message = refusal.code, f"tenant {refusal.tenant_id}: {refusal.why}; {HOW_TO_MEND}"
+    except (ServerError, PrivacyError) as refusal:
+        code = refusal.code if isinstance(refusal, ServerError) else "refused"
+        message = refusal.message if isinstance(refusal, ServerError) else str(refusal)
+    except ValidationError as refusal:
+        code = "invalid_request"
+        message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in refusal.errors())
+    else:
+        return
+    print(json.dumps({"error": message, "code": code}) if as_json else f"cloister-admin: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def _denied(denied: Denied) -> str:
+    """In the operator's words: there is nobody to ask for a grant."""
+    kind = OPERATOR_VERBS[denied.denial.verb].__name__.lower() if denied.denial.verb in OPERATOR_VERBS else "resource"
+    if isinstance(denied, NotFound):
+        return NoSuch(kind, denied.denial.resource_id).message
+    return f"{denied.denial.verb!r} on this {kind} is not the operator's to do; let a client do it that is granted it"
+
+
+def show(answer: Any, as_json: bool) -> None:
+    """One JSON document, or lines of `name: value`; a list as a table."""
+    if as_json:
+        print(json.dumps(answer, default=lambda value: value.isoformat()))
+    elif isinstance(answer, list):
+        _show_table(answer)
+    else:
+        print("\n".join(f"{name}: {_text(value)}" for name, value in answer.items()))
+
+
+def _show_table(rows: list[dict[str, Any]]) -> None:
+    """Aligned columns; of an id and a name the name is shown, where there is one."""
+    if not rows:
+        print("(none)")
+        return
+    columns = [name for name in rows[0] if not name.endswith("_name")]
+    lines = [columns, *([_text(row.get(f"{name}_name") or row[name]) for name in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None | []:
+            return "-"
+        case datetime():
+            return f"{value:%Y-%m-%d %H:%M}"
+        case [str(), *_]:
+            return ", ".join(value)
+        case list():
+            return json.dumps(value)
+        case dict():
+            return "  ".join(f"{name}={_text(each)}" for name, each in value.items())
+        case _:
+            return str(value)
+
+
+def operator_in(session: Session, tenant: str) -> Principal:
+    """The operator at work in the tenant of this name or id. Raises NoSuch."""
+    return tenants.operator_of(tenants.find_tenant(session, tenant), request_id=request_id())
+
+
+def request_id() -> str:
+    return f"cli_{secrets.token_hex(12)}"

@@ -1,0 +1,179 @@
+"""Noisy answers about rows: priced for nothing, charged before a row is read, answered once, and told to nobody else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from httpx2 import Response
+from pydantic import TypeAdapter
+from sqlalchemy import select
+from starlette.testclient import TestClient
+
+from cloister.wire.columns import Schema
+from cloister.wire.rows import encode_rows
+from cloister_server import budgets
+from cloister_server.service import Service
+from cloister_server.store.session import reading, writing
+from cloister_server.store.tables import Attempt, Job, LedgerEntry
+from cloister_server.work.attempts import run_attempt
+
+COLUMNS: dict[str, Any] = {
+    "age": {"type": "number", "low": 0.0, "high": 100.0},
+    "kind": {"type": "category", "values": ["a", "b"]},
+}
+SCHEMA = TypeAdapter(Schema).validate_python(COLUMNS)
+AGES = np.array([10.0] * 30 + [50.0] * 10, np.float32)
+KINDS = np.array([0] * 30 + [1] * 10, np.int32)
+QUERIES = [{"type": "count"}, {"type": "mean", "column": "age"}, {"type": "label_balance", "column": "kind"}]
+
+
+class Asker:
+    """One client's requests."""
+
+    def __init__(self, http: TestClient, bearer: dict[str, str]) -> None:
+        self.http, self.bearer = http, bearer
+
+    def ask(self, method: str, path: str, *, key: str = "", **more: Any) -> Response:
+        headers = {**self.bearer, **({"Idempotency-Key": key} if key else {}), **more.pop("headers", {})}
+        return self.http.request(method, f"/v1{path}", headers=headers, **more)
+
+    def budget(self) -> dict[str, Any]:
+        return dict(self.ask("GET", "/sources/people").json()["budget"])
+
+    def query(self, dataset: str, epsilon: float = 10.0, queries: Any = QUERIES) -> dict[str, Any]:
+        return {"dataset": dataset, "queries": queries, "epsilon": epsilon}
+
+    def start(self, dataset: str, epsilon: float = 10.0, *, key: str = "", **more: Any) -> Response:
+        return self.ask("POST", "/queries", json={"query": self.query(dataset, epsilon), **more}, key=key)
+
+
+@pytest.fixture
+def asker(http: TestClient, bearer: dict[str, str]) -> Asker:
+    made = Asker(http, bearer)
+    made.ask("POST", "/sources", json={"name": "people", "epsilon": 30, "delta": 1e-5})
+    return made
+
+
+@pytest.fixture
+def dataset(asker: Asker) -> str:
+    """Forty rows, complete."""
+    source = asker.ask("GET", "/sources/people").json()["id"]
+    body = {"source": source, "name": "survey", "columns": COLUMNS, "nominal_size": 50, "capacity": 100}
+    made = str(asker.ask("POST", "/datasets", json=body).json()["id"])
+    rows = encode_rows(SCHEMA, {"age": AGES, "kind": KINDS})
+    digest = base64.b64encode(hashlib.sha256(rows).digest()).decode()
+    headers = {"Content-Digest": f"sha-256=:{digest}:"}
+    assert asker.ask("PUT", f"/datasets/{made}/parts/0", content=rows, headers=headers).status_code == 201
+    done = asker.ask("POST", f"/datasets/{made}/complete")
+    assert done.status_code == 200, done.text
+    return made
+
+
+def run(service: Service, job_id: str) -> str:
+    with reading(service.engine) as session:
+        tenant_id = session.scalars(select(Job.tenant_id).where(Job.id == job_id)).one()
+    for _ in range(3):
+        if run_attempt(service, tenant_id, job_id, stopping=threading.Event()) == "over":
+            break
+    with reading(service.engine) as session:
+        return session.get_one(Job, (tenant_id, job_id)).status
+
+
+def test_a_price_is_what_is_charged_and_costs_nothing(asker: Asker, dataset: str) -> None:
+    before = asker.budget()
+    price = asker.ask("POST", "/queries/price", json=asker.query(dataset))
+    assert price.status_code == 200, price.text
+    told = price.json()
+    assert told["event"]["epsilon"] == 10.0 and told["quote"]["fits"]
+    assert [len(each) for each in told["noise"]] == [1, 2, 1]
+    assert asker.budget() == before
+    assert asker.start(dataset).status_code == 201
+    assert asker.budget()["spent"] == told["quote"]["after"] > 0
+
+
+def test_answers_are_near_the_truth_and_shaped_by_public_numbers(asker: Asker, dataset: str, service: Service) -> None:
+    job = asker.start(dataset).json()
+    assert job["kind"] == "query" and job["model"] is None
+    assert asker.ask("GET", f"/queries/{job['id']}/answer").json()["code"] == "no_answer"
+    assert run(service, job["id"]) == "done"
+    answer = asker.ask("GET", f"/queries/{job['id']}/answer").json()
+    count, mean, balance = answer["results"]
+    assert abs(count["count"] - 40) <= 20
+    assert abs(mean["mean"] - 20.0) <= 15.0
+    assert balance["values"] == ["a", "b"] and abs(balance["counts"][0] - 30) <= 20
+    with reading(service.engine) as session:
+        kinds = session.scalars(select(LedgerEntry.kind).order_by(LedgerEntry.revision)).all()
+    assert kinds == ["freeze", "reserve", "chunk", "settle"], "charged ahead of the first row, and settled"
+
+
+def test_a_retried_query_is_charged_once(asker: Asker, dataset: str) -> None:
+    first, again = asker.start(dataset, key="k1"), asker.start(dataset, key="k1")
+    assert first.json() == again.json()
+    assert asker.budget()["revision"] == 2
+
+
+def test_a_query_that_does_not_fit_is_refused_and_leaves_nothing(asker: Asker, dataset: str) -> None:
+    assert asker.start(dataset, 20.0).status_code == 201
+    before = asker.budget()
+    refused = asker.start(dataset, 20.0)
+    assert refused.status_code == 409 and refused.json()["code"] == "budget_exceeded"
+    assert "query of epsilon 20.000 does not fit" in refused.json()["error"]
+    assert asker.budget() == before
+    assert asker.start(dataset, 1.0, require_revision=0).json()["code"] == "revision_moved"
+
+
+def test_an_attempt_that_died_after_its_charge_is_charged_again(asker: Asker, dataset: str, service: Service) -> None:
+    job_id = asker.start(dataset, 5.0).json()["id"]
+    with writing(service.engine) as session:
+        job = session.scalars(select(Job).where(Job.id == job_id)).one()
+        job.attempt, job.status = 1, "running"
+        session.add(Attempt(tenant_id=job.tenant_id, job_id=job.id, number=1, from_step=0))
+        budgets.open_chunk(
+            session, tenant_id=job.tenant_id, job_id=job.id, attempt=1, first_step=0, steps=1
+        )  # and there it died
+    once = asker.budget()["spent"]
+    assert run(service, job_id) == "done"
+    assert asker.budget()["spent"] > once
+    with reading(service.engine) as session:
+        settled = session.scalars(select(LedgerEntry.steps).where(LedgerEntry.kind == "settle")).all()
+    assert settled == [2]
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ({"type": "mean", "column": "kind"}, "number columns"),
+        ({"type": "histogram", "column": "age"}, "give edges"),
+        ({"type": "label_balance", "column": "nothing"}, "no column 'nothing'"),
+        ({"type": "histogram", "column": "age", "edges": [0.0, 200.0]}, "within its bounds"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_refused_by_name(
+    asker: Asker, dataset: str, query: dict[str, Any], problem: str
+) -> None:
+    refused = asker.ask("POST", "/queries/price", json=asker.query(dataset, queries=[query]))
+    assert refused.status_code == 422 and problem in refused.json()["error"]
+    assert asker.budget()["revision"] == 0
+
+
+def test_another_tenant_asks_of_what_is_not_there(
+    asker: Asker,
+    dataset: str,
+    http: TestClient,
+    make_client: Callable[..., Any],
+    bearer_of: Callable[[Any], dict[str, str]],
+) -> None:
+    stranger = Asker(http, bearer_of(make_client("other")))
+    absent = dataset[:-32] + "0" * 32
+    for path, body in (("/queries/price", stranger.query), ("/queries", lambda d: {"query": stranger.query(d)})):
+        answers = [stranger.ask("POST", path, json=body(each)) for each in (dataset, absent)]
+        assert [each.status_code for each in answers] == [404, 404]
+        assert answers[0].json()["error"] == answers[1].json()["error"]
+    job_id = asker.start(dataset).json()["id"]
+    assert stranger.ask("GET", f"/queries/{job_id}/answer").status_code == 404
