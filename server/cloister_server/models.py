@@ -47,6 +47,11 @@ __all__ = [
 ]
 
 
+_SCHEMAS_KEPT = 1024
+_schemas: dict[str, wire.ModelSchema] = {}
+"""By the id of the weights."""
+
+
 def get(session: Session, principal: Principal, id_or_name: str) -> wire.Model:
     return view(policy.find(session, principal, "model.read", Model, id_or_name).resource)
 
@@ -126,9 +131,14 @@ def schema(session: Session, principal: Principal, service: Service, id_or_name:
 
 
 def schema_of(session: Session, service: Service, row: ModelVersion) -> wire.ModelSchema:
-    """What a version reads and predicts."""
-    spec = open_network(session, service, row).architecture
-    return wire.ModelSchema(inputs=spec.inputs, target=spec.target, output=spec.output)
+    """What a version reads and predicts. It never changes, so it is read from the sealed weights once a process."""
+    known = _schemas.get(row.weights_id)
+    if known is None:
+        spec = open_network(session, service, row).architecture
+        known = _schemas[row.weights_id] = wire.ModelSchema(inputs=spec.inputs, target=spec.target, output=spec.output)
+        while len(_schemas) > _SCHEMAS_KEPT:
+            _schemas.pop(next(iter(_schemas)), None)
+    return known
 
 
 def network(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> NetworkView:

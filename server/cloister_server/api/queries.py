@@ -22,6 +22,8 @@ def price_query(body: QueryRequest, call: ReadCall) -> QueryPrice:
 
 @router.post("", status_code=201, response_model=Job)
 def start_query(body: StartQuery, call: WriteCall) -> Response:
+    # Models that are evaluated are opened here, where nobody waits for the write lock.
+    call.read(lambda session: answers.price(session, call.principal, call.service, body.query))
     return call.once(body, lambda session: answers.start(session, call.principal, call.service, body))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -18,13 +19,15 @@ from dbos import DBOS, SetWorkflowID
 from dbos._serialization import Serializer
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
 from cloister_server import deployment, logs, processes
-from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
 from cloister_server.service import Service
 from cloister_server.settings import Settings
-from cloister_server.store.session import reading
+from cloister_server.store import chain
+from cloister_server.store.session import anchors_of, reading
 from cloister_server.store.tables import Job
 from cloister_server.work.attempts import GRACE_S, abandon, run_attempt
 
@@ -35,6 +38,7 @@ WORKFLOW_VERSION = "1"
 
 _QUEUE = "train"
 _SWEEP_S = 0.3
+_UNDER_WAY = ("PENDING", "ENQUEUED", "DELAYED")
 
 
 class _JSON(Serializer):
@@ -88,6 +92,8 @@ def _run(service: Service, stopping: threading.Event) -> None:
         try:
             with running:
                 return run_attempt(service, tenant_id, job_id, stopping=stopping)
+        except LedgerRolledBack:
+            return "frozen"
         except (SQLAlchemyError, Unavailable, StartRefused) as error:
             # A step never raises: its error would be stored, and who knows what it says.
             log.error("attempt.not_run", extra={"job_id": job_id, "error": type(error).__name__})
@@ -99,6 +105,7 @@ def _run(service: Service, stopping: threading.Event) -> None:
 
     @DBOS.workflow(name="train", max_recovery_attempts=1_000_000)
     def train(tenant_id: str, job_id: str) -> str:
+        # 'frozen' ends this turn: the tenant's ledger is behind its anchor, and others wait. The sweeper sees when it is mended.
         while (outcome := attempt(tenant_id, job_id)) == "again":
             if stopping.wait(1.0):
                 threading.Event().wait()  # never returns: the process ends, and the next worker goes on here
@@ -118,7 +125,7 @@ def _run(service: Service, stopping: threading.Event) -> None:
             waiting = _waiting(service)
             for tenant_id, job_id in waiting:
                 if job_id not in enqueued:
-                    with SetWorkflowID(job_id):
+                    with SetWorkflowID(_workflow_id(job_id)):
                         queue.enqueue(train, tenant_id, job_id)
             enqueued = {job_id for _, job_id in waiting}
         except Exception as error:  # the database was away: look again
@@ -151,12 +158,28 @@ class _Running:
             self._changed.wait_for(lambda: self._count == 0, timeout_s)
 
 
+def _workflow_id(job_id: str) -> str:
+    """The job's own id, so that enqueuing twice is enqueuing once; another one where a turn of that id ended and the job did not."""
+    status = DBOS.get_workflow_status(job_id)
+    return job_id if status is None or status.status in _UNDER_WAY else f"{job_id}.{secrets.token_hex(8)}"
+
+
 def _waiting(service: Service) -> list[tuple[str, str]]:
+    """The jobs that are not over, oldest first, but for those of tenants whose ledger is behind its anchor."""
     with reading(service.engine) as session:
         rows = session.execute(
             select(Job.tenant_id, Job.id).where(Job.status.not_in(FINAL)).order_by(Job.created, Job.id)
-        )
-        return [(tenant_id, job_id) for tenant_id, job_id in rows]
+        ).all()
+        frozen = {tenant_id for tenant_id in {row.tenant_id for row in rows} if _is_frozen(service, session, tenant_id)}
+        return [(tenant_id, job_id) for tenant_id, job_id in rows if tenant_id not in frozen]
+
+
+def _is_frozen(service: Service, session: Session, tenant_id: str) -> bool:
+    try:
+        chain.require_current(session, anchors_of(service.engine), tenant_id)
+    except LedgerRolledBack:
+        return True
+    return False
 
 
 if __name__ == "__main__":
