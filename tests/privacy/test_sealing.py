@@ -180,11 +180,11 @@ def test_every_chunk_has_a_nonce_of_its_own_and_only_the_last_the_flag(monkeypat
         def __init__(self, key: bytes) -> None:
             self._cipher = AESGCM(key)
 
-        def encrypt(self, nonce: bytes, data: memoryview, associated: bytes) -> bytes:
+        def encrypt_into(self, nonce: bytes, data: memoryview, associated: bytes, sealed: memoryview) -> int:
             nonces.append(nonce)
-            return self._cipher.encrypt(nonce, data, associated)
+            return self._cipher.encrypt_into(nonce, data, associated, sealed)
 
-    monkeypatch.setattr("cloister_privacy.sealing.sealed.AESGCM", Recorder)
+    monkeypatch.setattr("cloister_privacy.sealing.chunks.AESGCM", Recorder)
     seal(bytes(64 * 5))
     assert [nonce[-1] for nonce in nonces] == [0, 0, 0, 0, 1]
     assert [int.from_bytes(nonce[:-1]) for nonce in nonces] == [0, 1, 2, 3, 4]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from cloister_privacy.sealing import (
     InvalidSeal,
     InvalidWrap,
     LocalKeyProvider,
+    SealedReader,
     UnsupportedSeal,
     open_into,
     open_sealed,
+    open_stream,
     seal,
 )
 from cloister_privacy.sealing.wrapping import unwrap_secret
@@ -89,6 +93,45 @@ def reference_open(sealed: bytes, key: bytes, context: dict[str, str]) -> bytes:
     return plaintext
 
 
+def reference_chunk(sealed: bytes, i: int, key: bytes, context: dict[str, str]) -> bytes:
+    """Chunk i alone, out of an object whose header says how many there are."""
+    header = sealed[:96]
+    size, length = int.from_bytes(header[20:24], "big"), int.from_bytes(header[24:32], "big")
+    enc_key, commitment = hkdf(key, header[32:64], bound(header[:20], context))
+    last = max(1, -(-length // size)) - 1
+    stop = 96 + length + 16 * (last + 1) if i == last else 96 + (i + 1) * (size + 16)
+    nonce = i.to_bytes(11, "big") + (b"\x01" if i == last else b"\x00")
+    aad = hashlib.sha256(header).digest() + i.to_bytes(8, "big") + length.to_bytes(8, "big")
+    if len(sealed) < stop or not hmac.compare_digest(commitment, header[64:]):
+        raise Refused
+    try:
+        return AESGCM(enc_key).decrypt(nonce, sealed[96 + i * (size + 16) : stop], aad)
+    except InvalidTag:
+        raise Refused from None
+
+
+def reference_range(sealed: bytes, start: int, stop: int, key: bytes, context: dict[str, str]) -> bytes:
+    header = sealed[:96]
+    size, length = int.from_bytes(header[20:24], "big"), int.from_bytes(header[24:32], "big")
+    _, commitment = hkdf(key, header[32:64], bound(header[:20], context))
+    if len(sealed) != 96 + length + 16 * max(1, -(-length // size)) or not hmac.compare_digest(commitment, header[64:]):
+        raise Refused
+    covering = range(start // size, -(-stop // size)) if start < stop else range(0 if length else 1)
+    plaintext = b"".join(reference_chunk(sealed, i, key, context) for i in covering)
+    return plaintext[start - covering.start * size :][: stop - start]
+
+
+def reference_stream(sealed: bytes, key: bytes, context: dict[str, str]) -> Iterator[bytes]:
+    if len(sealed) < 96:
+        raise Refused
+    size, length = int.from_bytes(sealed[20:24], "big"), int.from_bytes(sealed[24:32], "big")
+    count = max(1, -(-length // size))
+    for i in range(count):
+        if i == count - 1 and len(sealed) != 96 + length + 16 * count:
+            raise Refused
+        yield reference_chunk(sealed, i, key, context)
+
+
 def reference_unwrap(wrapped: bytes, key: bytes, info: bytes, line: bytes) -> bytes:
     salt, commitment, box = wrapped[len(line) :][:32], wrapped[len(line) :][32:64], wrapped[len(line) + 64 :]
     enc_key, expected = hkdf(key, salt, info)
@@ -122,6 +165,11 @@ def test_a_corrupted_vector_is_refused_by_both_readers(vector: dict[str, Any]) -
     assert type(refusal.value) is {"invalid": InvalidSeal, "unsupported": UnsupportedSeal}[vector["error"]]
     with pytest.raises(Refused):
         reference_open(sealed, key, context)
+    with pytest.raises(InvalidSeal):
+        reader = SealedReader(sealed, key=key, context=Context(**context))
+        reader.read(0, reader.length)
+    with pytest.raises(InvalidSeal):
+        open_stream(io.BytesIO(sealed), io.BytesIO(), key=key, context=Context(**context))
 
 
 def test_every_invalid_vector_is_refused_in_the_same_words() -> None:
@@ -149,6 +197,44 @@ def test_a_refused_vector_leaves_no_byte_in_the_callers_buffer(vector: dict[str,
             context=Context(**vector["context"]),
         )
     assert not any(buffer)
+
+
+@named(VECTORS["ranges"])
+def test_a_range_of_the_vectors_opens_or_is_refused_as_it_says(vector: dict[str, Any]) -> None:
+    key, sealed, context = bytes.fromhex(vector["key"]), bytes.fromhex(vector["sealed"]), vector["context"]
+    start, stop = vector["start"], vector["stop"]
+    if vector["plaintext"] is None:
+        with pytest.raises(Refused):
+            reference_range(sealed, start, stop, key, context)
+        with pytest.raises(InvalidSeal):
+            SealedReader(sealed, key=key, context=Context(**context)).read(start, stop)
+    else:
+        assert reference_range(sealed, start, stop, key, context).hex() == vector["plaintext"]
+        found = SealedReader(sealed, key=key, context=Context(**context)).read(start, stop)
+        assert found.hex() == vector["plaintext"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@named(VECTORS["streams"])
+def test_a_stream_of_the_vectors_gives_what_it_says_and_no_more(vector: dict[str, Any], threads: int) -> None:
+    key, sealed, context = bytes.fromhex(vector["key"]), bytes.fromhex(vector["sealed"]), vector["context"]
+    given, plaintext, is_complete = b"", bytes.fromhex(vector["plaintext"]), True
+    try:
+        for chunk in reference_stream(sealed, key, context):
+            given += chunk
+    except Refused:
+        is_complete = False
+    assert (given, is_complete) == (plaintext, vector["complete"])
+    sink, is_complete = io.BytesIO(), True
+    try:
+        open_stream(io.BytesIO(sealed), sink, key=key, context=Context(**context), threads=threads)
+    except InvalidSeal:
+        is_complete = False
+    ours = sink.getvalue()
+    assert (
+        is_complete == vector["complete"] and plaintext.startswith(ours) and len(ours) % 64 in (0, len(plaintext) % 64)
+    )
+    assert ours == plaintext if threads == 1 or is_complete else True
 
 
 @named(VECTORS["wrapped"])

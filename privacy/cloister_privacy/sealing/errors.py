@@ -3,6 +3,8 @@
 PrivacyError
 ├── InvalidSeal             changed, cut, extended, or of another key or context
 │   └── UnsupportedSeal     a format that this release does not read
+├── LengthMismatch          a stream to seal is shorter or longer than was declared
+├── ArenaFull               the limit of an arena leaves no room
 └── KeyProviderError        also itself: the keystore's files cannot be written
     ├── InvalidKeyId        not a key id
     ├── KeyMissing          never made here, or destroyed
@@ -13,7 +15,12 @@ PrivacyError
     ├── KeyFileExposed      others can read the secret, or another user owns it
     ├── KeystoreExists      create found a keystore
     ├── KeystoreMissing     open found none
-    └── KeystoreDamaged     a file of the keystore is not what was written
+    ├── KeystoreDamaged     a file of the keystore is not what was written
+    ├── KeyUnfit            a key whose attributes or state are not those of a key that was made here
+    ├── ProviderUnavailable no answer, or none in time: trying again may help
+    ├── ProviderMissing     the software that speaks to the provider is not installed
+    ├── AccessRefused       a PIN, a token or credentials that are wrong, or may not do this
+    └── InvalidAnswer       the provider answered with something that is no answer
 """
 
 from __future__ import annotations
@@ -21,6 +28,9 @@ from __future__ import annotations
 from cloister_privacy.errors import PrivacyError
 
 __all__ = [
+    "AccessRefused",
+    "ArenaFull",
+    "InvalidAnswer",
     "InvalidKeyId",
     "InvalidSeal",
     "InvalidWrap",
@@ -28,9 +38,13 @@ __all__ = [
     "KeyFileExposed",
     "KeyMissing",
     "KeyProviderError",
+    "KeyUnfit",
     "KeystoreDamaged",
     "KeystoreExists",
     "KeystoreMissing",
+    "LengthMismatch",
+    "ProviderMissing",
+    "ProviderUnavailable",
     "RootKeyRefused",
     "UnsupportedSeal",
     "WrongKey",
@@ -50,6 +64,14 @@ class InvalidSeal(PrivacyError):
 
 class UnsupportedSeal(InvalidSeal):
     """A sealed object of a version or suite that this release does not know; its first bytes say so to anyone."""
+
+
+class LengthMismatch(PrivacyError):
+    """A stream that is not of the length that its header has told already; what was written of it is no object."""
+
+
+class ArenaFull(PrivacyError):
+    """An arena that has leased all that its limit allows."""
 
 
 class KeyProviderError(PrivacyError):
@@ -100,3 +122,23 @@ class KeystoreMissing(KeyProviderError):
 
 class KeystoreDamaged(KeyProviderError):
     """A file of the keystore does not read as it was written."""
+
+
+class KeyUnfit(KeyProviderError):
+    """A key of this id is there, but it can be exported, is disabled, or is not of the kind that the provider makes."""
+
+
+class ProviderUnavailable(KeyProviderError):
+    """The provider cannot be reached, or did not answer in time; what was asked for may still have been done."""
+
+
+class ProviderMissing(KeyProviderError):
+    """A library or a package that this provider needs is not installed, or is not one."""
+
+
+class AccessRefused(KeyProviderError):
+    """The provider answered, and refuses us: a wrong PIN, a bad token, credentials that may not do this."""
+
+
+class InvalidAnswer(KeyProviderError):
+    """The provider answered with something that is no answer to what it was asked."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from cloister_privacy.sealing.context import Context, length_prefixed
 from cloister_privacy.sealing.derivation import KEY_BYTES
 from cloister_privacy.sealing.errors import (
-    InvalidKeyId,
     InvalidWrap,
     KeyExists,
     KeyMissing,
@@ -19,6 +17,7 @@ from cloister_privacy.sealing.errors import (
 )
 from cloister_privacy.sealing.files import check_private, make_directory, overwrite_and_remove, read_private, write_new
 from cloister_privacy.sealing.keystore import KeystoreRecord
+from cloister_privacy.sealing.provider import Destruction, check_key_id
 from cloister_privacy.sealing.root import Stretching, check_passphrase, new_key_file, read_key_file
 from cloister_privacy.sealing.sealed import new_key
 from cloister_privacy.sealing.wrapping import unwrap_secret, wrap_secret
@@ -28,8 +27,12 @@ __all__ = ["LocalKeyProvider"]
 _RECORD = "keystore.json"
 _KEK_LINE = b"cloister.kek/1\n"
 _WRAPPED_LINE = b"cloister.wrapped/1\n"
-_KEY_ID = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*")
 _FILE_LIMIT = 4096
+_DESTRUCTION = Destruction(
+    waiting_days=0,
+    claim="The file of the key was overwritten with zeros and removed from the live keystore. Copies of the keystore, "
+    "and what flash or a copying file system keeps of the file, are not reached by that.",
+)
 
 
 class LocalKeyProvider:
@@ -97,6 +100,10 @@ class LocalKeyProvider:
         """For the pipe to a child process, and nowhere else."""
         return self._root_key
 
+    @property
+    def destruction(self) -> Destruction:
+        return _DESTRUCTION
+
     def __repr__(self) -> str:
         return f"LocalKeyProvider({str(self._directory)!r})"
 
@@ -138,10 +145,7 @@ class LocalKeyProvider:
             raise _key_missing(key_id) from None
 
     def _path(self, key_id: str) -> Path:
-        if len(key_id) > 128 or not _KEY_ID.fullmatch(key_id):
-            raise InvalidKeyId(
-                "a key id has 1 to 128 lower-case letters, digits, '_', '-' and single dots, a letter first"
-            )
+        check_key_id(key_id)
         return self._directory / self._record.file_name(self._root_key, key_id)
 
     def _key(self, key_id: str) -> bytes:
