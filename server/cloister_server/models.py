@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import distributions
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,15 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from cloister.wire import jobs as wire
-from cloister.wire.certificate import Certificate, ChargedEvent, digest_of, environment_digest, sign, verify
+from cloister.wire.certificate import (
+    Certificate,
+    ChargedEvent,
+    digest_of,
+    environment_digest,
+    installed_distributions,
+    sign,
+    verify,
+)
 from cloister.wire.dsse import canonical_json
 from cloister.wire.plans import NetworkView, TrainingSpec
 from cloister.wire.statements import Audit, Deployment, sign_audit, sign_deployment
@@ -254,7 +261,7 @@ def _certificate(
         accountant="rdp",
         engine={name: installed(name) for name in ("cloister", "torch", "opacus")},
         code_version=installed("cloister"),
-        environment_digest=environment_digest({each.name: each.version for each in distributions()}),
+        environment_digest=environment_digest(installed_distributions()),
         issued=now(),
     )
     key, private = _signer(session, service)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import sysconfig
 from collections.abc import Mapping
+from importlib.metadata import distributions
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -35,6 +37,7 @@ __all__ = [
     "Keys",
     "digest_of",
     "environment_digest",
+    "installed_distributions",
     "key_id",
     "sign",
     "verify",
@@ -118,6 +121,13 @@ class Certificate(Response):
         if datasets is not None and datasets[0] != info.data.get("dataset"):
             raise ValueError("the first of the datasets is not the dataset")
         return datasets
+
+
+def installed_distributions() -> dict[str, str]:
+    """Name -> version of what is installed in this environment: of its own directories alone, since packages may add others to the
+    path while they run."""
+    own = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    return {each.name: each.version for each in distributions(path=own)}
 
 
 def environment_digest(installed: Mapping[str, str]) -> str:
