@@ -17,6 +17,7 @@ from journeys import COLUMNS, SQLITE, upload
 pytestmark = pytest.mark.parametrize("deployment", [SQLITE], indirect=True)
 
 
+@pytest.mark.long
 def test_a_model_is_evaluated_on_rows_that_were_held_back(
     client: cloister.Cloister, deployment: Deployment, app: App, digits: dict[str, np.ndarray]
 ) -> None:

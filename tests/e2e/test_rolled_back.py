@@ -16,6 +16,7 @@ from journeys import SQLITE, upload
 pytestmark = pytest.mark.parametrize("deployment", [SQLITE], indirect=True)
 
 
+@pytest.mark.long
 def test_a_frozen_tenant_keeps_nobody_else_waiting(
     client: cloister.Cloister, deployment: Deployment, app: App, digits: dict[str, np.ndarray]
 ) -> None:
