@@ -671,3 +671,30 @@ def test_the_interval_of_a_mean_holds_it_nearly_always() -> None:
         assert isinstance(result, MeanResult)
         inside += result.interval[0] <= 30 <= result.interval[1]
     assert stats.binomtest(inside, times, 0.95, alternative="less").pvalue > CHANCE
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+def test_an_evaluation_runs_the_same_rows_through_the_network_however_many_there_are(count: int) -> None:
+    from cloister.wire.architecture import Architecture
+    from cloister.wire.layers import Encode, Linear
+    from cloister_privacy.architecture import build
+    from cloister_privacy.queries.predictions import predictions
+
+    network = build(
+        Architecture(
+            inputs={"x": NumberColumn(low=0, high=1)},
+            layers=(Encode(), Linear(in_features=1, out_features=2)),
+            target="y",
+            output=CategoryColumn(values=("a", "b")),
+            loss="cross_entropy",
+        )
+    )
+    network.rows_at_once = 5
+    sizes: list[int] = []
+    network.register_forward_hook(lambda _, __, outputs: sizes.append(len(outputs)))
+    rows = {"x": np.linspace(0, 1, 12, dtype=np.float32)[:count]}
+    predicted = predictions(network, rows, count=count, slots=12, device="cpu")
+    assert sizes == [5, 5, 5]
+    assert predicted.shape == (count, 2)
+    if count:
+        assert predicted == pytest.approx(network.predict(rows)["probabilities"], abs=1e-6)
