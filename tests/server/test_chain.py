@@ -38,6 +38,7 @@ from cloister_server.service import Service
 from cloister_server.store import chain
 from cloister_server.store.anchors import Anchor, Anchors
 from cloister_server.store.chain import ChainBroken, Head
+from cloister_server.store.queries import blocks_of
 from cloister_server.store.session import new_engine, reading, snapshot, writing
 from cloister_server.store.tables import (
     Attempt,
@@ -803,3 +804,46 @@ def test_a_row_of_a_tenant_that_is_not_there_is_linked_all_the_same(service: Ser
     with reading(service.engine) as session:
         assert session.get(Tenant, "tn_nobody") is None
         assert chain.verify(session, "tn_nobody").count == 1
+
+
+def test_a_crafted_export_mints_no_budget(world: World, backup: Callable[[Service], Callable[[], Service]]) -> None:
+    unspent = declare(world.service, world.principal, "unspent")
+    restore = backup(world.service)
+    world.charge()
+    lines = [json.loads(line) for line in world.exported()]
+    for line in lines:
+        if line.get("source", {}).get("id") == unspent:
+            line["source"] |= {"epsilon": 900.0, "public": True}
+    block = {"tenant_id": world.tenant_id, "source_id": world.source_id, "number": 1, "name": "fresh"}
+    lines.insert(2, {"block": {**block, "created": lines[1]["source"]["created"]}})
+    restored = world.in_service(restore())
+    restored.replay([json.dumps(line) for line in lines])
+    with writing(restored.service.engine) as session:
+        assert session.get_one(Source, (world.tenant_id, unspent)).epsilon == 3.0
+        assert blocks_of(session, restored.source(session)) == [(0, "first")]
+    restored.verify()
+
+
+def test_charges_beyond_the_anchor_are_not_replayed(
+    world: World, backup: Callable[[Service], Callable[[], Service]]
+) -> None:
+    restore = backup(world.service)
+    world.charge()
+    path = Anchors(world.service.settings.anchor_dir).path(world.tenant_id)
+    anchored = path.read_bytes()
+    world.charge()
+    lines = world.exported()
+    path.write_bytes(anchored)
+    with pytest.raises(Conflict, match="beyond the anchor"):
+        world.in_service(restore()).replay(lines)
+
+
+def test_no_service_opens_on_rows_that_an_upgrade_has_not_linked_yet(world: World) -> None:
+    with world.service.engine.begin() as connection:  # past `writing`, which would link it
+        row = {column.key: "x" for column in AuditRow.__table__.columns if not column.nullable}
+        connection.execute(
+            AuditRow.__table__.insert().values({**row, "tenant_id": "tn_before", "time": datetime.now(UTC)})
+        )
+    with pytest.raises(StartRefused, match="not linked yet"):
+        deployment.open_service(world.service.settings)
+    deployment.initialise(world.service.settings).engine.dispose()
