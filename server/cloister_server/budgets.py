@@ -97,7 +97,7 @@ def quote(
     *,
     principal_id: str,
     blocks: Sequence[int],
-    is_of_all: bool = True,
+    is_of_all: bool,
 ) -> Quote:
     """What the budget would be after this event, in the block that it leaves least of: used by all, or by the principal alone.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -274,6 +275,18 @@ def test_a_checkpoint_holds_weights_optimizer_and_step_and_nothing_random(
     assert (metadata["format"], metadata["step"]) == ("cloister.checkpoint/1", "3")
     names = {f"layers.{layer}.{kind}" for layer in (1, 3) for kind in ("weight", "bias")}
     assert set(tensors) == {f"weights.{name}" for name in names} | {f"optimizer.{i}.momentum_buffer" for i in range(4)}
+
+
+def test_a_checkpoint_from_before_an_upgrade_is_of_the_same_spec(
+    spec_of: Callable[..., TrainingSpec], rows_of: Callable[[int], Rows]
+) -> None:
+    spec = spec_of()
+    now = spec.model_dump_json()
+    before = now.replace('"with_datasets":[],', "").replace(',"audit":false', "")  # fields that specs did not have
+    assert len(now) - len(before) == len('"with_datasets":[],' + ',"audit":false')
+    told = hashlib.sha256(before.encode()).hexdigest()
+    _, metadata = tensors_and_metadata(checkpoint_at(3, spec, rows_of(40)))
+    assert metadata["training"] == told
 
 
 def test_a_run_that_was_stopped_after_its_last_step_resumes_to_its_weights(

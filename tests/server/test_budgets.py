@@ -102,11 +102,21 @@ def test_the_test_vector_admits_seven_jobs_and_refuses_the_eighth_unchanged(engi
 
 def test_a_quote_is_what_the_balance_becomes(engine: Engine, source: Source) -> None:
     with reading(engine) as session:
-        quoted = budgets.quote(session, source, EVENT, principal_id="ap_x", blocks=(0,))
+        quoted = budgets.quote(session, source, EVENT, principal_id="ap_x", blocks=(0,), is_of_all=True)
     assert quoted.fits and quoted.before == 0.0 and quoted.revision == 0
     reserve(engine, source)
     assert balance(engine, source).spent == quoted.after
     assert balance(engine, source).left == quoted.left
+
+
+def test_a_quote_for_a_partner_tells_its_own_use_alone(engine: Engine, source: Source) -> None:
+    with reading(engine) as session:
+        alone = budgets.quote(session, source, EVENT, principal_id="ap_z", blocks=(0,), is_of_all=False)
+    reserve(engine, source)
+    with reading(engine) as session:
+        quoted = budgets.quote(session, source, EVENT, principal_id="ap_z", blocks=(0,), is_of_all=False)
+    assert (quoted.before, quoted.after) == (0.0, alone.after)
+    assert quoted.left < alone.left, "what is left is told to everyone"
 
 
 def test_the_largest_run_that_a_refusal_names_is_admitted(engine: Engine, source: Source) -> None:
@@ -221,8 +231,12 @@ def test_overflowing_steps_add_at_most_a_thousandth_to_delta(engine: Engine, sou
     assert refusal.value.details["overflow_left"] == pytest.approx(1e-10)
     assert balance(engine, source) == before, "a refusal writes nothing"
     with reading(engine) as session:
-        assert not budgets.quote(session, source, overflowing(1.01e-10), principal_id="ap_x", blocks=(0,)).fits
-        assert budgets.quote(session, source, overflowing(0.99e-10), principal_id="ap_x", blocks=(0,)).fits
+        assert not budgets.quote(
+            session, source, overflowing(1.01e-10), principal_id="ap_x", blocks=(0,), is_of_all=True
+        ).fits
+        assert budgets.quote(
+            session, source, overflowing(0.99e-10), principal_id="ap_x", blocks=(0,), is_of_all=True
+        ).fits
     reserve(engine, source, overflowing(0.99e-10))
 
 

@@ -133,7 +133,9 @@ class LedgerMachine(RuleBasedStateMachine):
         blocks = tuple(sorted(chosen & set(range(self.blocks)))) or (0,)
         expected = self._admits(event, who, blocks)
         with reading(self.engine) as session:
-            quoted = budgets.quote(session, self._source(session), event, principal_id=who, blocks=blocks)
+            quoted = budgets.quote(
+                session, self._source(session), event, principal_id=who, blocks=blocks, is_of_all=True
+            )
         if self._is_refused(
             lambda session: ledgers.reserve(session, self.source, event, principal_id=who, blocks=blocks),
             BudgetExceeded,
