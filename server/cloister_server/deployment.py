@@ -13,9 +13,10 @@ from typing import Any
 from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from cloister_privacy.sealing import KeyProvider, KeyProviderError, LocalKeyProvider
+from cloister_privacy.sealing import InvalidWrap, KeyMissing, KeyProviderError, LocalKeyProvider
 from cloister_server import vault
 from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
+from cloister_server.keyring import LOCAL, KeyRing, read_provider_file
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store import chain, migrate
@@ -24,7 +25,7 @@ from cloister_server.store.blobs import Blobs
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import check_durability, new_engine, reading, writing
 
-__all__ = ["check_initialised", "check_ready", "initialise", "open_service", "rolled_back", "unlock"]
+__all__ = ["check_initialised", "check_ready", "initialise", "open_keys", "open_service", "rolled_back"]
 
 _PURPOSES: tuple[vault.Purpose, ...] = ("token", "certificate", "pepper")
 
@@ -39,7 +40,7 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
     _check_apart(settings)
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     _make_database_directory(settings)
-    keys = _open_or_create_keystore(settings, passphrase)
+    keys = _open_or_create_keys(settings, passphrase)
     anchors = Anchors(settings.anchor_dir)
     anchors.create()
     try:
@@ -48,10 +49,9 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         check_durability(engine)
         with writing(engine) as session:
             made = [purpose for purpose in _PURPOSES if not public_keys(session, purpose)]
-            if not keys.has_key(vault.SYSTEM_KEY_ID):
-                if len(made) < len(_PURPOSES):
-                    raise _strangers(settings)
-                keys.create_key(vault.SYSTEM_KEY_ID)
+            if vault.active_key(session, vault.SYSTEM) is None:
+                vault.new_tenant_key(session, keys, vault.SYSTEM)
+                session.flush()  # it wraps the keys that follow
             for purpose in made:
                 vault.new_signing_key(session, keys, purpose)
         with reading(engine) as session:
@@ -65,7 +65,7 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         raise _unreachable(settings, error) from None
     except KeyProviderError as error:
         raise StartRefused(str(error)) from None
-    return open_service(settings, root_key=keys.root_key)
+    return open_service(settings, keys=keys)
 
 
 def check_initialised(settings: Settings) -> None:
@@ -74,28 +74,34 @@ def check_initialised(settings: Settings) -> None:
         raise StartRefused(f"{settings.data_dir} holds no deployment: not initialised; run `cloister-admin init`")
 
 
-def unlock(settings: Settings) -> bytes:
-    """The root key, by the key file or by a passphrase asked for at the terminal. Raises StartRefused."""
-    if not settings.key_dir.is_dir():
-        raise StartRefused(f"there is no keystore in {settings.key_dir}: not initialised; run `cloister-admin init`")
-    passphrase = None if settings.key_file else _ask_passphrase("Passphrase of the keystore: ")
-    try:
-        return LocalKeyProvider.open(settings.key_dir, key_file=settings.key_file, passphrase=passphrase).root_key
-    except KeyProviderError as error:
-        raise StartRefused(str(error)) from None
+def open_keys(settings: Settings) -> KeyRing:
+    """The key providers of the deployment; its keystore's passphrase is asked for at the terminal where there is no key file.
+
+    Raises StartRefused.
+    """
+    default, providers = _providers(settings)
+    if default == LOCAL or _has_keystore(settings):
+        if not settings.key_dir.is_dir():
+            raise StartRefused(
+                f"there is no keystore in {settings.key_dir}: not initialised; run `cloister-admin init`"
+            )
+        passphrase = None if settings.key_file else _ask_passphrase("Passphrase of the keystore: ")
+        try:
+            opened = LocalKeyProvider.open(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
+        except KeyProviderError as error:
+            raise StartRefused(str(error)) from None
+        providers[LOCAL] = _local(settings, opened)
+    return KeyRing(default, providers, remembers_s=settings.key_cache_s)
 
 
-def open_service(settings: Settings, *, root_key: bytes | None = None) -> Service:
+def open_service(settings: Settings, *, keys: KeyRing | None = None) -> Service:
     """Everything a process needs, every part of it checked. Raises StartRefused and says which is not sound, and why.
 
     Tenants whose ledger is older than its anchor are logged; of theirs nothing can be charged or changed, and all can be read.
     """
     _check_apart(settings)
     check_initialised(settings)
-    try:
-        keys = LocalKeyProvider(settings.key_dir, root_key=unlock(settings) if root_key is None else root_key)
-    except KeyProviderError as error:
-        raise StartRefused(str(error)) from None
+    keys = open_keys(settings) if keys is None else keys
     try:
         engine = new_engine(settings.database_url.get_secret_value(), anchors=Anchors(settings.anchor_dir))
     except (SQLAlchemyError, ImportError) as error:
@@ -125,7 +131,7 @@ def check_ready(service: Service) -> None:
         ) from None
 
 
-def _check_database(engine: Engine, keys: KeyProvider, settings: Settings) -> None:
+def _check_database(engine: Engine, keys: KeyRing, settings: Settings) -> None:
     try:
         check_durability(engine)
         migrate.check_current(engine)
@@ -149,41 +155,62 @@ def _rolled_back(engine: Engine, settings: Settings) -> list[LedgerRolledBack]:
 def _check_apart(settings: Settings) -> None:
     """A copy of the data must not be a copy of the keys."""
     data_dir = settings.data_dir.resolve()
-    for name, place in (("keystore", settings.key_dir), ("key file", settings.key_file)):
+    for name, place in (
+        ("key_dir", settings.key_dir),
+        ("key_file", settings.key_file),
+        ("key_providers", settings.key_providers),
+    ):
         if place is not None and place.resolve().is_relative_to(data_dir):
+            what = {"key_dir": "keystore", "key_file": "key file", "key_providers": "key provider file"}[name]
             raise StartRefused(
-                f"the {name} {place} lies inside the data directory, so that a copy of one is a copy of both; "
-                f"set CLOISTER_{'KEY_DIR' if name == 'keystore' else 'KEY_FILE'} to a place outside {data_dir}"
+                f"the {what} {place} lies inside the data directory, so that a copy of one is a copy of both; "
+                f"set CLOISTER_{name.upper()} to a place outside {data_dir}"
             )
 
 
-def _open_or_create_keystore(settings: Settings, passphrase: str | None) -> LocalKeyProvider:
-    is_new = not settings.key_dir.is_dir() or not any(settings.key_dir.iterdir())
-    if settings.key_file is not None:
-        passphrase = None
-    elif passphrase is None:
-        passphrase = _new_passphrase() if is_new else _ask_passphrase("Passphrase of the keystore: ")
-    make = LocalKeyProvider.create if is_new else LocalKeyProvider.open
-    try:
-        return make(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
-    except KeyProviderError as error:
-        raise StartRefused(str(error)) from None
+def _open_or_create_keys(settings: Settings, passphrase: str | None) -> KeyRing:
+    """As `open_keys`, but that a keystore is made where new keys go into it and there is none."""
+    default, providers = _providers(settings)
+    is_new = not _has_keystore(settings)
+    if default == LOCAL or not is_new:
+        if settings.key_file is not None:
+            passphrase = None
+        elif passphrase is None:
+            passphrase = _new_passphrase() if is_new else _ask_passphrase("Passphrase of the keystore: ")
+        make = LocalKeyProvider.create if is_new else LocalKeyProvider.open
+        try:
+            opened = make(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
+        except KeyProviderError as error:
+            raise StartRefused(str(error)) from None
+        providers[LOCAL] = _local(settings, opened)
+    return KeyRing(default, providers, remembers_s=settings.key_cache_s)
 
 
-def _check_keys(session: Any, keys: KeyProvider, settings: Settings) -> None:
-    """The service's own keys open: this keystore is the one that this database was made with."""
+def _providers(settings: Settings) -> tuple[str, dict[str, dict[str, Any]]]:
+    return (LOCAL, {}) if settings.key_providers is None else read_provider_file(settings.key_providers)
+
+
+def _local(settings: Settings, opened: LocalKeyProvider) -> dict[str, Any]:
+    return {"kind": "local", "directory": settings.key_dir, "root_key": opened.root_key}
+
+
+def _has_keystore(settings: Settings) -> bool:
+    """Anything but the ledgers' anchors, which lie there too: what is left of a damaged keystore is not built over."""
+    return settings.key_dir.is_dir() and any(place != settings.anchor_dir for place in settings.key_dir.iterdir())
+
+
+def _check_keys(session: Any, keys: KeyRing, settings: Settings) -> None:
+    """The service's own keys open: these providers have the keys that this database was made with."""
     try:
         for purpose in _PURPOSES:
             vault.signing_key(session, keys, purpose)
-    except KeyProviderError:
-        raise _strangers(settings) from None
-
-
-def _strangers(settings: Settings) -> StartRefused:
-    return StartRefused(
-        f"the keystore {settings.key_dir} is not the one that the database {_shown(settings)} was made with; "
-        "restore the one that was, or point at the other"
-    )
+    except (KeyMissing, InvalidWrap):
+        raise StartRefused(
+            f"the keystore {settings.key_dir} (or the key provider that CLOISTER_KEY_PROVIDERS names) is not the one that the "
+            f"database {_shown(settings)} was made with; restore the one that was, or point at the other"
+        ) from None
+    except KeyProviderError as error:
+        raise StartRefused(str(error)) from None
 
 
 def _unreachable(settings: Settings, error: Exception) -> StartRefused:

@@ -3,6 +3,7 @@
 ServerError
 ├── Unauthenticated        401  unauthenticated
 ├── Forbidden              403  forbidden: yours to see, not yours to do
+│   └── TenantKeyRefused   403  tenant_key_refused: the tenant's key was disabled, withdrawn or destroyed
 ├── NotFound               404  not_found: not there and not yours are the same
 ├── BadRequest             400  bad_request, body_truncated, digest_mismatch
 ├── Invalid                422  invalid_request, rows_refused, batch_too_large, plan_impossible, unit_not_supported
@@ -34,6 +35,7 @@ __all__ = [
     "RevisionMoved",
     "ServerError",
     "StartRefused",
+    "TenantKeyRefused",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",
@@ -61,6 +63,12 @@ class Unauthenticated(ServerError):
 class Forbidden(ServerError):
     status = 403
     default_code = "forbidden"
+
+
+class TenantKeyRefused(Forbidden):
+    """The tenant's key-encryption key is not to be had (any more), so that nothing of the tenant opens."""
+
+    default_code = "tenant_key_refused"
 
 
 class NotFound(ServerError):

@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 
 from cloister.wire._model import Identifier, Response
 from cloister.wire.dsse import Digest, Envelope, InvalidCertificate, sign_statement, verify_statement
-from cloister_privacy.sealing import KeyProvider
 from cloister_server import ledger, policy, vault
 from cloister_server.errors import Invalid
+from cloister_server.keyring import KeyRing
 from cloister_server.principal import Principal
 from cloister_server.store import chain
 from cloister_server.store.chain import GENESIS, ChainBroken, Head
@@ -69,7 +69,7 @@ def verify(session: Session, principal: Principal) -> Head:
     return head
 
 
-def signed_head(session: Session, principal: Principal, keys: KeyProvider) -> dict[str, Any]:
+def signed_head(session: Session, principal: Principal, keys: KeyRing) -> dict[str, Any]:
     """The chain's newest link in a DSSE envelope, to be kept elsewhere: by it a later state is told from a forged one."""
     tenant = session.get_one(Tenant, principal.tenant_id)
     policy.authorize(session, principal, "tenant.administer", tenant)

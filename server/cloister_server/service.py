@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
-from cloister_privacy.sealing import KeyProvider
+from cloister_server.keyring import KeyRing
 from cloister_server.settings import Settings
 from cloister_server.store.blobs import Blobs
 
@@ -19,5 +19,5 @@ class Service:
 
     settings: Settings
     engine: Engine
-    keys: KeyProvider
+    keys: KeyRing
     blobs: Blobs

@@ -32,6 +32,12 @@ class Settings(BaseModel):
     key_dir: Path = Field(default_factory=lambda: _home("config") / "keystore")
     key_file: Path | None = None
     """A root key file for unattended starts, mode 0600; without one the passphrase is asked for."""
+    key_providers: Path | None = None
+    """A file, mode 0600, that names other key providers: an HSM, a KMS, a tenant's own (docs/keys.md)."""
+    key_cache_s: Annotated[int, Field(ge=1, le=3600)] = 60
+    """How long an opened model is served before its tenant's key is asked for again: the most that a withdrawn key is outlived."""
+    strict: bool = False
+    """Whether a model's bytes are held against its signed certificate every time they are opened."""
     database_url: SecretStr = SecretStr("")
     """The runtime role's URL; SQLite in the data directory where it is empty."""
     owner_database_url: SecretStr | None = None

@@ -8,10 +8,10 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.orm import Session
 
 from cloister.wire._model import Name
-from cloister_privacy.sealing import KeyProvider
 from cloister_server import audit, grants, policy, vault
 from cloister_server.errors import Conflict, Invalid
 from cloister_server.grants import NoSuch, Role
+from cloister_server.keyring import KeyRing
 from cloister_server.oauth import client_secrets
 from cloister_server.principal import Principal
 from cloister_server.store import queries
@@ -41,22 +41,22 @@ class Removed:
     sources: list[str]
 
 
-def create_tenant(session: Session, keys: KeyProvider, *, name: str, request_id: str) -> Tenant:
-    """A tenant, and its first key in the provider: nothing of it is ever sealed under another's."""
+def create_tenant(
+    session: Session, keys: KeyRing, *, name: str, request_id: str, provider: str | None = None
+) -> Tenant:
+    """A tenant, and its first key in the default provider or the named one: nothing of it is ever sealed under another's."""
     tenant = Tenant(id=new_id("tn"), name=_checked(name))
     principal = operator_of(tenant, request_id=request_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
     if queries.tenant_of_id_or_name(session, name) is not None:
         raise Conflict(f"a tenant named {name!r} is already there; choose another name")
     session.add(tenant)
-    vault.new_tenant_key(session, keys, tenant.id)
+    vault.new_tenant_key(session, keys, tenant.id, provider=provider)
     audit.allowed(session, authorized, "tenant.create", tenant.id)
     return tenant
 
 
-def create_client(
-    session: Session, keys: KeyProvider, principal: Principal, *, name: str, role: Role
-) -> tuple[App, str]:
+def create_client(session: Session, keys: KeyRing, principal: Principal, *, name: str, role: Role) -> tuple[App, str]:
     """An app of the operator's tenant with a role's grants, and its secret, which is nowhere but in this answer."""
     tenant = session.get_one(Tenant, principal.tenant_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
@@ -71,7 +71,7 @@ def create_client(
     return app, secret
 
 
-def rotate_client(session: Session, keys: KeyProvider, principal: Principal, id_or_name: str) -> tuple[App, str]:
+def rotate_client(session: Session, keys: KeyRing, principal: Principal, id_or_name: str) -> tuple[App, str]:
     """A new secret for an app of the operator's tenant, which is nowhere but in this answer; the old one is of no use any more.
 
     Access tokens that the old secret got live on until they expire, ten minutes at most; `remove_client` ends those too.

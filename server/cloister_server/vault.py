@@ -1,6 +1,6 @@
-"""Keys and what they seal: tenant keys, single-use data keys, the service's own keys. Knows SQL and the key provider.
+"""Keys and what they seal: tenant keys, single-use data keys, the service's own keys. Knows SQL and the key providers.
 
-A tenant key (KEK) never leaves the provider; the database holds its id. A data key seals one byte stream, once,
+A tenant key (KEK) never leaves its provider; the database holds its id. A data key seals one byte stream, once,
 and lies wrapped in the row of the object that it sealed.
 """
 
@@ -11,7 +11,8 @@ import hashlib
 import hmac
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,21 +22,33 @@ from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from sqlalchemy import Select, delete, event, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cloister.wire.certificate import key_id as certificate_key_id
-from cloister_privacy.sealing import Context, KeyProvider, new_key, open_sealed, seal
-from cloister_server.errors import StartRefused
+from cloister_privacy.sealing import (
+    AccessRefused,
+    Context,
+    KeyMissing,
+    KeyUnfit,
+    ProviderUnavailable,
+    new_key,
+    open_sealed,
+    seal,
+)
+from cloister_server.errors import StartRefused, TenantKeyRefused, Unavailable
+from cloister_server.keyring import KeyRing
 from cloister_server.store.blobs import Blobs
-from cloister_server.store.tables import SealedObject, SigningKey, TenantKey, new_id
+from cloister_server.store.tables import Job, SealedObject, SigningKey, TenantKey, new_id
 
 __all__ = [
-    "SYSTEM_KEY_ID",
+    "SYSTEM",
     "DataKey",
     "Kind",
     "Purpose",
     "SigningSecret",
     "abandon_object",
+    "active_key",
     "content_mac",
     "data_key",
     "forget_objects",
@@ -44,14 +57,15 @@ __all__ = [
     "new_tenant_key",
     "open_object",
     "seal_object",
+    "signing_context",
     "signing_key",
     "unit_macs",
 ]
 
 log = logging.getLogger(__name__)
 
-SYSTEM_KEY_ID = "system"
-"""The key in the provider that wraps the service's own signing keys."""
+SYSTEM = "system"
+"""Stands for a tenant where the keys are the service's own: its KEK wraps the signing keys."""
 
 _AT_ONCE = 500
 """Ids in one statement: databases bound the parameters of one."""
@@ -59,7 +73,7 @@ _AT_ONCE = 500
 _UNITS_ID = "units"
 """The object id of the one key of a tenant that tells its users apart: a second one cannot be stored."""
 
-Kind = Literal["part", "manifest", "spec", "checkpoint", "weights", "initial", "units", "answer"]
+Kind = Literal["part", "manifest", "spec", "checkpoint", "weights", "initial", "units", "answer", "recipient"]
 Purpose = Literal["token", "certificate", "pepper"]
 
 
@@ -90,43 +104,83 @@ class SigningSecret:
     public: dict[str, Any]
 
 
-def new_tenant_key(session: Session, keys: KeyProvider, tenant_id: str) -> None:
-    """Create the tenant's first key-encryption key in the provider and name it in the database."""
-    key_id = f"{tenant_id}.{secrets.token_hex(8)}"
-    keys.create_key(key_id)
-    session.add(TenantKey(tenant_id=tenant_id, version=1, key_id=key_id))
+def new_tenant_key(session: Session, keys: KeyRing, tenant_id: str, *, provider: str | None = None) -> None:
+    """Create a tenant's first key-encryption key, in the default provider or the named one, and name it in the database."""
+    provider, key_id = provider or keys.default, f"{tenant_id}.{secrets.token_hex(8)}"
+    keys.of(provider).create_key(key_id)
+    session.add(TenantKey(tenant_id=tenant_id, version=1, provider=provider, key_id=key_id))
 
 
-def new_data_key(session: Session, keys: KeyProvider, *, tenant_id: str, kind: Kind) -> DataKey:
-    """A fresh data key, its wrapped form in the session; it may seal one stream, in one process, once."""
-    tenant_key = session.scalars(_newest_tenant_key(tenant_id)).one()
-    return _new_data_key(session, keys, tenant_key, kind=kind, object_id=new_id("obj"))
+def active_key(session: Session, tenant_id: str) -> TenantKey | None:
+    """The key that wraps what is new, locked against its end until this transaction's; None where there is none (any more)."""
+    return session.scalars(_active_key(tenant_id).with_for_update(read=True)).one_or_none()
 
 
-def data_key(session: Session, keys: KeyProvider, *, tenant_id: str, object_id: str) -> DataKey:
-    """The data key of an object that is already sealed."""
-    row = session.get_one(SealedObject, (tenant_id, object_id))
-    tenant_key = session.get_one(TenantKey, (tenant_id, row.key_version))
+def new_data_key(
+    session: Session,
+    keys: KeyRing,
+    *,
+    tenant_id: str,
+    kind: Kind,
+    object_id: str | None = None,
+    job: Job | None = None,
+) -> DataKey:
+    """A fresh data key, its wrapped form in the session; it may seal one stream, in one process, once.
+
+    `job`: the one whose newest attempt it is for, where nothing names the object before that ends.
+    """
+    tenant_key = active_key(session, tenant_id)
+    if tenant_key is None:
+        raise TenantKeyRefused(
+            "the tenant's keys are destroyed, or on their way to it: nothing is sealed for it any more"
+        )
+    object_id, secret = object_id or new_id("obj"), new_key()
+    context = Context(tenant=tenant_id, kind=kind, object=object_id)
+    with _asking():
+        wrapped = keys.of(tenant_key.provider).wrap(tenant_key.key_id, secret, context=context)
+    session.add(
+        SealedObject(
+            tenant_id=tenant_id,
+            id=object_id,
+            kind=kind,
+            key_version=tenant_key.version,
+            wrapped_key=wrapped,
+            job_id=job.id if job else None,
+            attempt=job.attempt if job else None,
+        )
+    )
+    session.flush()  # the row is there before its blob: by that a collection tells what is on its way from what is left over
+    return DataKey(object_id, secret, context)
+
+
+def data_key(session: Session, keys: KeyRing, *, tenant_id: str, object_id: str) -> DataKey:
+    """The data key of an object that is already sealed. Raises TenantKeyRefused where its KEK is not to be had any more."""
+    row = session.get(SealedObject, (tenant_id, object_id))
+    tenant_key = session.get(TenantKey, (tenant_id, row.key_version)) if row else None
+    if row is None or tenant_key is None or tenant_key.state == "destroyed":
+        raise TenantKeyRefused("the key of this is destroyed: what it sealed opens for nobody any more")
     context = Context(tenant=tenant_id, kind=row.kind, object=object_id)
-    return DataKey(object_id, keys.unwrap(tenant_key.key_id, row.wrapped_key, context=context), context)
+    with _asking():
+        secret = keys.of(tenant_key.provider).unwrap(tenant_key.key_id, row.wrapped_key, context=context)
+    return DataKey(object_id, secret, context)
 
 
-def seal_object(
-    session: Session, keys: KeyProvider, blobs: Blobs, plaintext: bytes, *, tenant_id: str, kind: Kind
-) -> str:
+def seal_object(session: Session, keys: KeyRing, blobs: Blobs, plaintext: bytes, *, tenant_id: str, kind: Kind) -> str:
     """Seal and store one object under a fresh key; its id may be named by rows of the same transaction."""
     key = new_data_key(session, keys, tenant_id=tenant_id, kind=kind)
-    blobs.put(tenant_id, key.object_id, seal(plaintext, key=key.secret, context=key.context))
+    sealed = seal(plaintext, key=key.secret, context=key.context)
+    blobs.put(tenant_id, key.object_id, sealed)
+    session.get_one(SealedObject, (tenant_id, key.object_id)).size = len(sealed)
     return key.object_id
 
 
-def open_object(session: Session, keys: KeyProvider, blobs: Blobs, *, tenant_id: str, object_id: str) -> bytes:
+def open_object(session: Session, keys: KeyRing, blobs: Blobs, *, tenant_id: str, object_id: str) -> bytes:
     """The plaintext of an object, in memory only. Raises InvalidSeal where a bit of it was touched."""
     key = data_key(session, keys, tenant_id=tenant_id, object_id=object_id)
     return bytes(open_sealed(blobs.get(tenant_id, object_id), key=key.secret, context=key.context))
 
 
-def content_mac(session: Session, keys: KeyProvider, content: bytes, *, tenant_id: str, object_id: str) -> bytes:
+def content_mac(session: Session, keys: KeyRing, content: bytes, *, tenant_id: str, object_id: str) -> bytes:
     """HMAC-SHA256 of an object's plaintext, under a key that its data key derives for this alone.
 
     Whoever reads the database learns nothing from it, not even which objects hold the same; it dies with the data key.
@@ -136,7 +190,7 @@ def content_mac(session: Session, keys: KeyProvider, content: bytes, *, tenant_i
     return hmac.digest(HKDF(SHA512(), length=32, salt=None, info=info).derive(key.secret), content, hashlib.sha256)
 
 
-def unit_macs(session: Session, keys: KeyProvider, ids: Iterable[bytes], *, tenant_id: str) -> list[bytes]:
+def unit_macs(session: Session, keys: KeyRing, ids: Iterable[bytes], *, tenant_id: str) -> list[bytes]:
     """HMAC-SHA256 of each user's id, under a key of the tenant's alone: of an id always the same, in whatever dataset.
 
     Whoever reads the database learns no id from it, and cannot try one out; it dies with the tenant's key.
@@ -171,57 +225,59 @@ def abandon_object(blobs: Blobs, object_id: str, *, tenant_id: str) -> None:
         log.error("blob.not_deleted", extra={"object_id": object_id, "error": type(error).__name__})
 
 
-def new_signing_key(session: Session, keys: KeyProvider, purpose: Purpose) -> SigningSecret:
-    """Create a key of the service, its private part wrapped by the system key."""
+def new_signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSecret:
+    """Create a key of the service, its private part wrapped by the system's key. Raises KeyProviderError."""
     key_id, secret, public = _generate(purpose)
-    wrapped = keys.wrap(SYSTEM_KEY_ID, secret, context=_signing_context(purpose, key_id))
-    session.add(SigningKey(id=key_id, purpose=purpose, public=public, wrapped=wrapped))
+    kek = session.scalars(_active_key(SYSTEM)).one()
+    wrapped = keys.of(kek.provider).wrap(kek.key_id, secret, context=signing_context(purpose, key_id))
+    session.add(SigningKey(id=key_id, purpose=purpose, public=public, wrapped=wrapped, key_version=kek.version))
     return SigningSecret(key_id, secret, public)
 
 
-def signing_key(session: Session, keys: KeyProvider, purpose: Purpose) -> SigningSecret:
-    """The newest key of this purpose. Raises StartRefused where `cloister-admin init` has not run."""
+def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSecret:
+    """The newest key of this purpose. Raises StartRefused where `cloister-admin init` has not run, and KeyProviderError."""
     row = session.scalars(
         select(SigningKey).where(SigningKey.purpose == purpose).order_by(SigningKey.created.desc()).limit(1)
     ).one_or_none()
     if row is None:
         raise StartRefused(f"there is no {purpose} key: this deployment is not initialised; run `cloister-admin init`")
-    secret = keys.unwrap(SYSTEM_KEY_ID, row.wrapped, context=_signing_context(purpose, row.id))
+    kek = session.get_one(TenantKey, (SYSTEM, row.key_version))
+    secret = keys.unwrap_often(kek.provider, kek.key_id, row.wrapped, context=signing_context(purpose, row.id))
     return SigningSecret(row.id, secret, row.public)
 
 
-def _newest_tenant_key(tenant_id: str) -> Select[TenantKey]:
-    return select(TenantKey).where(TenantKey.tenant_id == tenant_id).order_by(TenantKey.version.desc()).limit(1)
+def signing_context(purpose: str, key_id: str) -> Context:
+    """What the wrapped form of a key of the service is bound to."""
+    return Context(tenant=SYSTEM, kind=purpose, object=key_id)
 
 
-def _new_data_key(session: Session, keys: KeyProvider, tenant_key: TenantKey, *, kind: Kind, object_id: str) -> DataKey:
-    tenant_id, secret = tenant_key.tenant_id, new_key()
-    context = Context(tenant=tenant_id, kind=kind, object=object_id)
-    session.add(
-        SealedObject(
-            tenant_id=tenant_id,
-            id=object_id,
-            kind=kind,
-            key_version=tenant_key.version,
-            wrapped_key=keys.wrap(tenant_key.key_id, secret, context=context),
-        )
-    )
-    return DataKey(object_id, secret, context)
+@contextmanager
+def _asking() -> Iterator[None]:
+    """What a provider refuses, as what a caller may be told: a key that was taken away, or no answer. All else is our fault."""
+    try:
+        yield
+    except (KeyMissing, KeyUnfit, AccessRefused):
+        raise TenantKeyRefused(
+            "the tenant's key is not to be had: whoever holds it has disabled, withdrawn or destroyed it. Nothing of the tenant "
+            "opens before it is given back; ask the tenant's key holder, or the server's operator"
+        ) from None
+    except ProviderUnavailable:
+        raise Unavailable("the key provider does not answer, so nothing can be opened now; retry in a moment") from None
 
 
-def _units_key(session: Session, keys: KeyProvider, tenant_id: str) -> DataKey:
+def _active_key(tenant_id: str) -> Select[TenantKey]:
+    return select(TenantKey).where(TenantKey.tenant_id == tenant_id, TenantKey.state == "active")
+
+
+def _units_key(session: Session, keys: KeyRing, tenant_id: str) -> DataKey:
     """The tenant's key for its users, made at the first look. It seals nothing: other keys are derived from it."""
-    place = (tenant_id, _UNITS_ID)
-    if session.get(SealedObject, place) is None:
-        # Of two that find none one waits here, and then finds the other's.
-        tenant_key = session.scalars(_newest_tenant_key(tenant_id).with_for_update()).one()
-        if session.get(SealedObject, place) is None:
-            return _new_data_key(session, keys, tenant_key, kind="units", object_id=_UNITS_ID)
+    if session.get(SealedObject, (tenant_id, _UNITS_ID)) is None:
+        try:
+            with session.begin_nested():
+                return new_data_key(session, keys, tenant_id=tenant_id, kind="units", object_id=_UNITS_ID)
+        except IntegrityError:
+            pass  # of two that found none one waited for the other, and finds the other's now
     return data_key(session, keys, tenant_id=tenant_id, object_id=_UNITS_ID)
-
-
-def _signing_context(purpose: Purpose, key_id: str) -> Context:
-    return Context(tenant="system", kind=purpose, object=key_id)
 
 
 def _generate(purpose: Purpose) -> tuple[str, bytes, dict[str, Any]]:

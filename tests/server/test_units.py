@@ -20,8 +20,8 @@ from starlette.testclient import TestClient
 
 from cloister.wire.columns import Schema
 from cloister.wire.rows import encode_rows
-from cloister_privacy.sealing import KeyMissing
 from cloister_server import grants, tenants, units, vault
+from cloister_server.errors import TenantKeyRefused
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
@@ -349,10 +349,10 @@ def test_users_are_known_after_the_tenants_key_is_rotated_and_never_once_it_is_d
     first, second = uploader.declare(one, "first"), uploader.declare(other, "second")
     assert uploader.put(first, [ANNA]).status_code == 201
     old, new = rotate(service)
-    service.keys.destroy_key(old)
+    service.keys.of("local").destroy_key(old)
     refused(uploader.put(second, [ANNA]), row=0)
-    service.keys.destroy_key(new)
-    with reading(service.engine) as session, pytest.raises(KeyMissing):
+    service.keys.of("local").destroy_key(new)
+    with reading(service.engine) as session, pytest.raises(TenantKeyRefused):
         vault.unit_macs(session, service.keys, [ANNA.encode()], tenant_id=session.scalars(select(Unit.tenant_id)).one())
 
 
@@ -360,11 +360,12 @@ def rotate(service: Service) -> tuple[str, str]:
     """Give the tenant a second key, and wrap the units' key anew under it."""
     with writing(service.engine) as session:
         row = session.scalars(select(SealedObject).where(SealedObject.kind == "units")).one()
-        old, new = session.get_one(TenantKey, (row.tenant_id, 1)).key_id, f"{row.tenant_id}.second"
-        service.keys.create_key(new)
+        first = session.get_one(TenantKey, (row.tenant_id, 1))
+        old, new, first.state = first.key_id, f"{row.tenant_id}.second", "decrypt-only"
+        service.keys.of("local").create_key(new)
         session.add(TenantKey(tenant_id=row.tenant_id, version=2, key_id=new))
         key = vault.data_key(session, service.keys, tenant_id=row.tenant_id, object_id=row.id)
-        row.wrapped_key, row.key_version = service.keys.wrap(new, key.secret, context=key.context), 2
+        row.wrapped_key, row.key_version = service.keys.of("local").wrap(new, key.secret, context=key.context), 2
     return old, new
 
 

@@ -21,6 +21,7 @@ from cloister.wire.rows import encode_rows
 from cloister_privacy.sealing import LocalKeyProvider
 from cloister_server import audit, grants, tenants, vault
 from cloister_server.errors import Unavailable
+from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store.blobs import Blobs
@@ -36,13 +37,15 @@ SCHEMA = TypeAdapter(Schema).validate_python(COLUMNS)
 def service(engine: Engine, tmp_path: Path) -> Service:
     """A deployment on either database."""
     keys = LocalKeyProvider.create(tmp_path / "keystore", key_file=tmp_path / "root.key")
-    keys.create_key(vault.SYSTEM_KEY_ID)
+    ring = KeyRing("local", {"local": {"kind": "local", "directory": tmp_path / "keystore", "root_key": keys.root_key}})
     with writing(engine) as session:
+        vault.new_tenant_key(session, ring, vault.SYSTEM)
+        session.flush()
         for purpose in ("token", "certificate", "pepper"):
-            vault.new_signing_key(session, keys, purpose)  # type: ignore[arg-type]  # mypy widens the tuple to str
+            vault.new_signing_key(session, ring, purpose)  # type: ignore[arg-type]  # mypy widens the tuple to str
     url = SecretStr(engine.url.render_as_string(hide_password=False))
     settings = Settings(data_dir=tmp_path / "data", key_dir=tmp_path / "keystore", database_url=url)
-    return Service(settings, engine, keys, Blobs(settings.data_dir / "objects"))
+    return Service(settings, engine, ring, Blobs(settings.data_dir / "objects"))
 
 
 class Uploader:

@@ -15,7 +15,9 @@ from sqlalchemy.orm import Session
 from cloister.wire.sources import CreateSource
 from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
 from cloister_server.cli import doctor, ledger
-from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, request_id, run, show
+from cloister_server.cli.keys import key_cli
+from cloister_server.cli.tenants import tenant_cli
+from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, run, show
 from cloister_server.errors import Invalid
 from cloister_server.grants import Role
 from cloister_server.service import Service
@@ -27,10 +29,9 @@ from cloister_server.store.tables import Grant, Source
 __all__ = ["main"]
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-tenant_cli, client_cli, grant_cli, source_cli, budget_cli = (
+client_cli, grant_cli, source_cli, budget_cli = (
     typer.Typer(no_args_is_help=True, help=text)
     for text in (
-        "Tenants.",
         "OAuth clients (apps) of a tenant.",
         "Who may do what.",
         "The people behind data.",
@@ -38,7 +39,8 @@ tenant_cli, client_cli, grant_cli, source_cli, budget_cli = (
     )
 )
 for name, group in {
-    "tenant": tenant_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
+    "tenant": tenant_cli,
+    "key": key_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
     "audit": ledger.audit_cli, "ledger": ledger.ledger_cli,
 }.items():  # fmt: skip
     cli.add_typer(group, name=name)
@@ -88,26 +90,6 @@ def doctor_(
     show(rows, as_json)
     if any(row["state"] == "FAULT" for row in rows):
         raise typer.Exit(1)
-
-
-@tenant_cli.command("create")
-def tenant_create(name: str, as_json: JSON = False) -> None:
-    """Make a tenant, with an encryption key of its own."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        made = tenants.create_tenant(session, service.keys, name=name, request_id=request_id())
-        return {"id": made.id, "name": made.name}
-
-    run(work, as_json)
-
-
-@tenant_cli.command("list")
-def tenant_list(as_json: JSON = False) -> None:
-    """List the tenants."""
-    run(
-        lambda session, _: [{"id": t.id, "name": t.name, "created": t.created} for t in tenants.tenants(session)],
-        as_json,
-    )
 
 
 @client_cli.command("create")

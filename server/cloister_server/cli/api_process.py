@@ -11,6 +11,7 @@ from typing import Any
 from cloister_privacy.accounting import epsilon_by_pld
 from cloister_server import deployment, logs, processes
 from cloister_server.app import create_app
+from cloister_server.keyring import KeyRing
 from cloister_server.settings import Settings
 
 
@@ -18,7 +19,7 @@ def main() -> int:
     message = processes.receive(follows_thread=True)
     settings = Settings.model_validate_json(message["settings"])
     logs.configure(settings)
-    app = create_app(deployment.open_service(settings, root_key=bytes.fromhex(message["root_key"])))
+    app = create_app(deployment.open_service(settings, keys=KeyRing.from_message(message["keys"])))
     threading.Thread(target=_warm_up, name="warm-up", daemon=True).start()
     serve = {"granian": _serve_granian, "uvicorn": _serve_uvicorn}[settings.http_server]
     asyncio.run(serve(app, settings))

@@ -64,10 +64,10 @@ def _supervise(settings: Settings) -> None:
     with processes.locked(
         settings.data_dir / "locks" / "serve.lock", wait_s=5, what=f"the data directory {settings.data_dir}"
     ) as lock:
-        root_key = deployment.unlock(settings)
-        deployment.open_service(settings, root_key=root_key).engine.dispose()  # refuse here what every child would
+        keys = deployment.open_keys(settings)
+        deployment.open_service(settings, keys=keys).engine.dispose()  # refuse here what every child would
         _check_port(settings)
-        message = {"settings": settings.dump_with_secrets(), "root_key": root_key.hex()}
+        message = {"settings": settings.dump_with_secrets(), "keys": keys.to_message()}
         children = {name: _start(name, message, lock) for name in _MODULES}
         log.info("serving", extra={"url": settings.issuer})
         while not stopping.wait(0.1):

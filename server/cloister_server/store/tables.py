@@ -31,6 +31,7 @@ __all__ = [
     "Grant",
     "IdempotencyKey",
     "Job",
+    "KeystoreBackup",
     "LedgerEntry",
     "Link",
     "Model",
@@ -89,16 +90,27 @@ class Tenant(Table):
     id: Mapped[str] = _id()
     name: Mapped[str] = mapped_column(unique=True)
     created: Mapped[datetime] = mapped_column(default=now)
+    status: Mapped[str] = mapped_column(default="active", server_default=text("'active'"))
+    """'active'; 'shredding', from when its end was begun; or 'shredded': its keys are destroyed, and its receipt is signed."""
+    quota_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """The most that its sealed objects may take; null is without a bound."""
+    receipt: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """What was signed of its shredding."""
 
 
 class TenantKey(Table):
-    """One version of a tenant's key-encryption key: an id in the key provider, never the key."""
+    """One version of a key-encryption key (KEK), a tenant's or, as 'system', the service's: an id in a provider, never the key."""
 
     __tablename__ = "tenant_keys"
     tenant_id: Mapped[str] = _id()
     version: Mapped[int] = mapped_column(primary_key=True)
+    provider: Mapped[str] = mapped_column(String(64), default="local", server_default=text("'local'"))
+    """Which of the deployment's key providers has it, by name."""
     key_id: Mapped[str]
+    state: Mapped[str] = mapped_column(String(16), default="active", server_default=text("'active'"))
+    """'pre-active': on its way into the provider; 'active': wraps and unwraps (one at a time); 'decrypt-only'; 'destroyed'."""
     created: Mapped[datetime] = mapped_column(default=now)
+    destroyed: Mapped[datetime | None]
 
 
 class App(Table):
@@ -299,12 +311,18 @@ class SealedObject(Table):
     """A wrapped data key. What it sealed, if it came to that, lies in the blob store under the same id."""
 
     __tablename__ = "sealed_objects"
+    __table_args__ = (Index("ix_sealed_objects_key", "tenant_id", "key_version"),)
     tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     kind: Mapped[str]
     key_version: Mapped[int]
     wrapped_key: Mapped[bytes]
     created: Mapped[datetime] = mapped_column(default=now)
+    job_id: Mapped[str | None] = mapped_column(String(40))
+    """The job whose attempt the key was made for ahead of time; null for what is stored with the row that names it."""
+    attempt: Mapped[int | None]
+    size: Mapped[int | None] = mapped_column(BigInteger)
+    """Bytes that it takes sealed, where that is known."""
 
 
 class Job(Table):
@@ -434,4 +452,15 @@ class SigningKey(Table):
     purpose: Mapped[str]
     public: Mapped[dict[str, Any]]
     wrapped: Mapped[bytes]
+    key_version: Mapped[int] = mapped_column(default=1, server_default=text("1"))
+    """Which version of the system's key wraps it."""
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class KeystoreBackup(Table):
+    """A copy of the local keystore that `cloister-admin key backup` made: a receipt of shredding must name it."""
+
+    __tablename__ = "keystore_backups"
+    id: Mapped[str] = _id()
+    place: Mapped[str] = mapped_column(String(4096))
     created: Mapped[datetime] = mapped_column(default=now)

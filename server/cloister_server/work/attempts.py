@@ -139,7 +139,7 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | No
         job.attempt += 1
         job.status = "running"
         session.add(Attempt(tenant_id=tenant_id, job_id=job_id, number=job.attempt, from_step=job.steps_done))
-        keys = _Keys(session, service, tenant_id)
+        keys = _Keys(session, service, job)
         return {
             "settings": service.settings.dump_with_secrets(),
             "tenant": tenant_id,
@@ -153,7 +153,7 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | No
 
 def _for_training(keys: _Keys, job: Job) -> dict[str, Any]:
     """What a training child is given besides: the dataset's keys, those of where it starts, and fresh ones for what it leaves."""
-    session, service, tenant_id = keys.session, keys.service, keys.tenant_id
+    session, service, tenant_id = keys.session, keys.service, job.tenant_id
     spec = TrainingSpec.model_validate_json(_spec(session, service, job))
     chunk_steps = max(service.settings.chunk_steps, -(-job.steps // MAX_CHUNKS))
     checkpoints = -(-(job.steps - job.steps_done) // chunk_steps)
@@ -178,7 +178,7 @@ def _for_query(keys: _Keys, job: Job) -> dict[str, Any]:
             {
                 "model": model,
                 "version": version,
-                "weights": keys.of(keys.session.get_one(ModelVersion, (keys.tenant_id, model, version)).weights_id),
+                "weights": keys.of(keys.session.get_one(ModelVersion, (job.tenant_id, model, version)).weights_id),
             }
             for model, version in sorted(versions)
         ],
@@ -188,20 +188,21 @@ def _for_query(keys: _Keys, job: Job) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    """The data keys of one tenant, as a child's message has them."""
+    """The data keys for one attempt of a job, as a child's message has them."""
 
     session: Session
     service: Service
-    tenant_id: str
+    job: Job
 
     def of(self, object_id: str) -> dict[str, str]:
-        return vault.data_key(
-            self.session, self.service.keys, tenant_id=self.tenant_id, object_id=object_id
-        ).to_message()
+        tenant_id = self.job.tenant_id
+        return vault.data_key(self.session, self.service.keys, tenant_id=tenant_id, object_id=object_id).to_message()
 
     def of_parts(self, dataset_id: str) -> list[dict[str, str]]:
-        dataset = self.session.get_one(Dataset, (self.tenant_id, dataset_id))
+        dataset = self.session.get_one(Dataset, (self.job.tenant_id, dataset_id))
         return [self.of(part) for part in datasets.part_objects(self.session, self.service, dataset)]
 
     def fresh(self, kind: vault.Kind) -> dict[str, str]:
-        return vault.new_data_key(self.session, self.service.keys, tenant_id=self.tenant_id, kind=kind).to_message()
+        tenant_id = self.job.tenant_id
+        key = vault.new_data_key(self.session, self.service.keys, tenant_id=tenant_id, kind=kind, job=self.job)
+        return key.to_message()

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 from cloister.wire.jobs import FINAL
 from cloister_server import deployment, logs, processes
 from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
+from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store import chain
@@ -63,7 +64,7 @@ def main() -> int:
     with processes.locked(
         settings.data_dir / "locks" / "worker.lock", wait_s=10, what="the worker of this data directory"
     ):
-        service = deployment.open_service(settings, root_key=bytes.fromhex(message["root_key"]))
+        service = deployment.open_service(settings, keys=KeyRing.from_message(message["keys"]))
         try:
             _run(service, stopping)
         except BaseException as error:

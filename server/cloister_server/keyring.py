@@ -1,0 +1,143 @@
+"""The key providers of a deployment, by name: its own keystore, and what its provider file names. Knows files; no SQL, no tenants.
+
+A provider is opened when it is first asked for: one customer's KMS that is away keeps nobody else's data shut.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any, get_args
+
+from cloister_privacy.sealing import Context, KeyProvider, KeyProviderError, ProviderKind, open_provider
+from cloister_privacy.sealing.files import read_private
+from cloister_server.errors import StartRefused
+
+__all__ = ["LOCAL", "KeyRing", "read_provider_file"]
+
+LOCAL = "local"
+"""The name of the deployment's own keystore."""
+
+_FORMAT = "cloister.key-providers/1"
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_LARGEST_FILE = 2**20
+_PATHS = {"directory", "library", "ca_file", "key_file"}
+"""Settings of providers that are paths."""
+
+_MOST_REMEMBERED = 64
+
+
+class KeyRing:
+    """Named key providers, one of which takes new keys. What opens them is secret: there is no repr of it."""
+
+    def __init__(self, default: str, providers: Mapping[str, Mapping[str, Any]], *, remembers_s: float = 60.0) -> None:
+        """`providers`: name -> `kind` and the settings that `open_provider` takes. Opens none of them."""
+        self.default = default
+        self._settings = {name: dict(each) for name, each in providers.items()}
+        self._opened: dict[str, KeyProvider] = {}
+        self._remembers_s = remembers_s
+        self._remembered: dict[tuple[str, str, bytes], tuple[float, bytes]] = {}
+        self._lock = Lock()
+
+    def __repr__(self) -> str:
+        return f"KeyRing({', '.join(self._settings)})"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._settings)
+
+    def of(self, name: str) -> KeyProvider:
+        """The provider of this name. Raises KeyProviderError where it refuses, or the deployment has none of the name."""
+        with self._lock:
+            opened = self._opened.get(name)
+            if opened is None:
+                if name not in self._settings:
+                    raise KeyProviderError(
+                        f"this deployment has no key provider {name!r}, under which keys were made; put it back into "
+                        "the file that CLOISTER_KEY_PROVIDERS names"
+                    )
+                opened = self._opened[name] = open_provider(**self._settings[name])
+            return opened
+
+    def unwrap_often(self, name: str, key_id: str, wrapped: bytes, *, context: Context) -> bytes:
+        """A secret of the service itself that every request needs: asked of the provider once in a while."""
+        place, now = (name, key_id, wrapped), time.monotonic()
+        known = self._remembered.get(place)
+        if known is not None and now - known[0] < self._remembers_s:
+            return known[1]
+        secret = self.of(name).unwrap(key_id, wrapped, context=context)
+        self._remembered[place] = (now, secret)
+        while len(self._remembered) > _MOST_REMEMBERED:
+            self._remembered.pop(next(iter(self._remembered)), None)
+        return secret
+
+    def to_message(self) -> dict[str, Any]:
+        """For the pipe of a process of the service, and nowhere else."""
+        return {
+            "default": self.default,
+            "remembers_s": self._remembers_s,
+            "providers": {
+                name: {key: _told(value) for key, value in each.items()} for name, each in self._settings.items()
+            },
+        }
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> KeyRing:
+        providers = {name: _heard(each) for name, each in message["providers"].items()}
+        return cls(message["default"], providers, remembers_s=message["remembers_s"])
+
+
+def read_provider_file(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The default's name and the providers of a provider file, mode 0600. Raises StartRefused, and quotes nothing of it."""
+    try:
+        content = json.loads(read_private(path, limit=_LARGEST_FILE))
+    except KeyProviderError as error:
+        raise StartRefused(str(error)) from None
+    except FileNotFoundError:
+        raise StartRefused(
+            f"there is no key provider file at {path}; make it, or unset CLOISTER_KEY_PROVIDERS"
+        ) from None
+    except (OSError, ValueError, RecursionError):
+        raise _refused(path, "it cannot be read as JSON") from None
+    if not isinstance(content, dict) or content.keys() != {"format", "default", "providers"}:
+        raise _refused(path, "it has not exactly the fields format, default and providers")
+    if content["format"] != _FORMAT:
+        raise _refused(path, f"its format is not {_FORMAT}")
+    default, providers = content["default"], content["providers"]
+    if not isinstance(providers, dict) or not all(isinstance(each, dict) for each in providers.values()):
+        raise _refused(path, "its providers are not objects by name")
+    for name, each in providers.items():
+        if not _NAME.fullmatch(name) or name == LOCAL:
+            raise _refused(
+                path, f"{name[:64]!r} is no name for a provider ({LOCAL!r} is the deployment's own keystore)"
+            )
+        if each.get("kind") not in get_args(ProviderKind) or "root_key" in each:
+            raise _refused(path, f"provider {name!r} is of no kind there is: {', '.join(get_args(ProviderKind))}")
+    if default != LOCAL and default not in providers:
+        raise _refused(path, "its default names none of its providers")
+    return default, {name: _heard(each) for name, each in providers.items()}
+
+
+def _refused(path: Path, problem: str) -> StartRefused:
+    return StartRefused(f"the key provider file {path} does not hold: {problem}; see docs/keys.md")
+
+
+def _told(value: Any) -> Any:
+    return (
+        base64.b64encode(value).decode()
+        if isinstance(value, bytes)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+    )
+
+
+def _heard(settings: Mapping[str, Any]) -> dict[str, Any]:
+    heard = {key: Path(value) if key in _PATHS and isinstance(value, str) else value for key, value in settings.items()}
+    if "root_key" in settings:
+        heard["root_key"] = base64.b64decode(settings["root_key"])
+    return heard
