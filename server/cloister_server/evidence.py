@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_der_private_key
 from pydantic import AwareDatetime, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -74,11 +72,9 @@ def signed_head(session: Session, principal: Principal, keys: KeyRing) -> dict[s
     tenant = session.get_one(Tenant, principal.tenant_id)
     policy.authorize(session, principal, "tenant.administer", tenant)
     newest = chain.head(session, tenant.id)
-    signer = vault.signing_key(session, keys, "certificate")
-    private = load_der_private_key(signer.secret, password=None)
-    assert isinstance(private, Ed25519PrivateKey)  # noqa: S101 (the purpose's only kind)
+    key_id, private_key = vault.certificate_signer(session, keys)
     head = ChainHead(tenant=tenant.id, count=newest.count, head=newest.digest.hex(), time=now())
-    return sign_statement(head, _subject(head), predicate_type=HEAD_TYPE, private_key=private, key_id=signer.id)
+    return sign_statement(head, _subject(head), predicate_type=HEAD_TYPE, private_key=private_key, key_id=key_id)
 
 
 def opened_head(session: Session, envelope: Envelope) -> ChainHead:

@@ -20,7 +20,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA512
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_der_private_key,
+)
 from sqlalchemy import Select, delete, event, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -49,6 +55,7 @@ __all__ = [
     "SigningSecret",
     "abandon_object",
     "active_key",
+    "certificate_signer",
     "content_mac",
     "data_key",
     "forget_objects",
@@ -244,6 +251,14 @@ def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSec
     kek = session.get_one(TenantKey, (SYSTEM, row.key_version))
     secret = keys.unwrap_often(kek.provider, kek.key_id, row.wrapped, context=signing_context(purpose, row.id))
     return SigningSecret(row.id, secret, row.public)
+
+
+def certificate_signer(session: Session, keys: KeyRing) -> tuple[str, Ed25519PrivateKey]:
+    """The id and the private half of the key that certificates, and whatever else the service states, are signed with."""
+    key = signing_key(session, keys, "certificate")
+    private = load_der_private_key(key.secret, password=None)
+    assert isinstance(private, Ed25519PrivateKey)  # noqa: S101 (this purpose's keys are of no other kind)
+    return key.id, private
 
 
 def signing_context(purpose: str, key_id: str) -> Context:

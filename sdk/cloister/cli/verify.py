@@ -6,10 +6,9 @@ import hashlib
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
 
+from cloister.cli.files import read, read_keys, unusable, write
 from cloister.wire import page
-from cloister.wire._errors import InvalidArgument
 from cloister.wire.certificate import Certificate, InvalidCertificate, digest_of, verify
 
 __all__ = ["describe", "printable", "run"]
@@ -37,13 +36,13 @@ def run(given: Namespace) -> None:
 
     Raises InvalidCertificate where it proves nothing or these are not its weights, InvalidArgument where a file is of no use.
     """
-    envelope = _read(given.certificate)
-    certificate = verify(envelope, _keys(given.keys))
+    envelope = read(given.certificate)
+    certificate = verify(envelope, read_keys(given.keys))
     if given.weights is not None:
         _compare(given.weights, certificate)
     digest, signer = digest_of(envelope), json.loads(envelope)["signatures"][0]["keyid"]
     if given.html is not None:
-        _write(given.html, page.html(certificate, digest=digest, signer=signer))
+        write(given.html, page.html(certificate, digest=digest, signer=signer))
     if given.json:
         stated = {"certificate": certificate.model_dump(mode="json"), "digest": digest, "signer": signer}
         print(json.dumps({**stated, "weights_compared": given.weights is not None}))
@@ -85,42 +84,9 @@ def _compare(path: Path, certificate: Certificate) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as exc:
-        raise _unusable(path, exc) from exc
+        raise unusable(path, exc) from exc
     if found != certificate.weights_digest:
         raise InvalidCertificate(
             f"{path} holds other weights: its SHA-256 is {found}, and the certificate is of {certificate.weights_digest}; "
             "get the file of this very version"
         )
-
-
-def _keys(path: Path) -> Any:
-    text = _read(path)
-    try:
-        keys = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidArgument(
-            f"{path} is not JSON; give what `cloister-admin init --json` printed, or key id -> hexadecimal"
-        ) from None
-    return keys.get("certificate_keys", keys) if isinstance(keys, dict) else keys
-
-
-_MOST_BYTES = 2**20
-
-
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_MOST_BYTES + 1)  # what is longer is refused by whoever reads it
-    except OSError as exc:
-        raise _unusable(path, exc) from exc
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as exc:
-        raise _unusable(path, exc) from exc
-
-
-def _unusable(path: Path, exc: OSError) -> InvalidArgument:
-    return InvalidArgument(f"{path} cannot be used: {exc.strerror or exc}; give another path")

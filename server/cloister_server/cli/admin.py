@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from cloister.wire.sources import CreateSource
 from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
-from cloister_server.cli import doctor, ledger
+from cloister_server.cli import bundles, doctor, ledger
 from cloister_server.cli.keys import key_cli
 from cloister_server.cli.tenants import tenant_cli
 from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, run, show
@@ -44,6 +44,8 @@ for name, group in {
     "audit": ledger.audit_cli, "ledger": ledger.ledger_cli,
 }.items():  # fmt: skip
     cli.add_typer(group, name=name)
+
+tenant_cli.command("export")(bundles.export)
 
 Client = Annotated[str, typer.Argument(metavar="NAME", help="The client, by name or client id.")]
 Effect = Annotated[Literal["allow", "deny"], typer.Option(help="A deny goes before every allow.")]
