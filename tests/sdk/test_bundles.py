@@ -190,7 +190,7 @@ def test_a_bundle_that_was_sealed_anew_or_holds_something_else_leaves_nothing(
     line = bundles.public_line(bundles.private_key_of((made / "key").read_text().strip()))
     other = bundles.public_line(X25519PrivateKey.generate())
     for changed in ({"told": other}, {"members": MEMBERS[:-1]}, {"members": [*MEMBERS[:-1], ("empty", b"x")]}):
-        write_bundle(made, line, **changed)  # type: ignore[arg-type]  # of two types
+        write_bundle(made, line, **changed)
         assert open_it(made) == 1
         assert "cloister bundle: " in capsys.readouterr().err
         assert sorted(path.name for path in made.iterdir()) == ["bundle", "key", "keys.json"]
