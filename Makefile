@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[cli,server,postgres,mpc,keras,onnx]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[cli,server,postgres,hsm,aws,vault,mpc,keras,onnx]"
 	$(BIN)/python -m pip install --quiet --no-deps crypten==0.4.1
 	@touch $@
 

@@ -37,6 +37,7 @@ __all__ = [
     "Faulty",
     "VaultStandIn",
     "kms",
+    "kms_client",
     "kms_server",
     "new_token",
     "served",
@@ -135,6 +136,14 @@ def kms_server(home: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+def kms_client(url: str) -> Any:
+    """KMS itself, as an administrator of the account sees it."""
+    import boto3
+
+    account = {"aws_access_key_id": ACCOUNT["access_key_id"], "aws_secret_access_key": ACCOUNT["secret_access_key"]}
+    return boto3.client("kms", endpoint_url=url, region_name=ACCOUNT["region"], **account)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cloister._errors import RowsRefused as RowsRefused
     from cloister._errors import ServerFault as ServerFault
     from cloister._errors import StillRunning as StillRunning
+    from cloister._errors import TenantKeyRefused as TenantKeyRefused
     from cloister._errors import TimedOut as TimedOut
     from cloister._errors import TooLarge as TooLarge
     from cloister._errors import UnexpectedAnswer as UnexpectedAnswer
@@ -91,6 +92,7 @@ _ERRORS = [
     "RowsRefused",
     "ServerFault",
     "StillRunning",
+    "TenantKeyRefused",
     "TimedOut",
     "TooLarge",
     "UnexpectedAnswer",

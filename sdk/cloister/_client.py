@@ -60,7 +60,8 @@ def _given(value: str | None, name: str, variable: str) -> str:
 class Cloister:
     """A client of one server. Use it as a context manager, or call `close()`; it may be shared between threads.
 
-    `timeout_s` bounds each wait for the server within a request; None waits for ever.
+    `timeout_s` bounds each wait for the server within a request; None waits for ever. `seal_to`: the recipient that every upload
+    is sealed for, unless it names another; none goes unsealed then (docs/sdk.md).
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class Cloister:
         timeout_s: float | None = _TIMEOUT_S,
         max_retries: int = 2,
         allow_insecure: bool = False,
+        seal_to: str | None = None,
         _transport: Any = None,
     ) -> None:
         connection = _Connection(url, client_id, client_secret, allow_insecure=allow_insecure)
-        self._operations = Operations(max_retries=max_retries)
+        self._operations = Operations(max_retries=max_retries, seal_to=seal_to)
         self._sender = Sender(connection.url, connection.auth, timeout_s=timeout_s, transport=_transport)
         self.sources = Sources(self._sender, self._operations)
         self.datasets = Datasets(self._sender, self._operations)
@@ -175,10 +177,11 @@ class AsyncCloister:
         timeout_s: float | None = _TIMEOUT_S,
         max_retries: int = 2,
         allow_insecure: bool = False,
+        seal_to: str | None = None,
         _transport: Any = None,
     ) -> None:
         connection = _Connection(url, client_id, client_secret, allow_insecure=allow_insecure)
-        self._operations = Operations(max_retries=max_retries)
+        self._operations = Operations(max_retries=max_retries, seal_to=seal_to)
         self._sender = AsyncSender(connection.url, connection.auth, timeout_s=timeout_s, transport=_transport)
         self.sources = AsyncSources(self._sender, self._operations)
         self.datasets = AsyncDatasets(self._sender, self._operations)

@@ -15,6 +15,7 @@ CloisterError
     ├── BadRequest          400
     ├── AuthenticationFailed 401
     ├── PermissionDenied    403
+    │   └── TenantKeyRefused
     ├── NotFound            404: not there, or not shared with you
     ├── Conflict            409
     │   ├── UploadDiffers
@@ -62,6 +63,7 @@ __all__ = [
     "RowsRefused",
     "ServerFault",
     "StillRunning",
+    "TenantKeyRefused",
     "TimedOut",
     "TooLarge",
     "UnexpectedAnswer",
@@ -139,6 +141,10 @@ class AuthenticationFailed(APIError):
 
 class PermissionDenied(APIError):
     """403: yours to see, not yours to do."""
+
+
+class TenantKeyRefused(PermissionDenied):
+    """The tenant's encryption key is disabled, withdrawn or destroyed: nothing of the tenant opens before it is given back."""
 
 
 class NotFound(APIError):
@@ -230,6 +236,7 @@ _BY_CODE: dict[str, type[APIError]] = {
     "allowance_expired": BudgetExceeded,
     "revision_moved": RevisionMoved,
     "rows_refused": RowsRefused,
+    "tenant_key_refused": TenantKeyRefused,
 }
 _BY_STATUS: dict[int, type[APIError]] = {
     400: BadRequest,

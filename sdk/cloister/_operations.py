@@ -26,6 +26,7 @@ from cloister.wire.jobs import FINAL, Job, Model, ModelSchema, ModelVersion, Pag
 from cloister.wire.ledger import BudgetEntry, LedgerPage
 from cloister.wire.plans import NetworkView, PlanRequest
 from cloister.wire.queries import QueryRequest
+from cloister.wire.recipients import SEALED_ROWS_TYPE, RecipientKey, padded_bytes, seal_part
 from cloister.wire.rows import encode_rows
 from cloister.wire.sources import (
     Allowance,
@@ -50,16 +51,18 @@ _LONGEST_SILENCE_S = 60.0
 
 _ELEMENTS_A_REQUEST = 500_000
 _ENTRIES_A_PAGE = "200"
+_ROWS_TYPE = "application/vnd.cloister.rows"
 _ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
 _SEGMENT = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 """A name or an id, which is all that may become a part of a path."""
 
 
 class Operations:
-    """The operations of one client, with its retry setting."""
+    """The operations of one client, with its retry setting, and whom its uploads are sealed for unless they say so themselves."""
 
-    def __init__(self, *, max_retries: int) -> None:
+    def __init__(self, *, max_retries: int, seal_to: str | None = None) -> None:
         self._max_retries = max_retries
+        self._recipient = None if seal_to is None else RecipientKey.parse(seal_to)
         self._schemas: dict[tuple[str, int], ModelSchema] = {}  # a version's schema never changes
 
     def create_source(self, body: CreateSource) -> Operation[Source]:
@@ -98,9 +101,10 @@ class Operations:
         return [_told(model, item) for item in page.items], page.next
 
     def upload(
-        self, body: CreateDataset, data: RowData, *, source: Source | str, ignore_undeclared: bool
+        self, body: CreateDataset, data: RowData, *, source: Source | str, ignore_undeclared: bool, seal_to: str | None
     ) -> Operation[Dataset]:
         """Check all rows, declare, send part by part, close. An upload that was cut short is taken up where it stopped."""
+        recipient = self._recipient if seal_to is None else RecipientKey.parse(seal_to)
         most_rows = body.capacity_rows or body.capacity
         for _ in checked(body.columns, data, most_rows=most_rows, ignore_undeclared=ignore_undeclared):
             yield Pause(0)  # an event loop has other things to do between two windows
@@ -111,7 +115,14 @@ class Operations:
             count = len(next(iter(rows.values())))
             if first_row + count > most_rows:
                 raise _errors.RowsNotFit("the file has grown while it was read; upload what does not change")
-            yield from self._send_part(dataset, number, encode_rows(body.columns, rows), first_row=first_row)
+            content, content_type = encode_rows(body.columns, rows), _ROWS_TYPE
+            if recipient is not None:
+                size = padded_bytes(body.columns, capacity_rows=most_rows, part=number)
+                # Whoever answers in the server's place may name another dataset of the tenant, and so choose where these rows
+                # go; reading them takes the pinned key. Sealed once: a retry must send the same bytes.
+                content = seal_part(recipient, content, dataset=dataset.id, part=number, padded_to=size)
+                content_type = SEALED_ROWS_TYPE
+            yield from self._send_part(dataset, number, content, content_type, first_row=first_row)
             first_row += count
         return _told(Dataset, (yield from self._ask("POST", f"/v1/datasets/{dataset.id}/complete")))
 
@@ -320,9 +331,11 @@ class Operations:
         blocks = (yield from self.get("sources", dataset.source, Source)).budget.blocks
         return next((each.name for each in blocks if each.number == dataset.block), "")
 
-    def _send_part(self, dataset: Dataset, number: int, content: bytes, *, first_row: int) -> Operation[None]:
+    def _send_part(
+        self, dataset: Dataset, number: int, content: bytes, content_type: str, *, first_row: int
+    ) -> Operation[None]:
         digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
-        headers = {"Content-Digest": f"sha-256=:{digest}:", "Content-Type": "application/vnd.cloister.rows"}
+        headers = {"Content-Digest": f"sha-256=:{digest}:", "Content-Type": content_type}
         ask = Ask("PUT", f"/v1/datasets/{dataset.id}/parts/{number}", content=content, headers=headers)
         try:
             yield from asked(ask, max_retries=self._max_retries)

@@ -173,6 +173,7 @@ class Datasets(_Sync):
         capacity: int,
         capacity_rows: int | None = None,
         ignore_undeclared: bool = False,
+        seal_to: str | None = None,
     ) -> Dataset:
         """Stream rows to the server, about 4 MiB at a time, and close the dataset.
 
@@ -181,14 +182,18 @@ class Datasets(_Sync):
         and `capacity` are public numbers, what you would tell a stranger: never the number of rows itself. `source`:
         itself, its id or its name. `block`: the name of the one that its people came in, by default the source's first. A
         column that is not declared is an error, or with `ignore_undeclared` left out. In a CSV, blanks around names, numbers,
-        categories and user ids are no part of them.
+        categories and user ids are no part of them. `seal_to`: the line of the tenant's recipient
+        (`cloister-recipient-1:...`), as its operator gave it to you by another way than from the server; every part is then
+        sealed here, so that nothing between you and the server reads a row. By default the client's own, where it has one.
 
         All rows are checked here before anything is sent: RowsNotFit leaves no dataset behind. Called again with the same
         rows after an interruption, it goes on where the server stands; raises UploadDiffers where what was sent before
         was not the same. Raises RowsRefused if the server finds more.
         """
         body = _declaration(name, source, block, columns, nominal_size, capacity, capacity_rows)
-        return self._sender.run(self._operations.upload(body, data, source=source, ignore_undeclared=ignore_undeclared))
+        return self._sender.run(
+            self._operations.upload(body, data, source=source, ignore_undeclared=ignore_undeclared, seal_to=seal_to)
+        )
 
     def delete(self, dataset: Dataset | str) -> None:
         """Delete a dataset whose upload was not completed, so that its name is free again. Frees no budget."""
@@ -218,11 +223,12 @@ class AsyncDatasets(_Async):
         capacity: int,
         capacity_rows: int | None = None,
         ignore_undeclared: bool = False,
+        seal_to: str | None = None,
     ) -> Dataset:
         """As `Datasets.upload`."""
         body = _declaration(name, source, block, columns, nominal_size, capacity, capacity_rows)
         return await self._sender.run(
-            self._operations.upload(body, data, source=source, ignore_undeclared=ignore_undeclared)
+            self._operations.upload(body, data, source=source, ignore_undeclared=ignore_undeclared, seal_to=seal_to)
         )
 
     async def delete(self, dataset: Dataset | str) -> None:

@@ -8,7 +8,7 @@ from cloister.wire import answers as wire
 from cloister.wire import jobs as jobs_wire
 from cloister.wire.queries import Evaluation, QueryRequest
 from cloister_privacy.queries import QueryPlan
-from cloister_server import audit, budgets, datasets, grants, jobs, models, policy, sources, vault
+from cloister_server import audit, budgets, datasets, grants, jobs, models, policy, quotas, sources, vault
 from cloister_server.errors import Conflict
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -74,6 +74,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     session.add(job)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, job)
+    quotas.require_sealed(session, principal, service, tenant_id=job.tenant_id, object_id=job.spec_id)
     audit.allowed(session, authorized, "dataset.query", dataset.id)
     for model, version in evaluated:
         audit.allowed(session, model, "model.evaluate", f"{model.resource.id}/{version.version}")

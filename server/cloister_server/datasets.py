@@ -19,7 +19,7 @@ from cloister.wire import sources as wire
 from cloister.wire.columns import Schema, UnitColumn
 from cloister.wire.jobs import Page
 from cloister.wire.rows import RowsRefused, part_rows, row_bytes, seal_form
-from cloister_server import audit, grants, policy, units, vault
+from cloister_server import audit, grants, policy, quotas, units, vault
 from cloister_server.errors import Conflict, Invalid, NotFound
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -80,6 +80,8 @@ def create(session: Session, principal: Principal, body: wire.CreateDataset) -> 
     session.add(dataset)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, dataset)
+    needed = quotas.dataset_bytes(dataset.columns, dataset.capacity_rows, dataset.part_rows)
+    quotas.require(session, principal, tenant_id=dataset.tenant_id, needed=needed)
     audit.allowed(session, authorized, "dataset.create", dataset.id)
     return view(dataset)
 

@@ -91,7 +91,7 @@ def open_keys(settings: Settings) -> KeyRing:
         except KeyProviderError as error:
             raise StartRefused(str(error)) from None
         providers[LOCAL] = _local(settings, opened)
-    return KeyRing(default, providers, remembers_s=settings.key_cache_s)
+    return KeyRing(default, providers, file=settings.key_providers, remembers_s=settings.key_cache_s)
 
 
 def open_service(settings: Settings, *, keys: KeyRing | None = None) -> Service:
@@ -111,7 +111,7 @@ def open_service(settings: Settings, *, keys: KeyRing | None = None) -> Service:
     except BaseException:
         engine.dispose()
         raise
-    return Service(settings, engine, keys, Blobs(settings.data_dir / "objects"))
+    return Service(settings, engine, keys, Blobs.open_at(settings))
 
 
 def rolled_back(service: Service) -> list[LedgerRolledBack]:
@@ -183,7 +183,7 @@ def _open_or_create_keys(settings: Settings, passphrase: str | None) -> KeyRing:
         except KeyProviderError as error:
             raise StartRefused(str(error)) from None
         providers[LOCAL] = _local(settings, opened)
-    return KeyRing(default, providers, remembers_s=settings.key_cache_s)
+    return KeyRing(default, providers, file=settings.key_providers, remembers_s=settings.key_cache_s)
 
 
 def _providers(settings: Settings) -> tuple[str, dict[str, dict[str, Any]]]:
@@ -204,6 +204,7 @@ def _check_keys(session: Any, keys: KeyRing, settings: Settings) -> None:
     try:
         for purpose in _PURPOSES:
             vault.signing_key(session, keys, purpose)
+        vault.require_system_key(session, keys)  # what opened just now may have been remembered
     except (KeyMissing, InvalidWrap):
         raise StartRefused(
             f"the keystore {settings.key_dir} (or the key provider that CLOISTER_KEY_PROVIDERS names) is not the one that the "

@@ -1,6 +1,6 @@
 """Every refusal the server can speak, and the one shape it speaks them in; knows nothing of HTTP frameworks.
 
-ServerError
+ServerError                500  internal, weights_differ: what is stored is not what its certificate is of
 ├── Unauthenticated        401  unauthenticated
 ├── Forbidden              403  forbidden: yours to see, not yours to do
 │   └── TenantKeyRefused   403  tenant_key_refused: the tenant's key was disabled, withdrawn or destroyed
@@ -8,7 +8,7 @@ ServerError
 ├── BadRequest             400  bad_request, body_truncated, digest_mismatch
 ├── Invalid                422  invalid_request, rows_refused, batch_too_large, plan_impossible, unit_not_supported
 │   └── IdempotencyMismatch 422 idempotency_mismatch
-├── Conflict               409  conflict, dataset_not_ready
+├── Conflict               409  conflict, dataset_not_ready, quota_exceeded, tenant_shredded, shredding_unfinished
 │   ├── BudgetExceeded     409  budget_exceeded
 │   └── RevisionMoved      409  revision_moved
 ├── TooLarge               413  too_large

@@ -102,8 +102,8 @@ def add(
     `to` and `resource_id` may be names as well. Raises NoSuch or Invalid where the app, the verb or the resource is not there: a
     grant that never matches would be a false comfort.
     """
-    tenant = session.get_one(Tenant, principal.tenant_id)
-    authorized = policy.authorize(session, principal, "tenant.administer", tenant)
+    authorized = policy.authorize_change(session, principal, "tenant.administer")
+    tenant = authorized.resource
     holder, covered = find_app(session, tenant, to), _resource_id(session, tenant, verb, resource_id)
     if covered is None:
         kind = VERBS[verb].__name__.lower()

@@ -6,7 +6,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cloister.wire import jobs as wire
-from cloister_server import audit, budgets, grants, ledger, plans, policy, vault, weights
+from cloister_server import audit, budgets, grants, ledger, plans, policy, quotas, vault, weights
 from cloister_server.errors import Conflict, Forbidden, RevisionMoved
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -74,6 +74,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     session.add(job)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, job)
+    quotas.require_sealed(session, principal, service, tenant_id=job.tenant_id, object_id=job.spec_id)
     for authorized in read.authorized:
         audit.allowed(session, authorized, "dataset.train", authorized.resource.id)
     if start is not None:

@@ -35,11 +35,23 @@ _MOST_REMEMBERED = 64
 class KeyRing:
     """Named key providers, one of which takes new keys. What opens them is secret: there is no repr of it."""
 
-    def __init__(self, default: str, providers: Mapping[str, Mapping[str, Any]], *, remembers_s: float = 60.0) -> None:
-        """`providers`: name -> `kind` and the settings that `open_provider` takes. Opens none of them."""
-        self.default = default
+    def __init__(
+        self,
+        default: str,
+        providers: Mapping[str, Mapping[str, Any]],
+        *,
+        file: Path | None = None,
+        remembers_s: float = 60.0,
+    ) -> None:
+        """`providers`: name -> `kind` and the settings that `open_provider` takes. Opens none of them.
+
+        `file`: the provider file, which is read again when a name is asked for that was not in it: keys move to a new
+        provider while processes run that were started before it.
+        """
+        self.default, self._file = default, file
         self._settings = {name: dict(each) for name, each in providers.items()}
         self._opened: dict[str, KeyProvider] = {}
+        self._openings: dict[str, Lock] = {}
         self._remembers_s = remembers_s
         self._remembered: dict[tuple[str, str, bytes], tuple[float, bytes]] = {}
         self._lock = Lock()
@@ -52,16 +64,39 @@ class KeyRing:
 
     def of(self, name: str) -> KeyProvider:
         """The provider of this name. Raises KeyProviderError where it refuses, or the deployment has none of the name."""
-        with self._lock:
-            opened = self._opened.get(name)
-            if opened is None:
-                if name not in self._settings:
-                    raise KeyProviderError(
-                        f"this deployment has no key provider {name!r}, under which keys were made; put it back into "
-                        "the file that CLOISTER_KEY_PROVIDERS names"
-                    )
-                opened = self._opened[name] = open_provider(**self._settings[name])
+        opened = self._opened.get(name)
+        if opened is not None:
             return opened
+        with self._lock:
+            opening = self._openings.setdefault(name, Lock())
+        with opening:  # of this name alone: to open a provider may take as long as its network does
+            if name not in self._opened:
+                self._opened[name] = self._open(name)
+            return self._opened[name]
+
+    def kind_of(self, name: str) -> str | None:
+        """Of which kind the provider of this name is; None where the deployment has none of the name."""
+        kind: str | None = self._settings.get(name, {}).get("kind")
+        return kind
+
+    def _open(self, name: str) -> KeyProvider:
+        if name not in self._settings and self._file is not None:
+            try:
+                self._settings = {**read_provider_file(self._file)[1], **self._settings}
+            except StartRefused as refusal:
+                raise KeyProviderError(str(refusal)) from None
+        if name not in self._settings:
+            raise KeyProviderError(
+                f"this deployment has no key provider {name!r}, under which keys were made; put it back into "
+                "the file that CLOISTER_KEY_PROVIDERS names"
+            )
+        try:
+            return open_provider(**self._settings[name])
+        except (TypeError, ValueError):
+            raise KeyProviderError(
+                f"key provider {name!r} lacks a setting, or has one that cannot be; see docs/keys.md, and mend the file that "
+                "CLOISTER_KEY_PROVIDERS names"
+            ) from None
 
     def unwrap_often(self, name: str, key_id: str, wrapped: bytes, *, context: Context) -> bytes:
         """A secret of the service itself that every request needs: asked of the provider once in a while."""
@@ -79,6 +114,7 @@ class KeyRing:
         """For the pipe of a process of the service, and nowhere else."""
         return {
             "default": self.default,
+            "file": None if self._file is None else str(self._file),
             "remembers_s": self._remembers_s,
             "providers": {
                 name: {key: _told(value) for key, value in each.items()} for name, each in self._settings.items()
@@ -88,7 +124,8 @@ class KeyRing:
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> KeyRing:
         providers = {name: _heard(each) for name, each in message["providers"].items()}
-        return cls(message["default"], providers, remembers_s=message["remembers_s"])
+        file = None if message["file"] is None else Path(message["file"])
+        return cls(message["default"], providers, file=file, remembers_s=message["remembers_s"])
 
 
 def read_provider_file(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:

@@ -15,6 +15,10 @@ __all__ = ["JSONFormatter", "configure"]
 
 _OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
+_PRINT_SECRETS = frozenset(
+    {"authlib", "boto3", "botocore", "h11", "httpcore2", "httpx2", "hvac", "requests", "s3transfer", "urllib3"}
+)
+
 
 class JSONFormatter(logging.Formatter):
     """One JSON object a line; what a call passes as `extra` becomes fields."""
@@ -44,6 +48,5 @@ def configure(settings: Settings) -> None:
 
 
 def _prints_no_token(record: logging.LogRecord) -> bool:
-    """Authlib's grants print at DEBUG the tokens that they issue, and HTTP libraries the headers that they send."""
-    talks = record.name.partition(".")[0] in ("authlib", "httpx2", "httpcore2", "h11")
-    return not talks or record.levelno >= logging.WARNING
+    """At DEBUG Authlib's grants print the tokens that they issue, HTTP libraries their headers, AWS' the keys that it is given."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] not in _PRINT_SECRETS

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Mapping
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_der_private_key
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from cloister.wire import jobs as wire
+from cloister.wire.architecture import Architecture
 from cloister.wire.certificate import (
     Certificate,
     ChargedEvent,
+    InvalidCertificate,
     digest_of,
     environment_digest,
     installed_distributions,
@@ -25,8 +27,11 @@ from cloister.wire.dsse import canonical_json
 from cloister.wire.plans import NetworkView, TrainingSpec
 from cloister.wire.statements import Audit, Deployment, sign_audit, sign_deployment
 from cloister_privacy.plan import DPPlan
+from cloister_privacy.sealing import Arena, SealedReader
+from cloister_privacy.sealing.layout import read_layout
+from cloister_privacy.sealing.sources import Sealed
 from cloister_server import ledger, plans, policy, vault
-from cloister_server.errors import NotFound
+from cloister_server.errors import NotFound, ServerError
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -34,12 +39,14 @@ from cloister_server.store import chain
 from cloister_server.store.paging import page_of
 from cloister_server.store.queries import public_keys
 from cloister_server.store.tables import Attempt, Job, LedgerEntry, Model, ModelVersion, Source, now
+from cloister_server.vault import DataKey
 
 if TYPE_CHECKING:
     from cloister_privacy.architecture import Network
 
 __all__ = [
     "audit_statement",
+    "certified",
     "deployment",
     "find_version",
     "get",
@@ -53,10 +60,10 @@ __all__ = [
     "versions",
 ]
 
+log = logging.getLogger(__name__)
 
-_SCHEMAS_KEPT = 1024
-_schemas: dict[str, wire.ModelSchema] = {}
-"""By the id of the weights."""
+_THREADS = 2
+"""That open one model's weights: from some megabytes on the second pays."""
 
 
 def get(session: Session, principal: Principal, id_or_name: str) -> wire.Model:
@@ -87,7 +94,7 @@ def deployment(
     model = policy.find(session, principal, "model.read", Model, id_or_name).resource
     row = _version(session, model, number)
     certificate = verify(row.certificate, public_keys(session, "certificate"))
-    key, private = _signer(session, service)
+    key, private = vault.certificate_signer(session, service.keys)
     statement = Deployment(
         tenant=model.tenant_id,
         model=model.id,
@@ -113,7 +120,7 @@ def audit_statement(
     if found is None:
         raise NotFound("audit of this version")
     certificate = verify(row.certificate, public_keys(session, "certificate"))
-    key, private = _signer(session, service)
+    key, private = vault.certificate_signer(session, service.keys)
     statement = Audit(
         certificate_digest=digest_of(row.certificate),
         engine=certificate.engine,
@@ -138,28 +145,50 @@ def schema(session: Session, principal: Principal, service: Service, id_or_name:
 
 
 def schema_of(session: Session, service: Service, row: ModelVersion) -> wire.ModelSchema:
-    """What a version reads and predicts. It never changes, so it is read from the sealed weights once a process."""
-    known = _schemas.get(row.weights_id)
-    if known is None:
-        spec = open_network(session, service, row).architecture
-        known = _schemas[row.weights_id] = wire.ModelSchema(inputs=spec.inputs, target=spec.target, output=spec.output)
-        while len(_schemas) > _SCHEMAS_KEPT:
-            _schemas.pop(next(iter(_schemas)), None)
-    return known
+    """What a version reads and predicts. Nothing of it is remembered: it outlives the tenant's key by no moment."""
+    spec = _architecture(session, service, row)
+    return wire.ModelSchema(inputs=spec.inputs, target=spec.target, output=spec.output)
 
 
 def network(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> NetworkView:
     """A version's network as a table and as a picture, for whoever may publish to the model: it is sealed with the weights."""
     model = policy.find(session, principal, "model.publish", Model, id_or_name).resource
-    return plans.view_network(open_network(session, service, _version(session, model, number)).architecture)
+    return plans.view_network(_architecture(session, service, _version(session, model, number)))
 
 
-def open_network(session: Session, service: Service, row: ModelVersion) -> Network:
-    """The version's network, opened from its sealed weights into memory."""
-    from cloister_privacy.architecture import from_bytes
+def certified(session: Session, row: ModelVersion) -> Certificate:
+    """What the certificate of a version states. Raises `weights_differ` unless it is signed here, and is this version's."""
+    try:
+        certificate = verify(row.certificate, public_keys(session, "certificate"))
+    except InvalidCertificate:
+        raise _differ("signature", tenant_id=row.tenant_id, model_id=row.model_id, version=row.version) from None
+    if (certificate.tenant, certificate.model, certificate.version) != (row.tenant_id, row.model_id, row.version):
+        raise _differ("version", tenant_id=row.tenant_id, model_id=row.model_id, version=row.version)
+    return certificate
 
-    weights = vault.open_object(session, service.keys, service.blobs, tenant_id=row.tenant_id, object_id=row.weights_id)
-    return from_bytes(weights)
+
+def open_network(sealed: Sealed, key: DataKey, *, arena: Arena, certificate: Certificate | None) -> Network:
+    """A version's network on its weights in the arena's memory, which ends when nothing refers to the network any more.
+
+    With a certificate, only if it is of these very weights: raises `weights_differ`. Raises InvalidSeal and ArenaFull. Whatever
+    it raises, no weights are left.
+    """
+    from cloister_privacy.architecture.weights import digest_of, from_tensors
+    from cloister_privacy.sealing.tensors import open_tensors
+
+    opened = open_tensors(sealed, key=key.secret, context=key.context, arena=arena, threads=_THREADS)
+    try:
+        if certificate is not None:
+            reader = SealedReader(sealed, key=key.secret, context=key.context)
+            if digest_of(opened, reader=reader) != certificate.weights_digest:
+                raise _differ_from(certificate, "weights")
+            _require_architecture(certificate, opened.metadata)
+        return from_tensors(opened, metadata=opened.metadata)
+    except BaseException:
+        for tensor in opened.values():
+            tensor.zero_()  # at once: the error's traceback may keep them for a while
+        opened.close()
+        raise
 
 
 def publish(session: Session, service: Service, job: Job, *, attempt: Attempt, spec: TrainingSpec) -> int:
@@ -264,7 +293,7 @@ def _certificate(
         environment_digest=environment_digest(installed_distributions()),
         issued=now(),
     )
-    key, private = _signer(session, service)
+    key, private = vault.certificate_signer(session, service.keys)
     return sign(certificate, private_key=private, key_id=key)
 
 
@@ -274,8 +303,34 @@ def _charged(row: LedgerEntry) -> ChargedEvent:
     return ChargedEvent(source=row.source_id, id=chain.row_id(row), block=row.block, digest=digest)
 
 
-def _signer(session: Session, service: Service) -> tuple[str, Ed25519PrivateKey]:
-    key = vault.signing_key(session, service.keys, "certificate")
-    private = load_der_private_key(key.secret, None)
-    assert isinstance(private, Ed25519PrivateKey)  # noqa: S101 (what vault made for this purpose)
-    return key.id, private
+def _architecture(session: Session, service: Service, row: ModelVersion) -> Architecture:
+    """A version's spec, from the header of its sealed weights: no more of them is opened than the chunks it lies in."""
+    from cloister_privacy.architecture.weights import architecture_of
+
+    key = vault.data_key(session, service.keys, tenant_id=row.tenant_id, object_id=row.weights_id)
+    reader = SealedReader(service.blobs.sealed(row.tenant_id, row.weights_id), key=key.secret, context=key.context)
+    metadata = read_layout(reader.read, length=reader.length).metadata
+    if service.settings.strict:
+        _require_architecture(certified(session, row), metadata)
+    return architecture_of(metadata)
+
+
+def _require_architecture(certificate: Certificate, metadata: Mapping[str, str]) -> None:
+    """The spec as it was written: read and written anew, it might have fields that came later."""
+    written = metadata.get("architecture", "").encode()
+    if hashlib.sha256(written).hexdigest() != certificate.architecture_digest:
+        raise _differ_from(certificate, "architecture")
+
+
+def _differ_from(certificate: Certificate, what: str) -> ServerError:
+    return _differ(what, tenant_id=certificate.tenant, model_id=certificate.model, version=certificate.version)
+
+
+def _differ(what: str, **version: str | int) -> ServerError:
+    """Somebody, or something, changed what lies here: the operator's to look into, whoever asked."""
+    log.error("model.weights_differ", extra={"what": what, **version})
+    return ServerError(
+        "what is stored of this model is not what its signed certificate is of, so nothing is answered with it; tell the "
+        "server's operator the request id",
+        code="weights_differ",
+    )

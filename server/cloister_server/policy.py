@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from cloister_server.errors import Forbidden, NotFound, ServerError, Unavailable
+from cloister_server.errors import Conflict, Forbidden, NotFound, ServerError, Unavailable
 from cloister_server.principal import Principal
 from cloister_server.store.queries import OPERATOR_VERBS, VERBS, grants_on, visible_to
 from cloister_server.store.tables import Table, Tenant
@@ -24,6 +24,7 @@ __all__ = [
     "Denied",
     "Deny",
     "authorize",
+    "authorize_change",
     "decide",
     "find",
 ]
@@ -124,6 +125,21 @@ def authorize(session: Session, principal: Principal, verb: str, row: R) -> Auth
     if decision is _UNREACHABLE:
         raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment")
     raise _NotThis(Denial(principal, verb, resource_id, decision.reason))
+
+
+def authorize_change(session: Session, principal: Principal, verb: str) -> Authorized[Tenant]:
+    """The proof that the principal may give its own tenant something new, whose row is locked from here to the transaction's end.
+
+    Raises Conflict where the tenant is shredded, or on its way to it; else as `authorize`.
+    """
+    tenant = session.get_one(Tenant, principal.tenant_id, populate_existing=True, with_for_update=True)
+    authorized = authorize(session, principal, verb, tenant)
+    if tenant.status != "active":
+        raise Conflict(
+            f"tenant {tenant.name!r} is shredded, or about to be: it takes no clients, grants or sources; make another tenant",
+            code="tenant_shredded",
+        )
+    return authorized
 
 
 def find(session: Session, principal: Principal, verb: str, table: type[R], id_or_name: str) -> Authorized[R]:

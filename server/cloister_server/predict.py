@@ -1,7 +1,7 @@
 """The hot path: predictions by the Open Inference Protocol v2, as raw ASGI. Authorise, compute, answer.
 
-Networks are opened from their sealed weights once and kept in memory by (tenant, model, version). Every request is
-authorised anew, and no request's rows are kept, logged or mixed with another's.
+Every request is authorised anew, and no request's rows are kept, logged or mixed with another's. Which models are open, and
+for how long, is for `networks` to say.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import asyncio
 import json
 import re
 import zlib
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
-from threading import Lock
+from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, Numb
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs, encode_outputs
 from cloister_server import models
 from cloister_server.errors import BadRequest, Invalid, NotFound, TooLarge
+from cloister_server.networks import Networks
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import reading
@@ -38,16 +39,12 @@ _MODEL_PATH = re.compile(
     r"^/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[1-9][0-9]{0,8}))?(?P<verb>/infer|/ready)?$"
 )
 
-_NETWORKS_KEPT = 32
-
 
 class PredictRoute:
     """The ASGI application under /v2. Errors are raised as ServerError; the edge gives them their one shape."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
-        self._networks: OrderedDict[tuple[str, str, int], Network] = OrderedDict()
-        self._lock = Lock()
+        self._service, self._networks = service, Networks(service)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
         method, path = scope["method"], scope["path"].rstrip("/")
@@ -60,32 +57,32 @@ class PredictRoute:
         if match is None or (method == "POST") != (match["verb"] == "/infer") or method not in ("GET", "POST"):
             raise NotFound("route")
         body = await _body(receive, headers, self._service.settings.max_body_bytes) if method == "POST" else b""
-        answer = await asyncio.to_thread(self._respond, scope["state"]["principal"], match, body)
-        await _answer(send, answer)
+        told = await asyncio.to_thread(self._respond, scope["state"]["principal"], match, body)
+        if not isinstance(
+            told, dict
+        ):  # no thread waits while a key is asked for: there are few, and others' models to answer with
+            opening, answer = told
+            told = await asyncio.to_thread(answer, await asyncio.wrap_future(opening))
+        await _answer(send, told)
 
-    def _respond(self, principal: Principal, match: re.Match[str], body: bytes) -> dict[str, Any]:
-        model, version, network = self._open(principal, match["model"], match["version"])
-        if match["verb"] == "/ready":
-            return {"name": model.name, "ready": True}
-        if match["verb"] is None:
-            return _metadata(model, version, network)
-        return _infer(model, version, network, body)
-
-    def _open(self, principal: Principal, name: str, number: str | None) -> tuple[Model, ModelVersion, Network]:
+    def _respond(
+        self, principal: Principal, match: re.Match[str], body: bytes
+    ) -> dict[str, Any] | tuple[Future[Network], Callable[[Network], dict[str, Any]]]:
+        """The answer, or, where the model is not open, what will be its network and how to answer with that."""
         with reading(self._service.engine) as session:
-            authorized, version = models.find_version(session, principal, name, int(number) if number else None)
-            key = (version.tenant_id, version.model_id, version.version)
-            with self._lock:
-                network = self._networks.get(key)
-                if network is not None:
-                    self._networks.move_to_end(key)
-            if network is None:
-                network = models.open_network(session, self._service, version)
-                with self._lock:
-                    self._networks[key] = network
-                    while len(self._networks) > _NETWORKS_KEPT:
-                        self._networks.popitem(last=False)
-            return authorized.resource, version, network
+            number = int(match["version"]) if match["version"] else None
+            authorized, version = models.find_version(session, principal, match["model"], number)
+        answer = partial(_answered, authorized.resource, version, match["verb"], body)
+        network = self._networks.get(version)
+        return (network, answer) if isinstance(network, Future) else answer(network)
+
+
+def _answered(model: Model, version: ModelVersion, verb: str | None, body: bytes, network: Network) -> dict[str, Any]:
+    if verb == "/ready":
+        return {"name": model.name, "ready": True}
+    if verb is None:
+        return _metadata(model, version, network)
+    return _infer(model, version, network, body)
 
 
 def _infer(model: Model, version: ModelVersion, network: Network, body: bytes) -> dict[str, Any]:

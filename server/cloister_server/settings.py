@@ -36,12 +36,26 @@ class Settings(BaseModel):
     """A file, mode 0600, that names other key providers: an HSM, a KMS, a tenant's own (docs/keys.md)."""
     key_cache_s: Annotated[int, Field(ge=1, le=3600)] = 60
     """How long an opened model is served before its tenant's key is asked for again: the most that a withdrawn key is outlived."""
+    model_cache_bytes: Annotated[int, Field(ge=2**26)] = 4 * 2**30
+    """The most memory that the opened models of an API process take; those asked for least recently make room."""
     strict: bool = False
     """Whether a model's bytes are held against its signed certificate every time they are opened."""
     database_url: SecretStr = SecretStr("")
     """The runtime role's URL; SQLite in the data directory where it is empty."""
     owner_database_url: SecretStr | None = None
     """The owner's URL, for `cloister-admin init` only (PostgreSQL)."""
+    blob_url: Annotated[
+        str, Field(pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9/_.-]*)?)?$")
+    ] = ""
+    """Where the sealed objects lie: `s3://BUCKET/PREFIX`; in `objects` in the data directory where it is empty."""
+    blob_endpoint: Annotated[str, Field(pattern=r"^(https?://[^\s/@?#]+/?)?$")] = ""
+    """Of a store that speaks S3 and is not AWS's."""
+    blob_region: str = ""
+    blob_access_key_id: str = ""
+    """With the secret; where both are empty the machine's own role is asked for, as AWS's tools do it."""
+    blob_secret_access_key: SecretStr | None = None
+    blob_timeout_s: Annotated[int, Field(ge=1, le=600)] = 30
+    """The most that one request to the bucket may take, and that retries of it may begin after."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8443
     issuer: str = ""
@@ -85,6 +99,8 @@ class Settings(BaseModel):
         """As JSON with its secrets, for a child's pipe and nowhere else."""
         values = self.model_dump(mode="json")
         values["database_url"] = self.database_url.get_secret_value()
+        if self.blob_secret_access_key is not None:
+            values["blob_secret_access_key"] = self.blob_secret_access_key.get_secret_value()
         if self.owner_database_url is not None:
             values["owner_database_url"] = None  # no child migrates
         return json.dumps(values)

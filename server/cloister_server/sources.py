@@ -13,7 +13,7 @@ from cloister_server.policy import Allow
 from cloister_server.principal import Principal
 from cloister_server.store.paging import page_of
 from cloister_server.store.queries import app_of_id, app_of_name, blocks_of
-from cloister_server.store.tables import Block, Source, Tenant, new_id
+from cloister_server.store.tables import Block, Source, new_id
 
 __all__ = ["allow", "create", "get", "is_owned", "listed", "open_block", "set_budget"]
 
@@ -22,8 +22,8 @@ def create(
     session: Session, principal: Principal, body: wire.CreateSource, *, owner_id: str | None = None
 ) -> wire.Source:
     """Declare a source: an audited act of its owner. Unit, adjacency, delta and `public` are fixed from here on."""
-    tenant = session.get_one(Tenant, principal.tenant_id)
-    authorized = policy.authorize(session, principal, "source.create", tenant)
+    authorized = policy.authorize_change(session, principal, "source.create")
+    tenant = authorized.resource
     taken = select(Source.id).where(Source.tenant_id == tenant.id, Source.name == body.name)
     if session.scalar(taken) is not None:
         raise Conflict(f"a source named {body.name!r} is already there; use it, or choose another name")

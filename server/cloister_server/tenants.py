@@ -58,8 +58,8 @@ def create_tenant(
 
 def create_client(session: Session, keys: KeyRing, principal: Principal, *, name: str, role: Role) -> tuple[App, str]:
     """An app of the operator's tenant with a role's grants, and its secret, which is nowhere but in this answer."""
-    tenant = session.get_one(Tenant, principal.tenant_id)
-    authorized = policy.authorize(session, principal, "tenant.administer", tenant)
+    authorized = policy.authorize_change(session, principal, "tenant.administer")
+    tenant = authorized.resource
     if queries.app_of_name(session, tenant.id, _checked(name)) is not None:
         raise Conflict(f"the tenant has a client named {name!r} already; choose another name")
     client_id, secret = new_id("ap"), client_secrets.new_secret().get_secret_value()
@@ -76,9 +76,8 @@ def rotate_client(session: Session, keys: KeyRing, principal: Principal, id_or_n
 
     Access tokens that the old secret got live on until they expire, ten minutes at most; `remove_client` ends those too.
     """
-    tenant = session.get_one(Tenant, principal.tenant_id)
-    authorized = policy.authorize(session, principal, "tenant.administer", tenant)
-    app = _own_app(session, tenant, id_or_name)
+    authorized = policy.authorize_change(session, principal, "tenant.administer")
+    app = _own_app(session, authorized.resource, id_or_name)
     secret = client_secrets.new_secret().get_secret_value()
     pepper = vault.signing_key(session, keys, "pepper").secret
     app.secret_mac, app.secret_since = client_secrets.mac(pepper, app.id, secret), now()

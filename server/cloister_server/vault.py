@@ -33,10 +33,9 @@ from sqlalchemy.orm import Session
 
 from cloister.wire.certificate import key_id as certificate_key_id
 from cloister_privacy.sealing import (
-    AccessRefused,
     Context,
     KeyMissing,
-    KeyUnfit,
+    KeyWithheld,
     ProviderUnavailable,
     new_key,
     open_sealed,
@@ -63,6 +62,7 @@ __all__ = [
     "new_signing_key",
     "new_tenant_key",
     "open_object",
+    "require_system_key",
     "seal_object",
     "signing_context",
     "signing_key",
@@ -120,7 +120,9 @@ def new_tenant_key(session: Session, keys: KeyRing, tenant_id: str, *, provider:
 
 def active_key(session: Session, tenant_id: str) -> TenantKey | None:
     """The key that wraps what is new, locked against its end until this transaction's; None where there is none (any more)."""
-    return session.scalars(_active_key(tenant_id).with_for_update(read=True)).one_or_none()
+    held = _active_key(tenant_id).with_for_update(read=True)
+    # PostgreSQL waits for a key that is being replaced, and then leaves it out without a look at what came in its place.
+    return session.scalars(held).one_or_none() or session.scalars(held).one_or_none()
 
 
 def new_data_key(
@@ -211,25 +213,24 @@ def unit_macs(session: Session, keys: KeyRing, ids: Iterable[bytes], *, tenant_i
 def forget_objects(session: Session, blobs: Blobs, object_ids: Sequence[str], *, tenant_id: str) -> None:
     """Delete the wrapped keys of objects that nothing names any more and, once that is committed, their blobs.
 
-    A blob that stays, because the process died in between, is bytes that no key opens.
+    A blob that stays, because the process died in between, is bytes that no key opens, until they are collected.
     """
     for first in range(0, len(object_ids), _AT_ONCE):
         some = object_ids[first : first + _AT_ONCE]
         session.execute(delete(SealedObject).where(SealedObject.tenant_id == tenant_id, SealedObject.id.in_(some)))
 
     def remove_blobs(_: Session) -> None:
-        for object_id in object_ids:
-            abandon_object(blobs, object_id, tenant_id=tenant_id)
+        abandon_object(blobs, *object_ids, tenant_id=tenant_id)
 
     event.listen(session, "after_commit", remove_blobs, once=True)
 
 
-def abandon_object(blobs: Blobs, object_id: str, *, tenant_id: str) -> None:
-    """Delete the blob of an object whose key is deleted, or never comes to be stored: bytes that nothing opens."""
+def abandon_object(blobs: Blobs, *object_ids: str, tenant_id: str) -> None:
+    """Delete the blobs of objects whose keys are deleted, or never come to be stored: bytes that nothing opens."""
     try:
-        blobs.delete(tenant_id, object_id)
-    except OSError as error:
-        log.error("blob.not_deleted", extra={"object_id": object_id, "error": type(error).__name__})
+        blobs.delete(tenant_id, *object_ids)
+    except Unavailable as error:  # they are collected later
+        log.error("blob.not_deleted", extra={"object_ids": object_ids, "error": error.code})
 
 
 def new_signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSecret:
@@ -253,6 +254,13 @@ def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSec
     return SigningSecret(row.id, secret, row.public)
 
 
+def require_system_key(session: Session, keys: KeyRing) -> None:
+    """Raise KeyMissing unless the key that the service's own keys are wrapped by is there, whatever is remembered of it."""
+    kek = session.scalars(_active_key(SYSTEM)).one_or_none()
+    if kek is None or not keys.of(kek.provider).has_key(kek.key_id):
+        raise KeyMissing("the service's own key is gone; restore the keystore from its backup")
+
+
 def certificate_signer(session: Session, keys: KeyRing) -> tuple[str, Ed25519PrivateKey]:
     """The id and the private half of the key that certificates, and whatever else the service states, are signed with."""
     key = signing_key(session, keys, "certificate")
@@ -271,7 +279,7 @@ def _asking() -> Iterator[None]:
     """What a provider refuses, as what a caller may be told: a key that was taken away, or no answer. All else is our fault."""
     try:
         yield
-    except (KeyMissing, KeyUnfit, AccessRefused):
+    except KeyWithheld:
         raise TenantKeyRefused(
             "the tenant's key is not to be had: whoever holds it has disabled, withdrawn or destroyed it. Nothing of the tenant "
             "opens before it is given back; ask the tenant's key holder, or the server's operator"

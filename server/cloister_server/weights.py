@@ -8,7 +8,7 @@ from cloister.wire.architecture import Architecture
 from cloister.wire.layers import is_frozen
 from cloister.wire.plans import Initial, LoRA
 from cloister.wire.weights import Weights as WeightsView
-from cloister_server import audit, grants, policy, vault
+from cloister_server import audit, grants, policy, quotas, vault
 from cloister_server.errors import Conflict
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -37,6 +37,7 @@ def create(session: Session, principal: Principal, service: Service, body: bytes
     session.add(row)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, row)
+    quotas.require_sealed(session, principal, service, tenant_id=tenant_id, object_id=object_id)
     audit.allowed(session, authorized, "weights.create", row.id)
     return WeightsView(id=row.id, digest=row.digest, created=row.created)
 

@@ -38,9 +38,10 @@ from cloister_privacy.sealing import (
     open_provider,
 )
 from cloister_privacy.sealing.aws_kms import AWSKMSKeyProvider
+from cloister_privacy.sealing.aws_kms_held import HeldAWSKMSKeyProvider
 from cloister_privacy.sealing.pkcs11 import PKCS11KeyProvider
 from cloister_privacy.sealing.vault_transit import VaultTransitKeyProvider
-from key_providers import ACCOUNT, PIN, TOKEN_LABEL, VAULT_TOKEN
+from key_providers import ACCOUNT, PIN, TOKEN_LABEL, VAULT_TOKEN, kms_client
 
 pytest_plugins = ("key_providers",)
 pytestmark = pytest.mark.xdist_group("key-providers")  # one token and one KMS for all of them
@@ -48,6 +49,7 @@ pytestmark = pytest.mark.xdist_group("key-providers")  # one token and one KMS f
 CONTEXT = Context(tenant="tn_" + "0" * 32, kind="weights", object="obj_" + "1" * 32)
 PAGE = (Path(__file__).parents[2] / "docs" / "keys.md").read_text()
 LIVE = ["vault live"] if "VAULT_ADDR" in os.environ else []
+OURS = ["local", "pkcs11 gcm", "pkcs11 key_wrap", "aws_kms", "vault stand-in", *LIVE]
 SECRETS = (PIN, VAULT_TOKEN, ACCOUNT["secret_access_key"])
 
 
@@ -62,7 +64,11 @@ class Store:
     """How many Hypothesis may try: a call over HTTP takes its time."""
 
 
-@pytest.fixture(params=["local", "pkcs11 gcm", "pkcs11 key_wrap", "aws_kms", "vault stand-in", *LIVE])
+makes_and_destroys = pytest.mark.parametrize("store", OURS, indirect=True)
+"""For what no provider can do whose key is the customer's: all ids are there at once, for as long as the customer likes."""
+
+
+@pytest.fixture(params=[*OURS, "aws_kms_held"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     name: str = request.param
     if name == "local":
@@ -77,6 +83,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         place = {"endpoint_url": request.getfixturevalue("kms"), "prefix": f"tests-{secrets.token_hex(4)}"}
         account = {**ACCOUNT, **place}
         return Store(name, lambda: open_provider("aws_kms", **account), b"cloister.aws-kms/1\n", 8)
+    if name == "aws_kms_held":
+        url = request.getfixturevalue("kms")
+        arn = kms_client(url).create_key(KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"]["Arn"]
+        held = {"key_arn": arn, "endpoint_url": url} | {name: ACCOUNT[name] for name in ACCOUNT if name != "region"}
+        return Store(name, lambda: open_provider("aws_kms_held", **held), b"cloister.aws-kms-held/1\n", 8)
     if name == "vault stand-in":
         vault = {"address": request.getfixturevalue("vault"), "token": VAULT_TOKEN}
         return Store(name, lambda: open_provider("vault_transit", **vault), b"cloister.transit/1\n", 20)
@@ -151,7 +162,7 @@ def test_a_change_of_any_byte_a_cut_and_an_addition_are_refused(store: Store, ke
     wrapped = keys.wrap(key_id, new_key(), context=CONTEXT)
     # Where the ciphertext itself names a key that is not there, moto says that access to it is denied; AWS says
     # InvalidCiphertextException of any ciphertext that was changed.
-    refused = (InvalidWrap, AccessRefused) if store.name == "aws_kms" else InvalidWrap
+    refused = (InvalidWrap, AccessRefused) if store.name.startswith("aws_kms") else InvalidWrap
     for position in range(0, len(wrapped), 1 if store.examples > 8 else 7):
         changed = bytearray(wrapped)
         changed[position] ^= 0x01
@@ -178,6 +189,7 @@ def test_another_providers_wrapped_key_is_refused(keys: KeyProvider, key_id: str
         b"cloister.wrapped/1\n",
         b"cloister.pkcs11/1\n\1",
         b"cloister.aws-kms/1\n",
+        b"cloister.aws-kms-held/1\n",
         b"cloister.transit/1\n\0\0\0\1",
     ):
         if not line.startswith(store.line):
@@ -193,6 +205,7 @@ def test_a_key_wraps_for_itself_alone(keys: KeyProvider, key_id: str) -> None:
         keys.unwrap(other, wrapped, context=CONTEXT)
 
 
+@makes_and_destroys
 def test_a_key_that_was_never_made_is_missing(keys: KeyProvider, key_id: str) -> None:
     wrapped = keys.wrap(key_id, new_key(), context=CONTEXT)
     unknown = new_id()
@@ -206,6 +219,7 @@ def test_a_key_that_was_never_made_is_missing(keys: KeyProvider, key_id: str) ->
             refused()
 
 
+@makes_and_destroys
 def test_a_destroyed_key_is_gone_for_everybody(store: Store, keys: KeyProvider, key_id: str) -> None:
     other = store.open()
     wrapped = keys.wrap(key_id, new_key(), context=CONTEXT)
@@ -222,6 +236,7 @@ def test_a_destroyed_key_is_gone_for_everybody(store: Store, keys: KeyProvider, 
                 refused()
 
 
+@makes_and_destroys
 def test_a_key_made_anew_under_a_destroyed_id_opens_nothing_old(keys: KeyProvider, key_id: str) -> None:
     wrapped = keys.wrap(key_id, new_key(), context=CONTEXT)
     keys.destroy_key(key_id)
@@ -231,6 +246,7 @@ def test_a_key_made_anew_under_a_destroyed_id_opens_nothing_old(keys: KeyProvide
     keys.unwrap(key_id, keys.wrap(key_id, new_key(), context=CONTEXT), context=CONTEXT)
 
 
+@makes_and_destroys
 def test_a_key_id_is_used_once_and_nothing_replaces_a_key(store: Store, keys: KeyProvider, key_id: str) -> None:
     secret = new_key()
     wrapped = keys.wrap(key_id, secret, context=CONTEXT)
@@ -254,7 +270,7 @@ def test_a_key_id_that_is_none_is_refused(keys: KeyProvider) -> None:
                 refused()
 
 
-def test_the_longest_and_the_strangest_key_ids_are_taken_and_told_apart(keys: KeyProvider) -> None:
+def test_the_longest_and_the_strangest_key_ids_are_taken_and_told_apart(keys: KeyProvider, store: Store) -> None:
     start = "a" + secrets.token_hex(8)
     ids = [
         start,
@@ -266,7 +282,7 @@ def test_the_longest_and_the_strangest_key_ids_are_taken_and_told_apart(keys: Ke
         start + "x" * (128 - len(start)),
     ]
     for key_id in ids:
-        assert not keys.has_key(key_id)
+        assert keys.has_key(key_id) is (store.name == "aws_kms_held")
         keys.create_key(key_id)
     wrapped = {key_id: keys.wrap(key_id, key_id.encode(), context=CONTEXT) for key_id in ids}
     assert all(keys.unwrap(key_id, wrapped[key_id], context=CONTEXT) == key_id.encode() for key_id in ids)
@@ -289,6 +305,7 @@ def test_threads_share_a_provider(keys: KeyProvider, key_id: str) -> None:
         list(pool.map(work, range(4)))
 
 
+@makes_and_destroys
 def test_threads_that_make_one_key_make_it_once(keys: KeyProvider, store: Store) -> None:
     if store.name == "vault live":
         pytest.skip("an older Vault does not tell which of two made the key")
@@ -333,6 +350,7 @@ def test_no_secret_is_in_a_repr_a_log_a_traceback_or_a_wrapped_key(
 def test_a_provider_says_how_final_its_destruction_is(keys: KeyProvider, store: Store) -> None:
     assert keys.destruction.claim.endswith(".")
     assert keys.destruction.waiting_days == (7 if store.name == "aws_kms" else 0)
+    assert keys.destruction.is_ours is (store.name != "aws_kms_held")
 
 
 def test_a_live_vault_is_among_the_providers() -> None:
@@ -352,6 +370,7 @@ def test_a_setting_that_is_missing_or_unknown_is_a_mistake_told_at_once(tmp_path
         ("local", {"directory": tmp_path, "key_fyle": tmp_path}),
         ("pkcs11", {"library": tmp_path, "token_label": "x"}),
         ("aws_kms", {}),
+        ("aws_kms_held", {}),
         ("vault_transit", {"address": "https://vault.example"}),
     ):
         with pytest.raises(TypeError):
@@ -371,6 +390,7 @@ def test_no_providers_library_is_loaded_before_it_is_asked_for() -> None:
     script = (
         "import sys\n"
         "import cloister_privacy.sealing, cloister_privacy.sealing.pkcs11, cloister_privacy.sealing.aws_kms\n"
+        "import cloister_privacy.sealing.aws_kms_held\n"
         "import cloister_privacy.sealing.vault_transit\n"
         "print(sorted({'pkcs11', 'boto3', 'botocore', 'hvac', 'requests'} & set(sys.modules)))"
     )
@@ -385,7 +405,12 @@ def test_the_pages_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("kind", "provider"),
-    [("pkcs11", PKCS11KeyProvider), ("aws_kms", AWSKMSKeyProvider), ("vault_transit", VaultTransitKeyProvider)],
+    [
+        ("pkcs11", PKCS11KeyProvider),
+        ("aws_kms", AWSKMSKeyProvider),
+        ("aws_kms_held", HeldAWSKMSKeyProvider),
+        ("vault_transit", VaultTransitKeyProvider),
+    ],
 )
 def test_the_pages_table_names_every_setting_and_its_default(kind: str, provider: type[Any]) -> None:
     (told,) = re.findall(rf"^\| `{kind}` \|[^|]*\| (.*) \|$", PAGE, re.MULTILINE)

@@ -25,7 +25,7 @@ from cloister_privacy.sealing import (
     open_provider,
 )
 from cloister_privacy.sealing.aws_kms import AWSKMSKeyProvider
-from key_providers import ACCOUNT, Faulty, served
+from key_providers import ACCOUNT, Faulty, kms_client, served
 
 pytest_plugins = ("key_providers",)
 pytestmark = pytest.mark.xdist_group("key-providers")
@@ -61,11 +61,7 @@ def aws(kms: str, prefix: str) -> AWSKMSKeyProvider:
 
 @pytest.fixture
 def raw(kms: str) -> Any:
-    """KMS itself, as its administrator sees it."""
-    import boto3
-
-    account = {"aws_access_key_id": ACCOUNT["access_key_id"], "aws_secret_access_key": ACCOUNT["secret_access_key"]}
-    return boto3.client("kms", endpoint_url=kms, region_name=ACCOUNT["region"], **account)
+    return kms_client(kms)
 
 
 def described(raw: Any, prefix: str, key_id: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import cloister
+from cloister_server import recipients, tenants
 from harness import App, Deployment
 
 pytestmark = pytest.mark.xdist_group("docs")  # one deployment for all of them
@@ -43,6 +44,7 @@ def shown(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("adult"))
         write_adult(Path("adult.csv.gz"))
+        write_recipient(deployment, steward, Path("recipient.txt"))
         given = {"URL": deployment.url, "CLIENT_ID": steward.client_id, "CLIENT_SECRET": steward.client_secret}
         for name, value in given.items():
             patch.setenv(f"CLOISTER_{name}", value)
@@ -61,6 +63,13 @@ def write_adult(path: Path) -> None:
     for age, work in zip(rng.integers(17, 91, ROWS), rng.choice(["Private", "State-gov", "?"], ROWS), strict=True):
         lines.append(f"{age}, {work}, 77516, {'>50K' if age > 50 else '<=50K'}")
     path.write_bytes(gzip.compress(("\n".join(lines) + "\n\n").encode()))
+
+
+def write_recipient(deployment: Deployment, steward: App, path: Path) -> None:
+    """A recipient's line, as the operator hands it out."""
+    with deployment._operating() as (service, session):
+        operator = tenants.operator_of(tenants.find_tenant(session, steward.tenant), request_id="docs")
+        path.write_text(recipients.create(session, operator, service) + "\n")
 
 
 def test_the_page_runs_as_it_stands_and_its_model_has_learned(shown: dict[str, object]) -> None:

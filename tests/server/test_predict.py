@@ -343,12 +343,14 @@ def test_a_network_is_opened_once_and_authorised_on_every_request(
     bearer_of: Callable[[Any], dict[str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    with reading(service.engine) as session:
+        versions = {row.weights_id: row.version for row in session.query(ModelVersion)}
     opened: list[int] = []
     open_network = models.open_network
 
-    def counted(session: Any, service: Service, row: ModelVersion) -> Any:
-        opened.append(row.version)
-        return open_network(session, service, row)
+    def counted(sealed: Any, key: vault.DataKey, **more: Any) -> Any:
+        opened.append(versions[key.object_id])
+        return open_network(sealed, key, **more)
 
     monkeypatch.setattr(models, "open_network", counted)
     app = make_client("other")

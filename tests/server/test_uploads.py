@@ -45,7 +45,7 @@ def service(engine: Engine, tmp_path: Path) -> Service:
             vault.new_signing_key(session, ring, purpose)  # type: ignore[arg-type]  # mypy widens the tuple to str
     url = SecretStr(engine.url.render_as_string(hide_password=False))
     settings = Settings(data_dir=tmp_path / "data", key_dir=tmp_path / "keystore", database_url=url)
-    return Service(settings, engine, ring, Blobs(settings.data_dir / "objects"))
+    return Service(settings, engine, ring, Blobs.open_at(settings))
 
 
 class Uploader:

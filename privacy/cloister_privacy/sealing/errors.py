@@ -7,7 +7,10 @@ PrivacyError
 ├── ArenaFull               the limit of an arena leaves no room
 └── KeyProviderError        also itself: the keystore's files cannot be written
     ├── InvalidKeyId        not a key id
-    ├── KeyMissing          never made here, or destroyed
+    ├── KeyWithheld         the provider answered, and the key is not to be had: trying again does not help
+    │   ├── KeyMissing      never made here, or destroyed
+    │   ├── KeyUnfit        a key whose attributes or state are not those of a key that may be used
+    │   └── AccessRefused   a PIN, a token or credentials that are wrong, or may not do this
     ├── KeyExists           nothing replaces a key
     ├── InvalidWrap         a wrapped key changed, or of another key or context
     ├── WrongKey            the root key is not this keystore's
@@ -16,10 +19,8 @@ PrivacyError
     ├── KeystoreExists      create found a keystore
     ├── KeystoreMissing     open found none
     ├── KeystoreDamaged     a file of the keystore is not what was written
-    ├── KeyUnfit            a key whose attributes or state are not those of a key that was made here
     ├── ProviderUnavailable no answer, or none in time: trying again may help
     ├── ProviderMissing     the software that speaks to the provider is not installed
-    ├── AccessRefused       a PIN, a token or credentials that are wrong, or may not do this
     └── InvalidAnswer       the provider answered with something that is no answer
 """
 
@@ -39,6 +40,7 @@ __all__ = [
     "KeyMissing",
     "KeyProviderError",
     "KeyUnfit",
+    "KeyWithheld",
     "KeystoreDamaged",
     "KeystoreExists",
     "KeystoreMissing",
@@ -82,7 +84,15 @@ class InvalidKeyId(KeyProviderError):
     """A key id that is not lower-case letters, digits, `_`, `-` and single dots, a letter first, 128 at most."""
 
 
-class KeyMissing(KeyProviderError):
+class KeyWithheld(KeyProviderError):
+    """This key is not to be had, whoever asks again: it is not there, was taken away, or we have no access to it.
+
+    Only its kinds are raised. A key that its holder revokes is one of them, and an outage never is. Of credentials that
+    are wrong nobody here can tell whether they were withdrawn or never right.
+    """
+
+
+class KeyMissing(KeyWithheld):
     """The provider has no such key: it was never made here, or it was destroyed."""
 
 
@@ -124,8 +134,8 @@ class KeystoreDamaged(KeyProviderError):
     """A file of the keystore does not read as it was written."""
 
 
-class KeyUnfit(KeyProviderError):
-    """A key of this id is there, but it can be exported, is disabled, or is not of the kind that the provider makes."""
+class KeyUnfit(KeyWithheld):
+    """A key of this id is there, but it can be exported, is disabled, or is not of the kind that the provider uses."""
 
 
 class ProviderUnavailable(KeyProviderError):
@@ -136,7 +146,7 @@ class ProviderMissing(KeyProviderError):
     """A library or a package that this provider needs is not installed, or is not one."""
 
 
-class AccessRefused(KeyProviderError):
+class AccessRefused(KeyWithheld):
     """The provider answered, and refuses us: a wrong PIN, a bad token, credentials that may not do this."""
 
 

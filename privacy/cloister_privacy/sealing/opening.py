@@ -11,7 +11,7 @@ from cloister_privacy.sealing.provider import KeyProvider
 
 __all__ = ["ProviderKind", "open_provider"]
 
-ProviderKind = Literal["local", "pkcs11", "aws_kms", "vault_transit"]
+ProviderKind = Literal["local", "pkcs11", "aws_kms", "aws_kms_held", "vault_transit"]
 
 
 def open_provider(kind: ProviderKind, **settings: Any) -> KeyProvider:
@@ -20,6 +20,7 @@ def open_provider(kind: ProviderKind, **settings: Any) -> KeyProvider:
     - `local`: directory, and one of key_file, passphrase and root_key: LocalKeyProvider.
     - `pkcs11`: library, token_label, pin, and more: PKCS11KeyProvider.
     - `aws_kms`: region, and more: AWSKMSKeyProvider.
+    - `aws_kms_held`: key_arn, and more: HeldAWSKMSKeyProvider.
     - `vault_transit`: address, token, and more: VaultTransitKeyProvider.
 
     Raises KeyProviderError where the provider refuses or its extra is not installed, TypeError for a setting that is
@@ -50,6 +51,12 @@ def _aws_kms(**settings: Any) -> KeyProvider:
     return AWSKMSKeyProvider(**settings)
 
 
+def _aws_kms_held(**settings: Any) -> KeyProvider:
+    from cloister_privacy.sealing.aws_kms_held import HeldAWSKMSKeyProvider
+
+    return HeldAWSKMSKeyProvider(**settings)
+
+
 def _vault_transit(**settings: Any) -> KeyProvider:
     from cloister_privacy.sealing.vault_transit import VaultTransitKeyProvider
 
@@ -60,5 +67,6 @@ _OPENERS: dict[str, Callable[..., KeyProvider]] = {
     "local": _local,
     "pkcs11": _pkcs11,
     "aws_kms": _aws_kms,
+    "aws_kms_held": _aws_kms_held,
     "vault_transit": _vault_transit,
 }

@@ -23,13 +23,16 @@ class Destruction:
     waiting_days: int
     """How long the provider can still be told to give the key back; 0 where it is gone when `destroy_key` returns."""
     claim: str
+    is_ours: bool = True
+    """Whether the key is ours to destroy. False: it is a customer's, and `destroy_key` leaves it as it is."""
 
 
 class KeyProvider(Protocol):
     """Keeps key-encryption keys by id and never gives one out. Every method raises KeyProviderError where it refuses.
 
     Of its kinds, ProviderUnavailable alone means that trying again may help; where a change was asked for, it may have
-    been made. Providers may be shared by threads. After a fork each process opens its own.
+    been made. KeyWithheld alone means that the key, or our access to it, is not to be had: it was never there, or was
+    taken away. Providers may be shared by threads. After a fork each process opens its own.
     """
 
     @property
@@ -38,7 +41,10 @@ class KeyProvider(Protocol):
         ...
 
     def create_key(self, key_id: str) -> None:
-        """Make a fresh key, durable before the return. Raises KeyExists; nothing replaces a key."""
+        """Make a fresh key, durable before the return. Raises KeyExists; nothing replaces a key.
+
+        Where the key is a customer's, nothing is made: it proves that the customer's key can be used.
+        """
         ...
 
     def has_key(self, key_id: str) -> bool:
@@ -56,7 +62,8 @@ class KeyProvider(Protocol):
     def destroy_key(self, key_id: str) -> None:
         """Destroy the key: from the return on, what it wraps opens for nobody here. Raises KeyMissing.
 
-        How final that is, `destruction` says. KeyUnfit, where copies of it may be elsewhere that no receipt knows of.
+        How final that is, and whether the key is ours to destroy, `destruction` says. KeyUnfit, where copies of it may be
+        elsewhere that no receipt knows of.
         """
         ...
 

@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status. Raises SystemExit(2) where the arguments are not understood."""
     parser = ArgumentParser(prog="cloister", description="Work with what a Cloister service gave you.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    verify.describe(commands.add_parser("verify", help="check a certificate offline", description=verify.__doc__))
+    verify.describe(
+        commands.add_parser("verify", help="check a certificate or a receipt offline", description=verify.__doc__)
+    )
     bundle.describe(commands.add_parser("bundle", help="take your tenant's data along", description=bundle.__doc__))
     given = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""Check a certificate's file offline: its signature, by keys that you trust, and whether these weights are its own."""
+"""Check a certificate's or a receipt's file offline: its signature, by keys that you trust, and if these weights are its own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from pathlib import Path
 
 from cloister.cli.files import read, read_keys, unusable, write
 from cloister.wire import page
+from cloister.wire._errors import InvalidArgument
 from cloister.wire.certificate import Certificate, InvalidCertificate, digest_of, verify
+from cloister.wire.receipts import Receipt, is_receipt, verify_receipt
 
 __all__ = ["describe", "printable", "run"]
 
 
 def describe(parser: ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("certificate", type=Path, metavar="CERTIFICATE.json", help="the signed envelope")
+    parser.add_argument(
+        "certificate", type=Path, metavar="CERTIFICATE.json", help="the signed envelope, or a receipt's"
+    )
     parser.add_argument(
         "--keys",
         type=Path,
@@ -32,11 +36,14 @@ def describe(parser: ArgumentParser) -> None:
 
 
 def run(given: Namespace) -> None:
-    """Print what the certificate states. Nothing is printed or written where anything is refused.
+    """Print what the certificate, or the receipt, states. Nothing is printed or written where anything is refused.
 
     Raises InvalidCertificate where it proves nothing or these are not its weights, InvalidArgument where a file is of no use.
     """
     envelope = read(given.certificate)
+    if is_receipt(envelope):
+        _tell_receipt(given, envelope)
+        return
     certificate = verify(envelope, read_keys(given.keys))
     if given.weights is not None:
         _compare(given.weights, certificate)
@@ -50,6 +57,21 @@ def run(given: Namespace) -> None:
     print(f"The signature holds: {certificate.name}, version {certificate.version}.")
     for name, value in _summary(certificate, digest=digest, signer=signer, weights=given.weights).items():
         print(f"  {name:<12} {printable(str(value))}")
+
+
+def _tell_receipt(given: Namespace, envelope: bytes) -> None:
+    if given.weights is not None or given.html is not None:
+        raise InvalidArgument(
+            "this is a receipt of shredding: no weights are its own, and it has no page; leave that out"
+        )
+    receipt = verify_receipt(envelope, read_keys(given.keys))
+    digest, signer = digest_of(envelope), json.loads(envelope)["signatures"][0]["keyid"]
+    if given.json:
+        print(json.dumps({"receipt": receipt.model_dump(mode="json"), "digest": digest, "signer": signer}))
+        return
+    print(f"The signature holds: tenant {receipt.name} was shredded.")
+    for name, value in _summary_of_receipt(receipt, digest=digest, signer=signer):
+        print(f"  {name:<12} {printable(value)}")
 
 
 def printable(text: str) -> str:
@@ -77,6 +99,31 @@ def _summary(certificate: Certificate, *, digest: str, signer: str, weights: Pat
         "signed by": signer,
         "digest": digest,
     }
+
+
+def _summary_of_receipt(receipt: Receipt, *, digest: str, signer: str) -> list[tuple[str, str]]:
+    keys = [
+        f"version {key.version} in {key.provider} ({key.kind or 'of a kind not known'}), {key.outcome} "
+        f"{key.destroyed.isoformat()}, gone for good {key.gone.isoformat() if key.gone else 'at a time not known'}. {key.claim}"
+        for key in receipt.keys
+    ]
+    copies = [
+        f"{each.place} of {each.created.isoformat()} may hold versions {', '.join(map(str, each.keys))}"
+        for each in receipt.keystore_copies
+    ]
+    return [
+        ("tenant", receipt.tenant),
+        ("begun", receipt.begun.isoformat()),
+        ("issued", receipt.issued.isoformat()),
+        *(("key", key) for key in keys),
+        ("deleted", ", ".join(f"{count} {what}" for what, count in receipt.deleted.items())),
+        *(("kept", f"{what}: {why}") for what, why in receipt.kept.items()),
+        *(("covered", f"{what}: {why}") for what, why in receipt.covers.items()),
+        *(("not covered", f"{what}: {why}") for what, why in receipt.not_covered.items()),
+        *(("copy of keys", copy) for copy in copies or ["no backup of the keystore is known that holds them"]),
+        ("signed by", signer),
+        ("digest", digest),
+    ]
 
 
 def _compare(path: Path, certificate: Certificate) -> None:

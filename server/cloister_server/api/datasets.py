@@ -10,19 +10,20 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from threading import Lock
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from cloister.wire.jobs import Page
+from cloister.wire.recipients import SEALED_ROWS_TYPE
 from cloister.wire.rows import decode_rows
 from cloister.wire.sources import CreateDataset, Dataset, PartReceipt
-from cloister_server import datasets
+from cloister_server import datasets, recipients
 from cloister_server.api.call import Call, Cursor, Limit, ReadCall, WriteCall
 from cloister_server.errors import BadRequest, Conflict, Unavailable
 from cloister_server.store.queries import forget_answers
+from cloister_server.store.tables import Dataset as Declared
 
 __all__ = ["router"]
 
@@ -32,7 +33,7 @@ _FILLING = Lock()
 _FILL_WAIT_S = 2.0
 """Sealing empty parts takes long for a large capacity: it may hold one of the API's threads, and not all of them."""
 
-_RAW_BODY = {"requestBody": {"required": True, "content": {"application/vnd.cloister.rows": {}}}}
+_RAW_BODY = {"requestBody": {"required": True, "content": {"application/vnd.cloister.rows": {}, SEALED_ROWS_TYPE: {}}}}
 
 
 @router.post("", status_code=201, response_model=Dataset)
@@ -56,12 +57,11 @@ async def upload_part(dataset: str, number: int, request: Request, call: WriteCa
     declared = await run_in_threadpool(
         call.read, lambda session: datasets.may_upload(session, call.principal, dataset, number=number).resource
     )
-    columns = datasets.schema_of(declared)
     body = await request.body()
     _check_digest(body, request.headers.get("content-digest"))
     # By the id whatever the path says: a name may mean another dataset, once this one is deleted.
     once = replace(call, route=f"{_parts_route(declared.id)}{number}")
-    return await run_in_threadpool(_store_part, once, declared.id, number, columns, body)
+    return await run_in_threadpool(_store_part, once, declared, number, body, request.headers.get("content-type", ""))
 
 
 @router.delete("/{dataset}", response_model=Dataset)
@@ -79,13 +79,24 @@ def complete_dataset(dataset: str, call: WriteCall) -> Response:
     )
 
 
-def _store_part(call: Call, dataset: str, number: int, columns: dict[str, Any], body: bytes) -> Response:
-    rows = decode_rows(columns, body)
+def _store_part(call: Call, dataset: Declared, number: int, body: bytes, content_type: str) -> Response:
+    rows = decode_rows(datasets.schema_of(dataset), _opened(call, dataset, number, body, content_type))
     return call.once(
         hashlib.sha256(body).digest(),
         lambda session: datasets.add_part(
-            session, call.principal, call.service, dataset_id=dataset, number=number, rows=rows
+            session, call.principal, call.service, dataset_id=dataset.id, number=number, rows=rows
         ),
+    )
+
+
+def _opened(call: Call, dataset: Declared, number: int, body: bytes, content_type: str) -> bytes:
+    """The part's rows: the body itself, or what it holds where its type says that it is sealed."""
+    if content_type.partition(";")[0].strip().lower() != SEALED_ROWS_TYPE:
+        return body
+    return call.read(
+        lambda session: recipients.open_part(
+            session, call.service, tenant_id=dataset.tenant_id, dataset_id=dataset.id, number=number, sealed=body
+        )
     )
 
 

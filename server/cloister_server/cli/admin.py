@@ -16,6 +16,7 @@ from cloister.wire.sources import CreateSource
 from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
 from cloister_server.cli import bundles, doctor, ledger
 from cloister_server.cli.keys import key_cli
+from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
 from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, run, show
 from cloister_server.errors import Invalid
@@ -40,6 +41,7 @@ client_cli, grant_cli, source_cli, budget_cli = (
 )
 for name, group in {
     "tenant": tenant_cli,
+    "storage": storage_cli,
     "key": key_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
     "audit": ledger.audit_cli, "ledger": ledger.ledger_cli,
 }.items():  # fmt: skip

@@ -82,7 +82,7 @@ def _opened(settings: Settings) -> Iterator[Row]:
     try:
         deployment.check_initialised(settings)
         objects = settings.data_dir / "objects"
-        if not objects.is_dir():  # to open the service would make an empty one
+        if not settings.blob_url and not objects.is_dir():  # to open the service would make an empty one
             told = f"{objects} is gone, and every sealed row and weight with it; restore it from the database's backup"
             yield _row("sealed objects", "FAULT", told)
             return

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
 
 import typer
+from sqlalchemy.orm import Session
 
-from cloister_server import keys
-from cloister_server.cli.terminal import JSON, run
+from cloister_server import deployment, keys, recipients, tenants, vault
+from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, request_id, run, show
+from cloister_server.errors import Invalid
+from cloister_server.keys import NotRotated, Outcome, Plan, Rotation
+from cloister_server.service import Service
+from cloister_server.settings import load_settings
+from cloister_server.store.session import reading
 
 __all__ = ["key_cli"]
 
 key_cli = typer.Typer(no_args_is_help=True, help="Key-encryption keys: tenants' and the service's own.")
+
+recipient_cli = typer.Typer(
+    no_args_is_help=True, help="Keys that a tenant's uploads are sealed for before they are sent."
+)
+key_cli.add_typer(recipient_cli, name="recipient")
+
+OfTenant = Annotated[str | None, typer.Option("--tenant", help="The tenant, by name or id.")]
+OfSystem = Annotated[bool, typer.Option("--system", help="The service's own key, which wraps its signing keys.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print as JSON what would be done, and do nothing.")]
+
+_OLD_BACKUPS = (
+    "Backups of the database from before the rotation hold keys that this version alone opens: they will be of no use."
+)
 
 
 @key_cli.callback()
@@ -23,3 +47,191 @@ def _root() -> None:
 def listed(as_json: JSON = False) -> None:
     """List every key by tenant and version, where it is kept, its state, and how many keys it wraps."""
     run(lambda session, _: [asdict(each) for each in keys.listed(session)], as_json)
+
+
+@key_cli.command("rotate")
+def rotate(
+    tenant: OfTenant = None,
+    system: OfSystem = False,
+    everyone: Annotated[bool, typer.Option("--all", help="Every tenant's, and the service's own.")] = False,
+    dry_run: DryRun = False,
+    as_json: JSON = False,
+) -> None:
+    """Make a new key where the old one is, and rewrap every data key for it. Run it again where it was cut short."""
+    with _at_work(as_json) as service:
+        if [tenant is not None, system, everyone].count(True) != 1:
+            raise Invalid("name one of --tenant, --system and --all")
+        tenant_id = None if everyone else _id(service, tenant)
+        if dry_run:
+            with reading(service.engine) as session:
+                _show_plan(keys.plan_rotation(session, service.keys, tenant_id), [])
+            return
+        tell = _teller(service, as_json)
+        if tenant_id is None:
+            outcome = keys.rotate_all(service, request_id=request_id(), on_progress=tell)
+        else:
+            outcome = Outcome([keys.rotate(service, tenant_id, request_id=request_id(), on_progress=tell)], [], [])
+        _show(outcome, as_json)
+
+
+@key_cli.command("migrate")
+def migrate(
+    to: Annotated[str, typer.Option(help="The provider that takes the keys, by name in the key provider file.")],
+    tenant: OfTenant = None,
+    dry_run: DryRun = False,
+    as_json: JSON = False,
+) -> None:
+    """Give every tenant, or one, and the service itself a new key with another provider. Run it again where it was cut short.
+
+    Tenants whose key is with a provider of their own are left where they are, unless one is named. New tenants' keys go to the
+    default of the key provider file.
+    """
+    with _at_work(as_json) as service:
+        tenant_id = None if tenant is None else _id(service, tenant)
+        if dry_run:
+            with reading(service.engine) as session:
+                _show_plan(*keys.plan_migration(session, service.keys, to=to, tenant_id=tenant_id))
+            return
+        tell = _teller(service, as_json)
+        _show(keys.migrate(service, to=to, tenant_id=tenant_id, request_id=request_id(), on_progress=tell), as_json)
+
+
+@key_cli.command("destroy")
+def destroy(
+    version: Annotated[int, typer.Option(help="The version, as `key list` shows it; never the active one.")],
+    tenant: OfTenant = None,
+    system: OfSystem = False,
+    confirm: Annotated[
+        str | None, typer.Option(help="The tenant's name (or system), which is asked for at the terminal otherwise.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: JSON = False,
+) -> None:
+    """Destroy an old key that wraps nothing any more, for good: no backup of the database from before its rotation opens then."""
+    with _at_work(as_json) as service:
+        if (tenant is not None) == system:
+            raise Invalid("name one of --tenant and --system")
+        tenant_id = _id(service, tenant)
+        with reading(service.engine) as session:
+            planned = keys.plan_destruction(session, tenant_id, version=version)
+        if dry_run:
+            show(asdict(planned), True)
+            return
+        if confirm is None and sys.stdin.isatty():
+            print(f"Version {version} in {planned.provider!r} is destroyed for good. {_OLD_BACKUPS}", file=sys.stderr)
+            confirm = input(f"Type {planned.tenant_name} to go on: ")
+        if confirm != planned.tenant_name:
+            raise Invalid(f"nothing is destroyed: confirm it with --confirm {planned.tenant_name}. {_OLD_BACKUPS}")
+        show(asdict(keys.destroy(service, tenant_id, version=version, request_id=request_id())), as_json)
+
+
+@key_cli.command("backup")
+def backup(
+    to: Annotated[Path, typer.Option(help="The file to make, outside the data directory and the keystore.")],
+    as_json: JSON = False,
+) -> None:
+    """Copy the local keystore into a new tar file, without its root key; the copy is on record.
+
+    Keep the root key (the key file, or the passphrase) somewhere else: the copy opens with it, and with nothing else. The
+    key of a tenant that is shredded lives on in the copy until that is destroyed too: the receipt names it.
+    """
+    with _at_work(as_json) as service:
+        made = keys.backup_keystore(service, to)
+        root = "its key file" if service.settings.key_file else "its passphrase"
+        note = (
+            f"keep {root} elsewhere, since the copy opens with it; the key of a tenant shredded from now on lives on in this copy "
+            "until that is destroyed"
+        )
+        show({**asdict(made), "note": note}, as_json)
+
+
+@recipient_cli.command("create")
+def recipient_create(tenant: InTenant, as_json: JSON = False) -> None:
+    """Make a recipient; hand its line to whoever uploads by another way than this service."""
+    run(
+        lambda session, service: {"recipient": recipients.create(session, operator_in(session, tenant), service)},
+        as_json,
+    )
+
+
+@recipient_cli.command("list")
+def recipient_list(tenant: InTenant, as_json: JSON = False) -> None:
+    """List the lines of a tenant's recipients, oldest first."""
+    run(
+        lambda session, service: [
+            {"recipient": line} for line in recipients.listed(session, operator_in(session, tenant), service)
+        ],
+        as_json,
+    )
+
+
+@recipient_cli.command("remove")
+def recipient_remove(
+    recipient: Annotated[str, typer.Argument(help="The recipient's id, which stands in its line.")],
+    tenant: InTenant,
+    as_json: JSON = False,
+) -> None:
+    """Remove a recipient: what is sealed for it is refused from now on."""
+
+    def work(session: Session, service: Service) -> dict[str, str]:
+        recipients.remove(session, operator_in(session, tenant), service, recipient)
+        return {"removed": recipient}
+
+    run(work, as_json)
+
+
+@contextmanager
+def _at_work(as_json: bool) -> Iterator[Service]:
+    """For commands that commit more than once."""
+    with refusals(as_json):
+        service = deployment.open_service(load_settings())
+        try:
+            yield service
+        finally:
+            service.engine.dispose()
+
+
+def _id(service: Service, tenant: str | None) -> str:
+    if tenant is None:
+        return vault.SYSTEM
+    with reading(service.engine) as session:
+        return tenants.find_tenant(session, tenant).id
+
+
+def _teller(service: Service, as_json: bool) -> Callable[[str, str, int], None]:
+    """Progress, a line each on standard error; a terminal that is watched wants to know."""
+    if as_json:
+        return lambda *_: None
+    with reading(service.engine) as session:
+        names = {each.id: each.name for each in tenants.tenants(session)}
+    said = {"begun": "begun", "made": "key made", "active": "new key in use"}
+    return lambda tenant_id, step, rewrapped: print(
+        f"{names.get(tenant_id, tenant_id)}: {said.get(step, f'{rewrapped} rewrapped')}", file=sys.stderr
+    )
+
+
+def _show_plan(plans: list[Plan], left: list[NotRotated]) -> None:
+    show({"plan": [asdict(each) for each in plans], "left": [asdict(each) for each in left]}, True)
+
+
+def _show(outcome: Outcome, as_json: bool) -> None:
+    """What was done; exit status 1 where anything was refused or did not open."""
+    if as_json:
+        show(asdict(outcome), True)
+    else:
+        show([asdict(each) for each in outcome.rotated], False)
+        for what, some in (("left", outcome.left), ("refused", outcome.refused)):
+            for each in some:
+                print(f"{what}: {each.tenant_name}: {each.why}", file=sys.stderr)
+        for rotated in outcome.rotated:
+            if rotated.unopened:
+                print(_unopened(rotated), file=sys.stderr)
+    if outcome.refused or any(each.unopened for each in outcome.rotated):
+        raise typer.Exit(1)
+
+
+def _unopened(rotated: Rotation) -> str:
+    return (
+        f"{rotated.tenant_name}: {len(rotated.unopened)} data keys do not open under their own version and are left as they were: "
+        f"{', '.join(rotated.unopened)}; restore these rows from a backup, and run the command again"
+    )

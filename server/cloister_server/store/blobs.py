@@ -1,53 +1,255 @@
-"""Sealed bytes by id: written once, synced, never changed. Knows object stores; never sees a plaintext byte."""
+"""Sealed bytes by id: written once, whole, never changed; in local files or in an S3 bucket. Never sees a plaintext byte."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Any, Literal
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
-from obstore.store import LocalStore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, S3Store
 
-from cloister_server.errors import Unavailable
+from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.settings import Settings
 
-__all__ = ["Blobs"]
+__all__ = ["Blobs", "Stored"]
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 500
+"""Objects in one page of a listing. S3 gives, and deletes, 1000 at most with one request."""
+
+_OURS = re.compile(r"(tn_[0-9a-f]{32})/((?P<object>obj_[0-9a-f]{32})(?:#[0-9]+)?)")
+"""What is listed and collected: all else in a bucket or a directory is somebody else's. `#1` ends the name of a file that a
+killed process was writing."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OS_ERROR, _STATUS = re.compile(r"\(os error ([0-9]+)\)"), re.compile(r"non-2xx status code: ([0-9]{3})")
+_FULL_BY_NAME = re.compile(r"status code: 507|<Code>(?:[A-Za-z]*StorageFull|QuotaExceeded|InsufficientCapacity)</Code>")
+"""S3 itself is never full; other stores that speak its protocol say so in these words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What lies in the store under one name: an object, or what a killed process had written of one."""
+
+    tenant_id: str
+    object_id: str
+    name: str
+    size: int
 
 
 class Blobs:
-    """A directory of sealed objects, one file each, named by tenant and object id.
+    """The sealed objects of a deployment, each named by its tenant's id and its own.
 
-    An object is on the disk for good (synced, its directory too) before `put` returns, so that a row that
-    names it can be committed.
+    An object is stored for good before `put` returns, so that a row that names it can be committed; until it is whole, nothing
+    is seen under its name. Where the store is full every method raises Unavailable `storage_full`, and where it does not
+    answer, or refuses, `storage_unavailable`.
     """
 
-    def __init__(self, root: Path) -> None:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._root = root
-        self._store = LocalStore(prefix=root)
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    @classmethod
+    def open_at(cls, settings: Settings) -> Blobs:
+        """The store that the settings name; it is not asked yet whether it answers. Raises StartRefused."""
+        if settings.blob_url:
+            return cls(_bucket(settings))
+        root = settings.data_dir / "objects"
+        try:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartRefused(
+                f"the directory of sealed objects {root} cannot be made ({error.strerror}); see to its disk and its owner"
+            ) from None
+        return _Files(root)
 
     def put(self, tenant_id: str, object_id: str, sealed: bytes) -> None:
-        """Create the object; an id that is taken is a fault of ours and raises, never overwrites."""
-        path = f"{tenant_id}/{object_id}"
-        try:
-            obstore.put(self._store, path, sealed, mode="create", use_multipart=False)
-        except AlreadyExistsError:
-            raise Unavailable("an object of this id is already stored; retry the request") from None
-        for place in (self._root / path, (self._root / path).parent, self._root):
-            _sync(place)
+        """Create the object. An id that is taken raises `storage_conflict`, and never overwrites."""
+        with _asking("stored"):
+            try:
+                obstore.put(self._store, f"{tenant_id}/{object_id}", sealed, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                raise Unavailable(
+                    "an object of this id is already stored; retry the request", code="storage_conflict"
+                ) from None
 
     def get(self, tenant_id: str, object_id: str) -> bytes:
-        """The sealed bytes. Raises Unavailable where they are missing."""
-        try:
+        """The sealed bytes. Raises Unavailable `storage_missing` where there are none."""
+        with _asking("read"), _missing():
             return bytes(obstore.get(self._store, f"{tenant_id}/{object_id}").bytes())
-        except FileNotFoundError:
-            raise Unavailable(
-                "a sealed object that the database names is missing from the blob store; restore it from a backup"
-            ) from None
 
-    def delete(self, tenant_id: str, object_id: str) -> None:
-        """Remove an object that nothing names any more; not there is fine."""
-        (self._root / tenant_id / object_id).unlink(missing_ok=True)
+    def sealed(self, tenant_id: str, object_id: str) -> Path | bytes:
+        """What the object can be opened from: the file that it is, to be mapped, or else its bytes. Raises as `get`."""
+        return self.get(tenant_id, object_id)
+
+    def size(self, tenant_id: str, object_id: str) -> int:
+        """How many sealed bytes there are. Raises as `get`."""
+        with _asking("read"), _missing():
+            return int(obstore.head(self._store, f"{tenant_id}/{object_id}")["size"])
+
+    def delete(self, tenant_id: str, *names: str) -> None:
+        """Remove objects, or what is left of some, that nothing names any more; not there is fine."""
+        with _asking("deleted"):
+            obstore.delete(self._store, [f"{tenant_id}/{name}" for name in names])
+
+    def pages(self, tenant_id: str | None = None) -> Iterator[list[Stored]]:
+        """All that is stored, or all of one tenant, some of one tenant at a time; what is not of our naming is left out."""
+        with _asking("listed"):
+            for page in obstore.list(self._store, prefix=tenant_id, chunk_size=_AT_ONCE):
+                found = [_stored(each["path"], each["size"]) for each in page]
+                for _, of_tenant in groupby(filter(None, found), key=lambda each: each.tenant_id):
+                    yield list(of_tenant)
+
+
+class _Files(Blobs):
+    """A directory for each tenant, a file for each object. What is written is synced, its directory too."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(LocalStore(prefix=root))
+        self._root = root
+
+    def put(self, tenant_id: str, object_id: str, sealed: bytes) -> None:
+        super().put(tenant_id, object_id, sealed)
+        path = self._root / tenant_id / object_id
+        with _asking("stored"):
+            try:
+                for place in (path, path.parent, self._root):
+                    _sync(place)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+
+    def sealed(self, tenant_id: str, object_id: str) -> Path:
+        path = self._root / tenant_id / object_id
+        with _asking("read"), _missing():
+            path.stat()
+        return path
+
+    def delete(self, tenant_id: str, *names: str) -> None:
+        with _asking("deleted"):
+            for name in names:
+                (self._root / tenant_id / name).unlink(missing_ok=True)
+
+    def pages(self, tenant_id: str | None = None) -> Iterator[list[Stored]]:
+        with _asking("listed"):  # obstore lists no files that were being written
+            names = [each.name for each in os.scandir(self._root) if each.is_dir()]
+            for directory in names if tenant_id is None else [each for each in names if each == tenant_id]:
+                with os.scandir(self._root / directory) as entries:
+                    while some := list(islice(entries, _AT_ONCE)):
+                        found = [_stored(f"{directory}/{each.name}", _size(each)) for each in some]
+                        if ours := [each for each in found if each is not None]:
+                            yield ours
+
+
+def _bucket(settings: Settings) -> S3Store:
+    secret = settings.blob_secret_access_key
+    if bool(settings.blob_access_key_id) != bool(secret):
+        raise StartRefused(
+            "CLOISTER_BLOB_ACCESS_KEY_ID and CLOISTER_BLOB_SECRET_ACCESS_KEY go together: set both, or neither where the "
+            "machine has a role of its own"
+        )
+    bucket, _, prefix = settings.blob_url.removeprefix("s3://").partition("/")
+    given = {
+        "endpoint": settings.blob_endpoint,
+        "region": settings.blob_region,
+        "access_key_id": settings.blob_access_key_id,
+        "secret_access_key": secret.get_secret_value() if secret else "",
+    }
+    config: Any = {name: value for name, value in given.items() if value}
+    timeout = timedelta(seconds=settings.blob_timeout_s)
+    try:
+        return S3Store(
+            bucket,
+            prefix=prefix.strip("/") or None,
+            config=config,
+            client_options={
+                "allow_http": settings.blob_endpoint.startswith("http://"),
+                "connect_timeout": min(timeout, timedelta(seconds=5)),
+                "timeout": timeout,
+            },
+            retry_config={
+                "max_retries": 3,
+                "retry_timeout": timeout,
+                "backoff": {
+                    "init_backoff": timedelta(seconds=0.1),
+                    "max_backoff": timedelta(seconds=2),
+                    "base": 2,
+                },
+            },
+        )
+    except (BaseError, ValueError):
+        raise StartRefused(
+            "CLOISTER_BLOB_URL, CLOISTER_BLOB_ENDPOINT and CLOISTER_BLOB_REGION name no S3 bucket that can be asked; "
+            "correct them"
+        ) from None
+
+
+@contextmanager
+def _missing() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error):
+            raise
+        raise Unavailable(
+            "a sealed object that the database names is missing from the blob store; restore it from a backup",
+            code="storage_missing",
+        ) from None
+
+
+@contextmanager
+def _asking(done: Literal["stored", "read", "deleted", "listed"]) -> Iterator[None]:
+    """What a store refuses, in words for anybody. Its own may name places and quote what it was sent: the log has the numbers."""
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        told = str(error)
+        number, status = _OS_ERROR.search(told), _STATUS.search(told)
+        code = (error.errno if isinstance(error, OSError) else None) or (int(number[1]) if number else None)
+        is_full = code in _FULL or _FULL_BY_NAME.search(told) is not None
+        log.error(
+            "storage.refused",
+            extra={
+                "error": type(error).__name__,
+                "os_error": errno.errorcode.get(code or 0),
+                "status": status[1] if status else None,
+                "is_full": is_full,
+            },
+        )
+        if is_full:
+            raise Unavailable(
+                f"the store of sealed objects is full, so nothing was {done}, and no part of it is left; retry when its operator "
+                "has made room on it",
+                code="storage_full",
+            ) from None
+        raise Unavailable(
+            f"the store of sealed objects does not answer, or refuses, so nothing was {done}; retry in a moment. If it stays so, "
+            "its operator must see to the disk or the bucket, and to the rights on it: the server's log says more",
+            code="storage_unavailable",
+        ) from None
+
+
+def _stored(path: str, size: int | None) -> Stored | None:
+    named = _OURS.fullmatch(path)
+    return None if named is None or size is None else Stored(named[1], named["object"], named[2], size)
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    """None where it is gone since it was listed."""
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return None
 
 
 def _sync(path: Path) -> None:

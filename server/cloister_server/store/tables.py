@@ -95,7 +95,7 @@ class Tenant(Table):
     quota_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """The most that its sealed objects may take; null is without a bound."""
     receipt: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    """What was signed of its shredding."""
+    """What was signed of its shredding; while that is under way, what is to be said of the steps that are done."""
 
 
 class TenantKey(Table):

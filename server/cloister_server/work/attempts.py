@@ -21,7 +21,7 @@ from cloister.wire.queries import Evaluation, QueryRequest
 from cloister_server import budgets, datasets, models, processes, vault
 from cloister_server.service import Service
 from cloister_server.store.session import writing
-from cloister_server.store.tables import Attempt, Dataset, Job, ModelVersion, Weights
+from cloister_server.store.tables import Attempt, Dataset, Job, ModelVersion, SealedObject, Weights
 
 __all__ = ["GRACE_S", "abandon", "run_attempt"]
 
@@ -71,7 +71,7 @@ def abandon(service: Service, tenant_id: str, job_id: str) -> None:
     with processes.locked(path, wait_s=30, what=f"job {job_id}"), writing(service.engine) as session:
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.status not in FINAL:
-            _close(session, job, "failed", error_code="internal")
+            _close(session, service, job, "failed", error_code="internal")
 
 
 def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> None:
@@ -99,27 +99,39 @@ def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
         outcome = attempts[0].outcome if attempts else None
         if outcome == "trained":
             spec = TrainingSpec.model_validate_json(_spec(session, service, job))
-            _close(session, job, "done")
+            _close(session, service, job, "done", left=attempts[0])
             job.version = models.publish(session, service, job, attempt=attempts[0], spec=spec)
         elif outcome == "answered":
             assert attempts[0].result is not None  # noqa: S101 (an 'answered' attempt has left one)
-            _close(session, job, "done")
+            _close(session, service, job, "done", left=attempts[0])
             job.result_id = attempts[0].result["answer_id"]
         elif job.cancel_requested or outcome == "cancelled":
-            _close(session, job, "cancelled")
+            _close(session, service, job, "cancelled")
         elif outcome in ("budget", "diverged", "internal"):
-            _close(session, job, "failed", error_code=outcome)
+            _close(session, service, job, "failed", error_code=outcome)
         elif len(attempts) == MAX_DEATHS and all(a.outcome is None and a.from_step == job.steps_done for a in attempts):
-            _close(session, job, "failed", error_code="gave_up")
-        is_over, checkpoint_id = job.status in FINAL, job.checkpoint_id
-    if is_over and checkpoint_id is not None:
-        service.blobs.delete(tenant_id, checkpoint_id)  # nobody resumes a job that is over
-    return is_over
+            _close(session, service, job, "failed", error_code="gave_up")
+        return job.status in FINAL
 
 
-def _close(session: Session, job: Job, status: str, *, error_code: str | None = None) -> None:
+def _close(
+    session: Session,
+    service: Service,
+    job: Job,
+    status: str,
+    *,
+    error_code: str | None = None,
+    left: Attempt | None = None,
+) -> None:
+    """Settle the job. Of its objects those that the attempt `left` stay; nobody resumes it, so its checkpoint goes."""
     charged = budgets.settle(session, job)
     job.status, job.error_code = status, error_code
+    if left is not None and left.result is not None and "sealed_bytes" in left.result:
+        kept = left.result.get("weights_id") or left.result["answer_id"]
+        session.get_one(SealedObject, (job.tenant_id, kept)).size = left.result["sealed_bytes"]
+    if job.checkpoint_id is not None:
+        vault.forget_objects(session, service.blobs, [job.checkpoint_id], tenant_id=job.tenant_id)
+        job.checkpoint_id = None
     log.info("job.over", extra={"job_id": job.id, "status": status, "charged": charged})
 
 

@@ -25,18 +25,21 @@ from cloister.wire.queries import QueryRequest
 from cloister.wire.rows import arrays_of, open_form
 from cloister_privacy.errors import TrainingDiverged
 from cloister_privacy.plan import DPPlan
-from cloister_privacy.sealing import open_sealed, seal
-from cloister_server import budgets, datasets, logs, processes
+from cloister_privacy.sealing import Arena, open_sealed, seal
+from cloister_privacy.sealing.sources import Sealed
+from cloister_server import budgets, datasets, logs, models, processes
 from cloister_server.errors import Unavailable
 from cloister_server.settings import Settings
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.session import new_engine, reading, writing
-from cloister_server.store.tables import Attempt, Dataset, Job, Source
-from cloister_server.vault import DataKey
+from cloister_server.store.tables import Attempt, Dataset, Job, ModelVersion, SealedObject, Source
+from cloister_server.vault import DataKey, forget_objects
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from cloister_privacy.architecture import Network
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +105,13 @@ class _Running:
         self._checkpoint_keys = [self._key(each) for each in message.get("checkpoints", ())]
         url, anchors = self.settings.database_url.get_secret_value(), Anchors(self.settings.anchor_dir)
         self._engine: Engine = new_engine(url, anchors=anchors)
-        self._blobs = Blobs(self.settings.data_dir / "objects")
+        self._blobs = Blobs.open_at(self.settings)
 
     def train(self, *, stop_asked: Callable[[], bool]) -> dict[str, Any] | None:
         """Run the steps that are left; what the weights are, or None where the job was cancelled."""
         from cloister_privacy.training import train
 
-        spec = TrainingSpec.model_validate_json(self._open(self._spec_key))
+        spec = TrainingSpec.model_validate_json(bytes(self._open(self._spec_key)))
         with reading(self._engine) as session:
             job = session.get_one(Job, (self.tenant_id, self.job_id))
             source = session.get_one(Source, (self.tenant_id, job.source_id))
@@ -133,8 +136,8 @@ class _Running:
             chunk_steps=message["chunk_steps"],
             before_chunk=self._open_chunk,
             after_chunk=after_chunk,
-            initial=self._open(self._key(message["initial"])) if message["initial"] else None,
-            resume=self._open(self._key(message["resume"])) if message["resume"] else None,
+            initial=bytes(self._open(self._key(message["initial"]))) if message["initial"] else None,
+            resume=bytes(self._open(self._key(message["resume"]))) if message["resume"] else None,
         )
         if weights is None:
             return None
@@ -142,27 +145,25 @@ class _Running:
         self._blobs.put(self.tenant_id, weights_key.object_id, sealed)
         return {
             "weights_id": weights_key.object_id,
+            "sealed_bytes": len(sealed),
             "sealed_digest": hashlib.sha256(sealed).hexdigest(),
             **_digests(weights),
             **({"audit": _audit(plan, device=device)} if spec.audit else {}),
         }
 
-    def answer(self) -> dict[str, str]:
+    def answer(self) -> dict[str, Any]:
         """Release the answers to a query: charged as one step, before the first row is read."""
-        from cloister_privacy.architecture import from_bytes
         from cloister_privacy.queries import QueryPlan, release
         from cloister_privacy.queries.predictions import predictions
 
-        query = QueryRequest.model_validate_json(self._open(self._spec_key))
+        query = QueryRequest.model_validate_json(bytes(self._open(self._spec_key)))
         with reading(self._engine) as session:
             job = session.get_one(Job, (self.tenant_id, self.job_id))
             source = session.get_one(Source, (self.tenant_id, job.source_id))
             dataset = session.get_one(Dataset, (self.tenant_id, job.dataset_id))
         columns = datasets.schema_of(dataset)
-        networks = {
-            (each["model"], each["version"]): from_bytes(self._open(self._key(each["weights"])))
-            for each in self._message["models"]
-        }
+        arena = Arena(sys.maxsize)
+        networks = {(each["model"], each["version"]): self._network(each, arena) for each in self._message["models"]}
         schemas = {
             version: ModelSchema(
                 inputs=network.architecture.inputs,
@@ -186,8 +187,18 @@ class _Running:
         told = Answer(job=self.job_id, dataset=query.dataset, epsilon=plan.epsilon, results=results)
         key, answer = self._key(self._message["answer"]), told.model_dump_json().encode()
         padded = answer.ljust(-(-len(answer) // _ANSWERS_PAGE) * _ANSWERS_PAGE)  # a size on the disk tells no digits
-        self._blobs.put(self.tenant_id, key.object_id, self._seal(key, padded))
-        return {"answer_id": key.object_id}
+        sealed = self._seal(key, padded)
+        self._blobs.put(self.tenant_id, key.object_id, sealed)
+        return {"answer_id": key.object_id, "sealed_bytes": len(sealed)}
+
+    def _network(self, message: Mapping[str, Any], arena: Arena) -> Network:
+        """A version's network, as the API opens it to serve."""
+        key, certificate = self._key(message["weights"]), None
+        if self.settings.strict:
+            with reading(self._engine) as session:
+                place = (self.tenant_id, message["model"], message["version"])
+                certificate = models.certified(session, session.get_one(ModelVersion, place))
+        return models.open_network(self._sealed(key), key, arena=arena, certificate=certificate)
 
     def _rows(self, columns: Mapping[str, Column]) -> _Rows:
         return _Rows(lambda: (open_form(columns, self._open(key)) for key in self._part_keys), columns)
@@ -215,22 +226,27 @@ class _Running:
             )
 
     def _save(self, steps_done: int, checkpoint: bytes) -> None:
-        """Seal a checkpoint under its own key, then point the job at it; the one before is removed."""
+        """Seal a checkpoint under its own key, then point the job at it; the one before is removed, with its key."""
         key = self._checkpoint_keys.pop()
-        self._blobs.put(self.tenant_id, key.object_id, self._seal(key, checkpoint))
+        sealed = self._seal(key, checkpoint)
+        self._blobs.put(self.tenant_id, key.object_id, sealed)
         with writing(self._engine) as session:
             job = session.get_one(Job, (self.tenant_id, self.job_id), with_for_update=True)
             if job.attempt != self._number:
                 raise budgets.StaleAttempt("a newer attempt has taken this job over; this one must stop")
             before, job.checkpoint_id, job.steps_done = job.checkpoint_id, key.object_id, steps_done
-        if before is not None:
-            self._blobs.delete(self.tenant_id, before)
+            session.get_one(SealedObject, (self.tenant_id, key.object_id)).size = len(sealed)
+            if before is not None:
+                forget_objects(session, self._blobs, [before], tenant_id=self.tenant_id)
 
     def _key(self, message: dict[str, str]) -> DataKey:
         return DataKey.from_message(self.tenant_id, message)
 
-    def _open(self, key: DataKey) -> bytes:
-        return bytes(open_sealed(self._blobs.get(self.tenant_id, key.object_id), key=key.secret, context=key.context))
+    def _open(self, key: DataKey) -> memoryview:
+        return open_sealed(self._sealed(key), key=key.secret, context=key.context)
+
+    def _sealed(self, key: DataKey) -> Sealed:
+        return self._blobs.sealed(self.tenant_id, key.object_id)
 
     def _seal(self, key: DataKey, plaintext: bytes) -> bytes:
         return seal(plaintext, key=key.secret, context=key.context)

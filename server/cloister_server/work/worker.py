@@ -13,6 +13,7 @@ import secrets
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from typing import Any
 
 from dbos import DBOS, SetWorkflowID
@@ -22,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
-from cloister_server import deployment, logs, processes
+from cloister_server import collection, deployment, logs, processes
 from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
 from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
@@ -39,6 +40,8 @@ WORKFLOW_VERSION = "1"
 
 _QUEUE = "train"
 _SWEEP_S = 0.3
+_LOOK_S = 60.0
+"""Between looks at whether what is left over is to be collected."""
 _UNDER_WAY = ("PENDING", "ENQUEUED", "DELAYED")
 
 
@@ -120,6 +123,7 @@ def _run(service: Service, stopping: threading.Event) -> None:
         on_conflict="always_update",
     )
     log.info("worker.ready")
+    threading.Thread(target=_collect, args=(service, stopping), name="collection", daemon=True).start()
     enqueued: set[str] = set()
     while not stopping.wait(_SWEEP_S):
         try:
@@ -157,6 +161,16 @@ class _Running:
     def wait_for_none(self, timeout_s: float) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._count == 0, timeout_s)
+
+
+def _collect(service: Service, stopping: threading.Event) -> None:
+    """Collect what is left over when that is due. What keeps it from that keeps it from nothing else; it is tried again."""
+    while not stopping.wait(_LOOK_S):
+        try:
+            if collection.is_due(service):
+                log.info("collection.done", extra=asdict(collection.collect(service)))
+        except Exception as error:
+            log.error("collection.failed", extra={"error": type(error).__name__})
 
 
 def _workflow_id(job_id: str) -> str:
