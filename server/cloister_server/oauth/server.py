@@ -6,7 +6,6 @@ Only client_credentials, and no scopes: what an app may do is in its grants and 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,19 +17,14 @@ from joserfc.jwk import ECKey, KeySet
 from sqlalchemy.orm import Session
 
 from cloister_server import vault
-from cloister_server.oauth import client_secrets
-from cloister_server.oauth.form import TokenRequest, invalid_client, read_token_request
+from cloister_server.oauth.clients import authenticate_client
+from cloister_server.oauth.form import TokenRequest, read_token_request
+from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.service import Service
-from cloister_server.store.queries import app_of_id
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App, new_id
 
-__all__ = ["ALGORITHM", "TYPE", "issue_token"]
-
-ALGORITHM = "ES256"
-TYPE = "at+jwt"  # RFC 9068
-
-_CLIENT_ID = re.compile(r"ap_[0-9a-f]{32}")
+__all__ = ["issue_token"]
 
 logging.getLogger("authlib").setLevel(logging.WARNING)  # at DEBUG its grants print the tokens that they issue
 
@@ -111,15 +105,7 @@ class _Server(AuthorizationServer):  # type: ignore[misc]  # Authlib has no type
         return _Request(request)
 
     def authenticate_client(self, request: _Request, methods: object, endpoint: str = "token") -> _Client:
-        """The client whose secret this is. An unknown client and a wrong secret cost and read the same."""
-        client_id, secret = request.read.client_id, request.read.client_secret.get_secret_value()
-        if not _CLIENT_ID.fullmatch(client_id) or not client_secrets.is_well_formed(secret):
-            raise invalid_client()
-        app = app_of_id(self._session, client_id)
-        pepper = vault.signing_key(self._session, self._service.keys, "pepper").secret
-        if not client_secrets.matches(pepper, client_id, secret, stored=app.secret_mac if app else None) or app is None:
-            raise invalid_client()
-        return _Client(app)
+        return _Client(authenticate_client(self._service, self._session, request.read))
 
     def validate_requested_scope(self, scope: str | None) -> None:
         if scope:

@@ -37,6 +37,7 @@ __all__ = [
     "Model",
     "ModelVersion",
     "Part",
+    "RevokedToken",
     "SealedObject",
     "SigningKey",
     "Source",
@@ -455,6 +456,18 @@ class SigningKey(Table):
     key_version: Mapped[int] = mapped_column(default=1, server_default=text("1"))
     """Which version of the system's key wraps it."""
     created: Mapped[datetime] = mapped_column(default=now)
+    state: Mapped[str] = mapped_column(String(16), default="active", server_default=text("'active'"))
+    """Of purpose 'token': 'next', 'active', 'retiring' or 'revoked' (`oauth.signing_keys`); the others are all 'active'."""
+    until: Mapped[datetime | None]
+    """Of a retiring key: from when on nothing that it signed is valid any more."""
+
+
+class RevokedToken(Table):
+    """An access token that was revoked before it expired: refused by its id until it would have expired anyway."""
+
+    __tablename__ = "revoked_tokens"
+    jti: Mapped[str] = mapped_column(String(64), primary_key=True)
+    until: Mapped[datetime] = mapped_column(index=True)
 
 
 class KeystoreBackup(Table):

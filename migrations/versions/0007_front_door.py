@@ -1,0 +1,36 @@
+"""States of the keys that sign access tokens, and tokens that were revoked before they expired.
+
+Locks: on PostgreSQL `signing_keys`, exclusively but for milliseconds; constant defaults rewrite no row. On SQLite the
+database, as long. Way back: `downgrade` drops the table and columns; with them every signing key but the active one goes, and
+revoked tokens are believed again until they expire, ten minutes at most.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0007"
+down_revision = "0006"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column(
+        "signing_keys", sa.Column("state", sa.String(length=16), nullable=False, server_default=sa.text("'active'"))
+    )
+    op.add_column("signing_keys", sa.Column("until", sa.DateTime(), nullable=True))
+    op.create_table(
+        "revoked_tokens",
+        sa.Column("jti", sa.String(length=64), primary_key=True),
+        sa.Column("until", sa.DateTime(), nullable=False),
+    )
+    op.create_index("ix_revoked_tokens_until", "revoked_tokens", ["until"])
+
+
+def downgrade() -> None:
+    op.drop_table("revoked_tokens")
+    op.execute("DELETE FROM signing_keys WHERE state <> 'active'")
+    for column in ("until", "state"):
+        op.drop_column("signing_keys", column)
