@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select, update
 from starlette.testclient import TestClient
-from typer.testing import CliRunner
 
-from cloister_server.cli.admin import cli
 from cloister_server.errors import Conflict, NotFound, Unauthenticated
 from cloister_server.oauth import signing_keys, verifier
 from cloister_server.oauth.verifier import authenticate
@@ -226,25 +222,3 @@ def test_challenges_name_the_metadata_and_only_blame_a_token_that_was_sent(
     nobody = bearer_of(make_client(role="trainer"))
     refused = http.post("/v1/sources", headers=nobody, json={"name": "s", "epsilon": 1, "delta": 1e-6})
     assert refused.status_code == 403 and 'error="insufficient_scope"' in refused.headers["www-authenticate"]
-
-
-def test_keys_are_listed_rotated_and_revoked_at_the_command_line(
-    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = {"data_dir": service.settings.data_dir, "key_dir": service.settings.key_dir}
-    given |= {"key_file": service.settings.key_file, "database_url": service.settings.database_url.get_secret_value()}
-    for name, value in given.items():
-        monkeypatch.setenv(f"CLOISTER_{name.upper()}", str(value))
-
-    def admin(*words: str) -> Any:
-        done = CliRunner().invoke(cli, ["token-key", *words, "--json"])
-        assert done.exit_code == 0, done.stderr
-        return json.loads(done.stdout)
-
-    first, following = sorted(admin("list"), key=lambda row: row["state"])
-    assert (first["state"], following["state"]) == ("active", "next")
-    assert CliRunner().invoke(cli, ["token-key", "rotate"]).exit_code == 1, "it was published just now"
-    published_long_ago(service)
-    assert admin("rotate")["kid"] == following["kid"]
-    assert admin("revoke", first["kid"])["state"] == "revoked"
-    assert sorted(states(service)) == ["active", "next", "revoked"]
