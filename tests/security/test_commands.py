@@ -42,3 +42,9 @@ def test_keys_are_listed_rotated_and_revoked(service: Service, admin: Callable[.
     assert admin("token-key", "rotate")["kid"] == following["kid"]
     assert admin("token-key", "revoke", first["kid"])["state"] == "revoked"
     assert sorted(row["state"] for row in admin("token-key", "list")) == ["active", "next", "revoked"]
+
+
+def test_an_id_that_begins_with_a_hyphen_is_no_option(admin: Callable[..., Any]) -> None:
+    admin("token-key", "list")
+    refused = CliRunner().invoke(cli, ["token-key", "revoke", "-Gx_nobodys", "--json"])
+    assert refused.exit_code == 1 and json.loads(refused.stderr)["code"] == "not_found"

@@ -27,7 +27,7 @@ def rotate(as_json: JSON = False) -> None:
     run(lambda session, service: _row(signing_keys.rotate(session, service)), as_json)
 
 
-@token_key_cli.command("revoke")
+@token_key_cli.command("revoke", context_settings={"ignore_unknown_options": True})  # an id may begin with -
 def revoke(
     kid: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")], as_json: JSON = False
 ) -> None:
