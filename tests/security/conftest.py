@@ -85,7 +85,7 @@ def new_app(served: Service) -> Callable[..., Client]:
             session.flush()
             operator = tenants.operator_of(made, request_id="request-of-a-test")
             app, secret = tenants.create_client(session, served.keys, operator, name=name, role="steward", **more)
-            return Client(made.id, app.id, secret)
+            return Client(made.id, app.id, secret or "")
 
     return make
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import update
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from cloister_server.cli.admin import cli
@@ -16,6 +18,7 @@ from cloister_server.oauth import signing_keys
 from cloister_server.service import Service
 from cloister_server.store.session import writing
 from cloister_server.store.tables import SigningKey, now
+from keys_of_clients import Signer, with_assertion
 
 
 @pytest.fixture
@@ -48,3 +51,33 @@ def test_an_id_that_begins_with_a_hyphen_is_no_option(admin: Callable[..., Any])
     admin("token-key", "list")
     refused = CliRunner().invoke(cli, ["token-key", "revoke", "-Gx_nobodys", "--json"])
     assert refused.exit_code == 1 and json.loads(refused.stderr)["code"] == "not_found"
+
+
+def test_a_client_is_made_with_a_public_key_and_changes_to_a_secret_and_back(
+    http: TestClient, service: Service, admin: Callable[..., Any], tmp_path: Path
+) -> None:
+    first, second = Signer(), Signer.ed25519()
+    for name, signer in (("first", first), ("second", second)):
+        (tmp_path / name).write_bytes(signer.pem)
+    admin("tenant", "create", "acme")
+    made = admin("client", "create", "--tenant", "acme", "--name", "app", "--public-key", str(tmp_path / "first"))
+    assert made["public_key"] == first.thumbprint and "client_secret" not in made
+
+    def status_of(signer: Signer) -> int:
+        assertion = signer.assertion(made["client_id"], service.settings.issuer)
+        return int(http.post("/oauth/token", data=with_assertion(assertion)).status_code)
+
+    assert (status_of(first), status_of(second)) == (200, 401)
+    changed = admin("client", "rotate", "app", "--tenant", "acme", "--public-key", str(tmp_path / "second"))
+    assert changed["public_key"] == second.thumbprint
+    assert (status_of(first), status_of(second)) == (401, 200)
+    secret = admin("client", "rotate", "app", "--tenant", "acme")["client_secret"]
+    assert status_of(second) == 401
+    grant = {"grant_type": "client_credentials"}
+    assert http.post("/oauth/token", data=grant, auth=(made["client_id"], secret)).status_code == 200
+    assert admin("client", "list", "--tenant", "acme")[0]["public_key"] is None
+    (tmp_path / "private").write_bytes(first.private_pem)
+    create = ("client", "create", "--tenant", "acme", "--name", "b", "--public-key")
+    for file, why in (("private", "private key"), ("absent", "No such file")):
+        refused = CliRunner().invoke(cli, [*create, str(tmp_path / file)])
+        assert refused.exit_code == 1 and why in refused.stderr

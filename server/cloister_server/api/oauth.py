@@ -15,7 +15,9 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["oauth"])
 
-_CREDENTIALS = {"client_id": {"type": "string"}, "client_secret": {"type": "string"}}
+_CREDENTIALS = {
+    name: {"type": "string"} for name in ("client_id", "client_secret", "client_assertion", "client_assertion_type")
+}
 
 
 def _form(**properties: Any) -> dict[str, Any]:

@@ -6,13 +6,14 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from cloister_server.oauth.signed import ALGORITHMS
 from cloister_server.settings import Settings
 from cloister_server.store import queries
 
 __all__ = ["certificate_keys", "resource_metadata", "server_metadata", "token_keys"]
 
 _ENDPOINTS = ("token", "introspection", "revocation")
-_CLIENT_METHODS = ["client_secret_basic", "client_secret_post"]
+_CLIENT_METHODS = ["private_key_jwt", "client_secret_basic", "client_secret_post"]
 
 
 def server_metadata(settings: Settings) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def server_metadata(settings: Settings) -> dict[str, Any]:
         "grant_types_supported": ["client_credentials"],
         "response_types_supported": [],
         **{f"{endpoint}_endpoint_auth_methods_supported": _CLIENT_METHODS for endpoint in _ENDPOINTS},
+        **{f"{endpoint}_endpoint_auth_signing_alg_values_supported": list(ALGORITHMS) for endpoint in _ENDPOINTS},
     }
 
 

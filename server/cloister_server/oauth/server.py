@@ -35,11 +35,14 @@ def issue_token(
     """Answer a token request: status, JSON body and headers, as RFC 6749, section 5, has them."""
     try:
         request = read_token_request(headers, query, body)
+        client = _Client(authenticate_client(service, request))
     except OAuth2Error as error:
         status, answer, more = error()
         return status, answer, dict(more)
     with reading(service.engine) as session:
-        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(service, session).create_token_response(request)
+        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(service, session, client).create_token_response(
+            request
+        )
     return answered
 
 
@@ -95,9 +98,9 @@ class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no 
 class _Server(AuthorizationServer):  # type: ignore[misc]  # Authlib has no types
     """Authlib's core for one request."""
 
-    def __init__(self, service: Service, session: Session) -> None:
+    def __init__(self, service: Service, session: Session, client: _Client) -> None:
         super().__init__()
-        self._service, self._session = service, session
+        self._client = client
         self.register_grant(ClientCredentialsGrant)
         self.register_token_generator("default", _Tokens(service, session))
 
@@ -105,7 +108,7 @@ class _Server(AuthorizationServer):  # type: ignore[misc]  # Authlib has no type
         return _Request(request)
 
     def authenticate_client(self, request: _Request, methods: object, endpoint: str = "token") -> _Client:
-        return _Client(authenticate_client(self._service, self._session, request.read))
+        return self._client  # who it is was asked before: what a client shows once is taken in a transaction of its own
 
     def validate_requested_scope(self, scope: str | None) -> None:
         if scope:

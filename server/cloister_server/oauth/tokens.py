@@ -21,7 +21,7 @@ from cloister_server.oauth.clients import authenticate_client
 from cloister_server.oauth.form import read_token_request
 from cloister_server.oauth.verifier import AccessToken
 from cloister_server.service import Service
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import writing
 from cloister_server.store.tables import App, RevokedToken, now
 
 __all__ = ["introspect_token", "revoke_access_token", "revoke_token"]
@@ -80,8 +80,7 @@ def revoke_access_token(session: Session, service: Service, token: AccessToken) 
 
 def _asked(service: Service, headers: Sequence[tuple[bytes, bytes]], query: bytes, body: bytes) -> tuple[App, str]:
     request = read_token_request(headers, query, body)
-    with reading(service.engine) as session:
-        app = authenticate_client(service, session, request)
+    app = authenticate_client(service, request)
     token = request.parameters.get("token")
     if token is None:
         raise InvalidRequestError("there is no token; send it in the form as token=...")

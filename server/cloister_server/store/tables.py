@@ -39,6 +39,7 @@ __all__ = [
     "Part",
     "RevokedToken",
     "SealedObject",
+    "SeenProof",
     "SigningKey",
     "Source",
     "Table",
@@ -115,7 +116,7 @@ class TenantKey(Table):
 
 
 class App(Table):
-    """An OAuth client of a tenant. Its secret is kept as an HMAC."""
+    """An OAuth client of a tenant, with a secret, kept as an HMAC, or with a public key."""
 
     __tablename__ = "apps"
     __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_apps_id", "id"))
@@ -123,9 +124,12 @@ class App(Table):
     id: Mapped[str] = _id()
     name: Mapped[str]
     secret_mac: Mapped[bytes]
+    """Empty where it has a public key."""
     created: Mapped[datetime] = mapped_column(default=now)
     secret_since: Mapped[datetime | None]
-    """When the secret was last changed; null where it is the first."""
+    """When the secret or key was last changed; null where it is the first."""
+    public_key: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """As a JWK, P-256 or Ed25519: its assertions are signed by the private half, which nobody else ever had."""
 
 
 class Grant(Table):
@@ -467,6 +471,14 @@ class RevokedToken(Table):
 
     __tablename__ = "revoked_tokens"
     jti: Mapped[str] = mapped_column(String(64), primary_key=True)
+    until: Mapped[datetime] = mapped_column(index=True)
+
+
+class SeenProof(Table):
+    """A client's assertion or proof of possession that was shown, by digest: nobody may show it again."""
+
+    __tablename__ = "seen_proofs"
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
     until: Mapped[datetime] = mapped_column(index=True)
 
 
