@@ -82,6 +82,15 @@ class Signer:
         }
         return self.sign({"typ": "client-authentication+jwt", **(header or {})}, {**good, **claims})
 
+    def proof(
+        self, method: str, url: str, token: str | None = None, *, header: dict[str, Any] | None = None, **claims: Any
+    ) -> str:
+        """A proof of possession (RFC 9449), right but for what is given."""
+        good = {"htm": method, "htu": url, "iat": int(time.time()), "jti": secrets.token_hex(8)}
+        if token is not None:
+            good["ath"] = b64(hashlib.sha256(token.encode()).digest())
+        return self.sign({"typ": "dpop+jwt", "jwk": self.jwk, **(header or {})}, {**good, **claims})
+
 
 def with_assertion(assertion: str, **fields: str) -> dict[str, str]:
     """The form of a token request."""

@@ -29,6 +29,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_revoked_tokens_until", "revoked_tokens", ["until"])
     op.add_column("apps", sa.Column("public_key", sa.JSON(), nullable=True))
+    op.add_column("apps", sa.Column("dpop", sa.Boolean(), nullable=False, server_default=sa.text("false")))
     op.create_table(
         "seen_proofs",
         sa.Column("digest", sa.LargeBinary(length=32), primary_key=True),
@@ -39,7 +40,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("seen_proofs")
-    op.drop_column("apps", "public_key")
+    for column in ("dpop", "public_key"):
+        op.drop_column("apps", column)
     op.drop_table("revoked_tokens")
     op.execute("DELETE FROM signing_keys WHERE state <> 'active'")
     for column in ("until", "state"):

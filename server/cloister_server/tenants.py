@@ -64,16 +64,18 @@ def create_client(
     name: str,
     role: Role,
     public_key: dict[str, str] | None = None,
+    dpop: bool = False,
 ) -> tuple[App, str | None]:
     """An app of the operator's tenant with a role's grants, and its secret, which is nowhere but in this answer.
 
-    With a public key, as `oauth.signed.read_public_key` reads it, there is no secret at all.
+    With a public key, as `oauth.signed.read_public_key` reads it, there is no secret at all. With `dpop`
+    it gets none but tokens that are bound to a key of its own.
     """
     tenant = session.get_one(Tenant, principal.tenant_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
     if queries.app_of_name(session, tenant.id, _checked(name)) is not None:
         raise Conflict(f"the tenant has a client named {name!r} already; choose another name")
-    app = App(tenant_id=tenant.id, id=new_id("ap"), name=name)
+    app = App(tenant_id=tenant.id, id=new_id("ap"), name=name, dpop=dpop)
     secret = _set_credentials(session, keys, app, public_key)
     session.add(app)
     grants.grant_role(session, app, role)

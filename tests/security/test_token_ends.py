@@ -48,7 +48,8 @@ def shown(http: TestClient) -> set[str]:
 
 
 def asks(service: Service, bearer: dict[str, str]) -> str:
-    return authenticate(service, [(b"authorization", bearer["Authorization"].encode())]).id
+    headers = [(b"authorization", bearer["Authorization"].encode())]
+    return authenticate(service, headers, method="GET", path="/v1/sources").id
 
 
 def form(http: TestClient, path: str, client: Any, **fields: str) -> Any:

@@ -64,7 +64,8 @@ def good_claims(service: Service, client: Any) -> dict[str, Any]:
 
 
 def ask(service: Service, token: str) -> Any:
-    return authenticate(service, [(b"authorization", f"Bearer {token}".encode()), (b"x-request-id", b"request-1")])
+    headers = [(b"authorization", f"Bearer {token}".encode()), (b"x-request-id", b"request-1")]
+    return authenticate(service, headers, method="GET", path="/v1/sources")
 
 
 def test_a_token_is_rfc_9068_and_short_lived(http: TestClient, service: Service, steward: Any) -> None:

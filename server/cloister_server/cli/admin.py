@@ -108,14 +108,19 @@ def client_create(
     name: Annotated[str, typer.Option(help="What people call it.")],
     role: Annotated[Role, typer.Option(help="What it may do to start with, on all of the tenant's.")] = "trainer",
     public_key: PublicKey = None,
+    dpop: Annotated[
+        bool, typer.Option("--dpop", help="Its tokens are bound to a key (RFC 9449): a stolen one is worth nothing.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
     """Make an OAuth client; its secret, where it has no public key, is printed this once and kept nowhere."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
         operator, key = operator_in(session, tenant), _key_in(public_key)
-        app, secret = tenants.create_client(session, service.keys, operator, name=name, role=role, public_key=key)
-        return {**_credentials(app, secret), "name": app.name, "role": role}
+        app, secret = tenants.create_client(
+            session, service.keys, operator, name=name, role=role, public_key=key, dpop=dpop
+        )
+        return {**_credentials(app, secret), "name": app.name, "role": role, "dpop": dpop}
 
     run(work, as_json)
 
@@ -133,6 +138,7 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
                 "created": app.created,
                 "secret_since": app.secret_since or app.created,
                 "public_key": None if app.public_key is None else thumbprint(app.public_key),
+                "dpop": app.dpop,
             }
             for app in apps
         ]

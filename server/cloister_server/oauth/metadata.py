@@ -26,6 +26,7 @@ def server_metadata(settings: Settings) -> dict[str, Any]:
         "jwks_uri": f"{settings.issuer}/.well-known/jwks.json",
         "grant_types_supported": ["client_credentials"],
         "response_types_supported": [],
+        "dpop_signing_alg_values_supported": list(ALGORITHMS),
         **{f"{endpoint}_endpoint_auth_methods_supported": _CLIENT_METHODS for endpoint in _ENDPOINTS},
         **{f"{endpoint}_endpoint_auth_signing_alg_values_supported": list(ALGORITHMS) for endpoint in _ENDPOINTS},
     }
@@ -37,6 +38,7 @@ def resource_metadata(settings: Settings) -> dict[str, Any]:
         "resource": settings.issuer,
         "authorization_servers": [settings.issuer],
         "bearer_methods_supported": ["header"],
+        "dpop_signing_alg_values_supported": list(ALGORITHMS),
         "resource_name": "Cloister",
     }
 

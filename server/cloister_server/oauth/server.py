@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from cloister_server import vault
 from cloister_server.oauth.clients import authenticate_client
+from cloister_server.oauth.dpop import InvalidProof, proven_key
 from cloister_server.oauth.form import TokenRequest, read_token_request
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.service import Service
@@ -36,14 +37,33 @@ def issue_token(
     try:
         request = read_token_request(headers, query, body)
         client = _Client(authenticate_client(service, request))
+        jkt = _bound_to(service, client.app, headers)
     except OAuth2Error as error:
         status, answer, more = error()
         return status, answer, dict(more)
     with reading(service.engine) as session:
-        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(service, session, client).create_token_response(
-            request
-        )
+        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(
+            service, session, client, jkt
+        ).create_token_response(request)
     return answered
+
+
+def _bound_to(service: Service, app: App, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+    """The key that the token is to be bound to; None where the client shows none and need not."""
+    if not app.dpop and not any(name.lower() == b"dpop" for name, _ in headers):
+        return None
+    try:
+        return proven_key(service, headers, method="POST", path="/oauth/token")
+    except InvalidProof:
+        raise _InvalidProof() from None
+
+
+class _InvalidProof(OAuth2Error):  # type: ignore[misc]  # Authlib has no types
+    error = "invalid_dpop_proof"
+    description = (
+        "the DPoP header is no proof for this request, or there is none and this client must send one; send a fresh one (RFC 9449) "
+        "with htm POST, htu this endpoint under the issuer, iat of this minute and a jti never used before"
+    )
 
 
 class _Client:
@@ -73,9 +93,13 @@ class _Request(OAuth2Request):  # type: ignore[misc]  # Authlib has no types
 class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no types
     """RFC 9068 tokens for this very server: audience and issuer are one."""
 
-    def __init__(self, service: Service, session: Session) -> None:
+    def __init__(self, service: Service, session: Session, jkt: str | None) -> None:
         super().__init__(service.settings.issuer, ALGORITHM, expires_generator=self._lifetime_s)
-        self._service, self._session = service, session
+        self._service, self._session, self._jkt = service, session, jkt
+
+    def generate(self, *given: Any, **more: Any) -> dict[str, Any]:
+        token: dict[str, Any] = super().generate(*given, **more)
+        return token if self._jkt is None else {**token, "token_type": "DPoP"}
 
     def get_jwks(self) -> KeySet:
         key = vault.signing_key(self._session, self._service.keys, "token")
@@ -88,8 +112,9 @@ class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no 
     def get_jti(self, client: _Client, grant_type: str, user: object, scope: str) -> str:
         return new_id("tok")
 
-    def get_extra_claims(self, client: _Client, grant_type: str, user: object, scope: str) -> dict[str, str]:
-        return {"tenant": client.app.tenant_id}  # for people who read tokens; no verifier of ours looks at it
+    def get_extra_claims(self, client: _Client, grant_type: str, user: object, scope: str) -> dict[str, Any]:
+        tenant = {"tenant": client.app.tenant_id}  # for people who read tokens; no verifier of ours looks at it
+        return tenant if self._jkt is None else {**tenant, "cnf": {"jkt": self._jkt}}
 
     def _lifetime_s(self, client: _Client, grant_type: str) -> int:
         return self._service.settings.token_lifetime_s
@@ -98,11 +123,11 @@ class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no 
 class _Server(AuthorizationServer):  # type: ignore[misc]  # Authlib has no types
     """Authlib's core for one request."""
 
-    def __init__(self, service: Service, session: Session, client: _Client) -> None:
+    def __init__(self, service: Service, session: Session, client: _Client, jkt: str | None) -> None:
         super().__init__()
         self._client = client
         self.register_grant(ClientCredentialsGrant)
-        self.register_token_generator("default", _Tokens(service, session))
+        self.register_token_generator("default", _Tokens(service, session, jkt))
 
     def create_oauth2_request(self, request: TokenRequest) -> OAuth2Request:
         return _Request(request)

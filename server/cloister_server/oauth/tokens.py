@@ -44,7 +44,8 @@ def introspect_token(service: Service, headers: Sequence[tuple[bytes, bytes]], *
     issuer = service.settings.issuer
     return 200, {
         "active": True,
-        "token_type": "Bearer",
+        "token_type": "Bearer" if read.jkt is None else "DPoP",
+        **({} if read.jkt is None else {"cnf": {"jkt": read.jkt}}),
         "client_id": read.client_id,
         "sub": read.client_id,
         "iss": issuer,

@@ -27,6 +27,8 @@ from sqlalchemy.orm import Session
 
 from cloister_server import vault
 from cloister_server.errors import Unauthenticated
+from cloister_server.oauth.dpop import InvalidProof, proven_key
+from cloister_server.oauth.signed import ALGORITHMS
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.queries import standing_of, token_keys
@@ -59,16 +61,33 @@ class AccessToken:
     jti: str
     issued: int
     expires: int
+    jkt: str | None
+    """The thumbprint of the key that it is bound to (RFC 9449): without a proof of that it is worth nothing."""
 
 
-def authenticate(service: Service, headers: Headers) -> Principal:
-    """Who sends this request, by its bearer token. Raises Unauthenticated, in one sentence whatever is wrong with it."""
-    return _memory(service).authenticate(service, _bearer(service, headers), _request_id(headers))
+def authenticate(service: Service, headers: Headers, *, method: str, path: str) -> Principal:
+    """Who sends this request, by its token, and by its proof where the token is bound to a key.
+
+    Raises Unauthenticated, in one sentence whatever is wrong with the token and in another whatever is with the proof.
+    """
+    token, is_bound = _given(service, headers)
+    read, principal = _memory(service).authenticate(service, token, _request_id(headers))
+    if is_bound != (read.jkt is not None):
+        raise _refusal(service)  # a bound token as if it were a bearer's, or the other way round
+    if is_bound:
+        try:
+            if proven_key(service, headers, method=method, path=path, token=token) != read.jkt:
+                raise InvalidProof("another key than the token's")
+        except InvalidProof:
+            raise _no_proof(service) from None
+    return principal
 
 
 def recall(service: Service, headers: Headers) -> Principal | None:
-    """The same from memory alone, where it is fresh enough; None where the token must be verified or its standing looked up."""
-    return _memory(service).recall(_bearer(service, headers), _request_id(headers))
+    """The same from memory alone, where that is fresh enough; None where something must be verified, as a proof always must."""
+    token, is_bound = _given(service, headers)
+    read, principal = (None, None) if is_bound else _memory(service).recall(token, _request_id(headers))
+    return principal if read is not None and read.jkt is None else None
 
 
 def inspect(service: Service, token: str) -> tuple[AccessToken, str]:
@@ -108,10 +127,10 @@ class _Memory:
         self._keys: Mapping[str, ECKey] = {}
         self._keys_loaded = -_KEYS_KEPT_S
 
-    def authenticate(self, service: Service, token: bytes, request_id: str) -> Principal:
-        known = self.recall(token, request_id)
-        if known is not None:
-            return known
+    def authenticate(self, service: Service, token: bytes, request_id: str) -> tuple[AccessToken, Principal]:
+        known, principal = self.recall(token, request_id)
+        if known is not None and principal is not None:
+            return known, principal
         digest = hashlib.sha256(token).digest()
         read = self._remembered(digest)
         if read is None:
@@ -124,16 +143,16 @@ class _Memory:
             raise _refusal(service)
         if forgotten == self._forgotten:  # else this was read before something was revoked
             self._keep(self._standing, digest, (tenant_id, asked_at + _STANDING_KEPT_S))
-        return Principal(tenant_id=tenant_id, id=read.client_id, kind="app", request_id=request_id)
+        return read, Principal(tenant_id=tenant_id, id=read.client_id, kind="app", request_id=request_id)
 
-    def recall(self, token: bytes, request_id: str) -> Principal | None:
+    def recall(self, token: bytes, request_id: str) -> tuple[AccessToken, Principal] | tuple[None, None]:
         digest = hashlib.sha256(token).digest()
         read = self._remembered(digest)
         with self._lock:
             tenant_id, until = self._standing.get(digest, ("", 0.0))
         if read is None or until <= time.monotonic():
-            return None
-        return Principal(tenant_id=tenant_id, id=read.client_id, kind="app", request_id=request_id)
+            return None, None
+        return read, Principal(tenant_id=tenant_id, id=read.client_id, kind="app", request_id=request_id)
 
     def forget(self) -> None:
         with self._lock:
@@ -211,15 +230,19 @@ def _claims(issuer: str, token: bytes, key: ECKey) -> AccessToken:
         raise ValueError("a token without an id could not be revoked")
     if expires <= at or issued > at + _CLOCKS_APART_S or expires - issued > LONGEST_LIFE_S:
         raise ValueError("not of now")
-    return AccessToken(client_id, str(key.kid), jti, issued, expires)
+    bound = claims.get("cnf")
+    if bound is not None and (not isinstance(bound, dict) or not isinstance(bound.get("jkt"), str)):
+        raise ValueError("bound to something else")
+    return AccessToken(client_id, str(key.kid), jti, issued, expires, bound["jkt"] if bound else None)
 
 
-def _bearer(service: Service, headers: Headers) -> bytes:
+def _given(service: Service, headers: Headers) -> tuple[bytes, bool]:
+    """The token, and whether it is sent as one that is bound to a key."""
     given = [value for name, value in headers if name.lower() == b"authorization"]
     scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-    if scheme.lower() != b"bearer" or not _TOKEN.fullmatch(token):
+    if scheme.lower() not in (b"bearer", b"dpop") or not _TOKEN.fullmatch(token):
         raise _refusal(service, was_given=bool(given))
-    return token
+    return token, scheme.lower() == b"dpop"
 
 
 def _request_id(headers: Headers) -> str:
@@ -230,10 +253,24 @@ def _request_id(headers: Headers) -> str:
 def _refusal(service: Service, *, was_given: bool = True) -> Unauthenticated:
     """RFC 6750, section 3.1: whoever sent nothing learns where to begin, and not that something was wrong with it."""
     error = ', error="invalid_token"' if was_given else ""
-    metadata = f"{service.settings.issuer}/.well-known/oauth-protected-resource"  # RFC 9728, section 5.1
     return Unauthenticated(
-        "there is no valid access token; get one at /oauth/token and send it as Authorization: Bearer",
-        challenge=f'Bearer realm="cloister"{error}, resource_metadata="{metadata}"',
+        "there is no valid access token; get one at /oauth/token and send it as Authorization: Bearer, or as "
+        "Authorization: DPoP with a proof where its token_type says so",
+        challenge=f'Bearer realm="cloister"{error}, {_whose(service)}, DPoP algs="{" ".join(ALGORITHMS)}"{error}',
+    )
+
+
+def _no_proof(service: Service) -> Unauthenticated:
+    return Unauthenticated(
+        "the token is bound to a key, and the DPoP header does not prove that this is yours; send a fresh proof (RFC 9449) with "
+        f"htm, htu (under {service.settings.issuer}), iat of this minute, ath and a jti never used before",
+        challenge=f'DPoP error="invalid_dpop_proof", algs="{" ".join(ALGORITHMS)}", {_whose(service)}',
+    )
+
+
+def _whose(service: Service) -> str:
+    return (
+        f'resource_metadata="{service.settings.issuer}/.well-known/oauth-protected-resource"'  # RFC 9728, section 5.1
     )
 
 

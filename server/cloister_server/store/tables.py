@@ -130,6 +130,8 @@ class App(Table):
     """When the secret or key was last changed; null where it is the first."""
     public_key: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """As a JWK, P-256 or Ed25519: its assertions are signed by the private half, which nobody else ever had."""
+    dpop: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    """Whether it gets none but tokens that are bound to a key of its own."""
 
 
 class Grant(Table):
