@@ -104,7 +104,7 @@ def inspect(service: Service, token: str) -> tuple[AccessToken, str]:
 
 
 def forget_after(session: Session, service: Service) -> None:
-    """Once this transaction is committed, look up the standing of every token anew in this process."""
+    """Once this transaction is committed, look up all keys and the standing of every token anew in this process."""
     event.listen(session, "after_commit", lambda _: _memory(service).forget(), once=True)
 
 
@@ -158,6 +158,7 @@ class _Memory:
         with self._lock:
             self._forgotten += 1
             self._standing.clear()
+            self._keys_loaded = -_KEYS_KEPT_S
 
     def verify(self, service: Service, token: bytes) -> AccessToken:
         """What a token says that is ours, of now, and signed. Raises Unauthenticated."""
