@@ -46,6 +46,16 @@ def test_a_client_is_let_in_by_its_signature(
     assert http.post("/oauth/introspect", data=told).json()["active"] is True
 
 
+def test_one_that_is_signed_for_an_hour_is_taken_for_five_minutes(
+    http: TestClient, service: Service, keyed: Callable[[Signer], Any]
+) -> None:
+    signer, at = SIGNERS["ES256"], int(time.time())
+    client = keyed(signer)
+    for issued, status in ((at, 200), (at - 290, 200), (at - 310, 401)):
+        assertion = signer.assertion(client.id, service.settings.issuer, iat=issued, exp=at + 3600)
+        assert http.post("/oauth/token", data=with_assertion(assertion)).status_code == status, at - issued
+
+
 def test_the_older_name_of_ed25519_is_understood(
     http: TestClient, service: Service, keyed: Callable[[Signer], Any]
 ) -> None:
@@ -72,7 +82,8 @@ WRONG: dict[str, Callable[[Signer, str, str], str]] = {
     "aud missing": lambda s, c, i: s.assertion(c, i, aud=None),
     "exp missing": lambda s, c, i: s.assertion(c, i, exp=None),
     "expired": lambda s, c, i: s.assertion(c, i, exp=int(time.time()) - 1),
-    "for hours": lambda s, c, i: s.assertion(c, i, exp=int(time.time()) + LATER),
+    "for hours": lambda s, c, i: s.assertion(c, i, iat=None, exp=int(time.time()) + LATER),
+    "for hours since one": lambda s, c, i: s.assertion(c, i, iat=int(time.time()) - 3000, exp=int(time.time()) + 600),
     "exp a word": lambda s, c, i: s.assertion(c, i, exp="tomorrow"),
     "exp true": lambda s, c, i: s.assertion(c, i, exp=True),
     "exp infinite": lambda s, c, i: s.sign({}, {}, raw=f'{{"iss":"{c}","sub":"{c}","aud":"{i}","jti":"j","exp":1e999}}'),

@@ -71,7 +71,7 @@ def invalid_client() -> InvalidClientError:
     return InvalidClientError(
         "the client is unknown, its secret or assertion is wrong, or there are no credentials; send client id and secret by "
         "HTTP Basic or in the form, or a fresh client_assertion: iss and sub the client id, aud this issuer and nothing else, "
-        "exp at most 5 minutes ahead, a jti never used before, signed with ES256 or Ed25519",
+        "iat within 5 minutes, exp after now, a jti never used before, signed with ES256 or Ed25519",
         status_code=401,
     )
 
