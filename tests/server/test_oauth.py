@@ -155,7 +155,7 @@ def test_what_authlib_would_let_pass_is_refused(
     ("form", "error"),
     [
         ({"grant_type": "password", "username": "a", "password": "b"}, "unsupported_grant_type"),
-        ({}, "unsupported_grant_type"),
+        ({}, "invalid_request"),
         ({"grant_type": "client_credentials", "scope": "everything"}, "invalid_scope"),
     ],
 )

@@ -9,7 +9,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from authlib.oauth2.rfc6749 import AuthorizationServer, InvalidScopeError, OAuth2Error, OAuth2Request
+from authlib.oauth2.rfc6749 import (
+    AuthorizationServer,
+    InvalidRequestError,
+    InvalidScopeError,
+    OAuth2Error,
+    OAuth2Request,
+)
 from authlib.oauth2.rfc6749.grants import ClientCredentialsGrant
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
@@ -37,6 +43,7 @@ def issue_token(
     try:
         request = read_token_request(headers, query, body)
         client = _Client(authenticate_client(service, request))
+        _check_grant(request)
         jkt = _bound_to(service, client.app, headers)
     except OAuth2Error as error:
         status, answer, more = error()
@@ -46,6 +53,19 @@ def issue_token(
             service, session, client, jkt
         ).create_token_response(request)
     return answered
+
+
+def _check_grant(request: TokenRequest) -> None:
+    """RFC 6749, 5.2. Authlib says both alike, and of neither what to send."""
+    if "grant_type" not in request.parameters:
+        raise InvalidRequestError("there is no grant_type; send grant_type=client_credentials")
+    if request.parameters["grant_type"] != "client_credentials":
+        raise _UnsupportedGrant()
+
+
+class _UnsupportedGrant(OAuth2Error):  # type: ignore[misc]  # Authlib has no types
+    error = "unsupported_grant_type"
+    description = "this grant is not given here; send grant_type=client_credentials"
 
 
 def _bound_to(service: Service, app: App, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
