@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from cloister_server.cli.admin import cli
 from cloister_server.oauth import signing_keys
 from cloister_server.service import Service
-from cloister_server.store.session import writing
-from cloister_server.store.tables import SigningKey, now
+from cloister_server.store.session import reading, writing
+from cloister_server.store.tables import AuditRow, SigningKey, now
 from keys_of_clients import Signer, with_assertion
 
 
@@ -81,3 +81,24 @@ def test_a_client_is_made_with_a_public_key_and_changes_to_a_secret_and_back(
     for file, why in (("private", "private key"), ("absent", "No such file")):
         refused = CliRunner().invoke(cli, [*create, str(tmp_path / file)])
         assert refused.exit_code == 1 and why in refused.stderr
+
+
+def test_an_operator_inspects_and_revokes_a_token_that_comes_by_standard_input(
+    http: TestClient, service: Service, admin: Callable[..., Any], steward: Any, bearer: dict[str, str]
+) -> None:
+    token = bearer["Authorization"].split(" ")[1]
+
+    def asked(verb: str) -> Any:
+        return CliRunner().invoke(cli, ["token", verb, "--json"], input=f"{token}\n")
+
+    told = json.loads(asked("inspect").stdout)
+    assert told["client_id"] == steward.id and told["tenant"] == steward.tenant_id and told["bound_to"] is None
+    done = asked("revoke")
+    assert json.loads(done.stdout)["client_id"] == steward.id and token not in done.output
+    assert http.get("/v1/sources", headers=bearer).status_code == 401
+    for verb in ("inspect", "revoke"):
+        again = asked(verb)
+        assert again.exit_code == 1 and json.loads(again.stderr)["code"] == "invalid_request"
+    with reading(service.engine) as session:
+        (row,) = session.scalars(select(AuditRow).where(AuditRow.verb == "token.revoke"))
+    assert (row.resource_id, row.outcome, row.tenant_id) == (steward.id, "allowed", steward.tenant_id)

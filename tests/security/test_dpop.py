@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from cloister_server.errors import Unauthenticated
+from cloister_server.oauth.signed import read_public_key
 from cloister_server.oauth.verifier import authenticate
 from cloister_server.service import Service
-from keys_of_clients import Signer
+from keys_of_clients import Signer, with_assertion
 
 MINE, OTHER = Signer(), Signer()
 GRANT = {"grant_type": "client_credentials"}
@@ -179,3 +181,28 @@ def test_a_wrong_proof_is_refused_where_none_is_needed_and_wrong_credentials_bef
     assert get_token(steward, proof="x").json()["error"] == "invalid_dpop_proof"
     nobody = type(steward)(steward.tenant_id, steward.id, "cls_wrong")
     assert get_token(nobody, proof="x").json()["error"] == "invalid_client"
+
+
+def test_predictions_ask_for_the_proof_too(http: TestClient, service: Service, token: str) -> None:
+    path = "/v2/models/nobodys"
+    proof = MINE.proof("GET", f"{service.settings.issuer}{path}", token)
+    headers = {"Authorization": f"DPoP {token}"}
+    assert http.get(path, headers=headers).status_code == 401
+    assert http.get(path, headers={**headers, "DPoP": proof}).status_code == 404
+
+
+def test_proofs_assertions_and_tokens_are_never_logged(
+    http: TestClient, service: Service, make_client: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    client = make_client(public_key=read_public_key(MINE.pem), dpop=True)
+    assertion = MINE.assertion(client.id, service.settings.issuer)
+    proof = MINE.proof("POST", f"{service.settings.issuer}/oauth/token")
+    token = http.post("/oauth/token", data=with_assertion(assertion), headers={"DPoP": proof}).json()["access_token"]
+    use = MINE.proof("GET", f"{service.settings.issuer}{PATH}", token)
+    assert sent(http, token, use).status_code == 200
+    assert sent(http, token, use).status_code == 401
+    told = " ".join(str(vars(record)) for record in caplog.records if record.name != "httpx2")  # the test's own client
+    assert "request" in told
+    for secret in (assertion, proof, token, use):
+        assert secret not in told and secret.rpartition(".")[2] not in told

@@ -18,7 +18,7 @@ from cloister_server.cli import bundles, doctor, ledger
 from cloister_server.cli.keys import key_cli
 from cloister_server.cli.tenants import tenant_cli
 from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, run, show
-from cloister_server.cli.token_keys import token_key_cli
+from cloister_server.cli.token_keys import token_cli, token_key_cli
 from cloister_server.errors import Invalid
 from cloister_server.grants import Role
 from cloister_server.oauth.signed import read_public_key, thumbprint
@@ -43,7 +43,7 @@ client_cli, grant_cli, source_cli, budget_cli = (
 for name, group in {
     "tenant": tenant_cli,
     "key": key_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
-    "audit": ledger.audit_cli, "ledger": ledger.ledger_cli, "token-key": token_key_cli,
+    "audit": ledger.audit_cli, "ledger": ledger.ledger_cli, "token": token_cli, "token-key": token_key_cli,
 }.items():  # fmt: skip
     cli.add_typer(group, name=name)
 

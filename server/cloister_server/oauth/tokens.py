@@ -15,16 +15,18 @@ from authlib.oauth2.rfc6749.errors import InvalidRequestError
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
+from cloister_server import audit, policy
 from cloister_server.errors import Unauthenticated
 from cloister_server.oauth import verifier
 from cloister_server.oauth.clients import authenticate_client
 from cloister_server.oauth.form import read_token_request
 from cloister_server.oauth.verifier import AccessToken
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import writing
-from cloister_server.store.tables import App, RevokedToken, now
+from cloister_server.store.tables import App, RevokedToken, Tenant, now
 
-__all__ = ["introspect_token", "revoke_access_token", "revoke_token"]
+__all__ = ["introspect_token", "revoke_access_token", "revoke_by_operator", "revoke_token"]
 
 Answer = tuple[int, dict[str, Any], dict[str, str]]
 
@@ -77,6 +79,17 @@ def revoke_access_token(session: Session, service: Service, token: AccessToken) 
     session.execute(delete(RevokedToken).where(RevokedToken.until < now()))
     session.merge(RevokedToken(jti=token.jti, until=datetime.fromtimestamp(token.expires + 60, UTC)))
     verifier.forget_after(session, service)
+
+
+def revoke_by_operator(session: Session, service: Service, token: str, *, request_id: str) -> AccessToken:
+    """Revoke any app's token, and tell of it in its tenant's audit log. Raises Unauthenticated where it is not valid anyway."""
+    read, tenant_id = verifier.inspect(service, token)
+    operator = Principal.operator(tenant_id, request_id=request_id)
+    tenant = session.get_one(Tenant, tenant_id)
+    authorized = policy.authorize(session, operator, "tenant.administer", tenant)
+    revoke_access_token(session, service, read)
+    audit.allowed(session, authorized, "token.revoke", read.client_id)
+    return read
 
 
 def _asked(service: Service, headers: Sequence[tuple[bytes, bytes]], query: bytes, body: bytes) -> tuple[App, str]:
