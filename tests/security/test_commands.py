@@ -38,13 +38,18 @@ def admin(service: Service, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
 def test_keys_are_listed_rotated_and_revoked(service: Service, admin: Callable[..., Any]) -> None:
     first, following = sorted(admin("token-key", "list"), key=lambda row: row["state"])
     assert (first["state"], following["state"]) == ("active", "next")
-    assert CliRunner().invoke(cli, ["token-key", "rotate"]).exit_code == 1, "it was published just now"
-    with writing(service.engine) as session:
-        older = now() - timedelta(seconds=signing_keys.PUBLISHED_S + 1)
-        session.execute(update(SigningKey).where(SigningKey.state == "next").values(created=older))
+    _published(service, ago_s=1)
+    assert CliRunner().invoke(cli, ["token-key", "rotate"]).exit_code == 1
+    _published(service, ago_s=signing_keys.PUBLISHED_S + 1)
     assert admin("token-key", "rotate")["kid"] == following["kid"]
     assert admin("token-key", "revoke", first["kid"])["state"] == "revoked"
     assert sorted(row["state"] for row in admin("token-key", "list")) == ["active", "next", "revoked"]
+
+
+def _published(service: Service, *, ago_s: float) -> None:
+    with writing(service.engine) as session:
+        created = now() - timedelta(seconds=ago_s)
+        session.execute(update(SigningKey).where(SigningKey.state == "next").values(created=created))
 
 
 def test_an_id_that_begins_with_a_hyphen_is_no_option(admin: Callable[..., Any]) -> None:

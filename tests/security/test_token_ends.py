@@ -31,14 +31,15 @@ def kid_of(service: Service, state: str) -> str:
         return next(key.id for key in signing_keys.listed(session) if key.state == state)
 
 
-def published_long_ago(service: Service) -> None:
+def published(service: Service, *, ago_s: float) -> None:
+    """The next key was; the deployments of these tests are copies of one that may be of any age."""
     with writing(service.engine) as session:
-        older = now() - timedelta(seconds=signing_keys.PUBLISHED_S + 1)
-        session.execute(update(SigningKey).where(SigningKey.state == "next").values(created=older))
+        created = now() - timedelta(seconds=ago_s)
+        session.execute(update(SigningKey).where(SigningKey.state == "next").values(created=created))
 
 
 def rotate(service: Service) -> None:
-    published_long_ago(service)
+    published(service, ago_s=signing_keys.PUBLISHED_S + 1)
     with writing(service.engine) as session:
         signing_keys.rotate(session, service)
 
@@ -84,6 +85,7 @@ def test_ten_rotations_refuse_no_valid_token_here_or_in_another_process(
 
 
 def test_the_next_key_is_published_for_two_minutes_before_it_signs(service: Service) -> None:
+    published(service, ago_s=1)
     with writing(service.engine) as session, pytest.raises(Conflict, match=r"rotate again in 1[0-9][0-9] s"):
         signing_keys.rotate(session, service)
     assert sorted(states(service)) == ["active", "next"]
