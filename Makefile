@@ -27,7 +27,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install ## Start a server, train privately on real data, predict, be refused, verify: the main job, end to end
 	@$(BIN)/python examples/demo.py
 
-test: install ## Run the tests (SQLite and a real PostgreSQL from pip; no service needed)
+# OAuth clients of others; the tests that need them skip, and say so, where there is no npm.
+NODE := tests/security/node
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
+	-npm ci --prefix $(NODE) --silent --no-audit --no-fund
+
+test: install $(NODE)/node_modules/.package-lock.json ## Run the tests (SQLite and a real PostgreSQL from pip; no service needed)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # TensorFlow pins packages of its own, so it is kept apart; the tests skip what needs it where it cannot be had.
@@ -57,4 +62,4 @@ bench: install ## Run one benchmark beside its peers: make bench NAME=import
 	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 clean: ## Remove .venv and caches
-	rm -rf $(VENV) $(VENV)-tensorflow .venv-bench-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-tensorflow .venv-bench-* $(NODE)/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from cloister._auth import ClientCredentials
@@ -14,6 +16,7 @@ from cloister._http import AsyncSender, Sender, check_url
 from cloister._networks import ImportedNetwork, network_of
 from cloister._operations import Operations, id_or_blank
 from cloister._plans import Plan
+from cloister._possession import PrivateKey
 from cloister._queries import AsyncQueries, Queries
 from cloister._resources import (
     AsyncDatasets,
@@ -40,14 +43,36 @@ class _Connection:
     """Where a client talks to, and as whom: arguments first, then CLOISTER_* of the environment."""
 
     def __init__(
-        self, url: str | None, client_id: str | None, client_secret: str | None, *, allow_insecure: bool
+        self,
+        url: str | None,
+        client_id: str | None,
+        client_secret: str | None,
+        *,
+        private_key: str | PathLike[str] | None,
+        dpop: bool | None,
+        allow_insecure: bool,
     ) -> None:
         self.url = check_url(_given(url, "url", "CLOISTER_URL"), allow_insecure=allow_insecure)
         self.auth = ClientCredentials(
             self.url,
             _given(client_id, "client_id", "CLOISTER_CLIENT_ID"),
-            _given(client_secret, "client_secret", "CLOISTER_CLIENT_SECRET"),
+            _credential(client_secret, private_key),
+            dpop=os.environ.get("CLOISTER_DPOP") == "1" if dpop is None else dpop,
         )
+
+
+def _credential(client_secret: str | None, private_key: str | PathLike[str] | None) -> str | PrivateKey:
+    """The secret or the key: what was passed goes before the environment, and two of the same rank are not chosen between."""
+    if not (client_secret or private_key):
+        client_secret, private_key = os.environ.get("CLOISTER_CLIENT_SECRET"), os.environ.get("CLOISTER_PRIVATE_KEY")
+    if client_secret and private_key:
+        raise ConfigurationError(
+            "there are a client_secret and a private_key (CLOISTER_CLIENT_SECRET, CLOISTER_PRIVATE_KEY); a client has one of "
+            "them: give the one that its operator registered"
+        )
+    if private_key:
+        return PrivateKey.read(Path(private_key))
+    return _given(client_secret, "client_secret", "CLOISTER_CLIENT_SECRET")
 
 
 def _given(value: str | None, name: str, variable: str) -> str:
@@ -60,6 +85,8 @@ def _given(value: str | None, name: str, variable: str) -> str:
 class Cloister:
     """A client of one server. Use it as a context manager, or call `close()`; it may be shared between threads.
 
+    It says who it is by `client_secret`, or by `private_key`, a PEM file whose public half the operator registered. With `dpop`
+    its tokens are bound to a key that lives in this object: a stolen one opens nothing.
     `timeout_s` bounds each wait for the server within a request; None waits for ever. `seal_to`: the recipient that every upload
     is sealed for, unless it names another; none goes unsealed then (docs/sdk.md).
     """
@@ -70,13 +97,17 @@ class Cloister:
         *,
         client_id: str | None = None,
         client_secret: str | None = None,
+        private_key: str | PathLike[str] | None = None,
+        dpop: bool | None = None,
         timeout_s: float | None = _TIMEOUT_S,
         max_retries: int = 2,
         allow_insecure: bool = False,
         seal_to: str | None = None,
         _transport: Any = None,
     ) -> None:
-        connection = _Connection(url, client_id, client_secret, allow_insecure=allow_insecure)
+        connection = _Connection(
+            url, client_id, client_secret, private_key=private_key, dpop=dpop, allow_insecure=allow_insecure
+        )
         self._operations = Operations(max_retries=max_retries, seal_to=seal_to)
         self._sender = Sender(connection.url, connection.auth, timeout_s=timeout_s, transport=_transport)
         self.sources = Sources(self._sender, self._operations)
@@ -174,13 +205,17 @@ class AsyncCloister:
         *,
         client_id: str | None = None,
         client_secret: str | None = None,
+        private_key: str | PathLike[str] | None = None,
+        dpop: bool | None = None,
         timeout_s: float | None = _TIMEOUT_S,
         max_retries: int = 2,
         allow_insecure: bool = False,
         seal_to: str | None = None,
         _transport: Any = None,
     ) -> None:
-        connection = _Connection(url, client_id, client_secret, allow_insecure=allow_insecure)
+        connection = _Connection(
+            url, client_id, client_secret, private_key=private_key, dpop=dpop, allow_insecure=allow_insecure
+        )
         self._operations = Operations(max_retries=max_retries, seal_to=seal_to)
         self._sender = AsyncSender(connection.url, connection.auth, timeout_s=timeout_s, transport=_transport)
         self.sources = AsyncSources(self._sender, self._operations)

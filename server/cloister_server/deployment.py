@@ -17,6 +17,7 @@ from cloister_privacy.sealing import InvalidWrap, KeyMissing, KeyProviderError, 
 from cloister_server import vault
 from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
 from cloister_server.keyring import LOCAL, KeyRing, read_provider_file
+from cloister_server.oauth import signing_keys
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store import chain, migrate
@@ -54,6 +55,8 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
                 session.flush()  # it wraps the keys that follow
             for purpose in made:
                 vault.new_signing_key(session, keys, purpose)
+            session.flush()
+            signing_keys.complete(session, keys)
         with reading(engine) as session:
             _check_keys(session, keys, settings)
         with writing(engine) as session:

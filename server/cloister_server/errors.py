@@ -59,6 +59,11 @@ class Unauthenticated(ServerError):
     status = 401
     default_code = "unauthenticated"
 
+    def __init__(self, message: str, *, challenge: str = "Bearer") -> None:
+        super().__init__(message)
+        self.challenge = challenge
+        """What WWW-Authenticate says (RFC 9110, section 11.6.1)."""
+
 
 class Forbidden(ServerError):
     status = 403

@@ -56,31 +56,50 @@ def create_tenant(
     return tenant
 
 
-def create_client(session: Session, keys: KeyRing, principal: Principal, *, name: str, role: Role) -> tuple[App, str]:
-    """An app of the operator's tenant with a role's grants, and its secret, which is nowhere but in this answer."""
+def create_client(
+    session: Session,
+    keys: KeyRing,
+    principal: Principal,
+    *,
+    name: str,
+    role: Role,
+    public_key: dict[str, str] | None = None,
+    dpop: bool = False,
+) -> tuple[App, str | None]:
+    """An app of the operator's tenant with a role's grants, and its secret, which is nowhere but in this answer.
+
+    With a public key, as `oauth.signed.read_public_key` reads it, there is no secret at all. With `dpop`
+    it gets none but tokens that are bound to a key of its own.
+    """
     authorized = policy.authorize_change(session, principal, "tenant.administer")
     tenant = authorized.resource
     if queries.app_of_name(session, tenant.id, _checked(name)) is not None:
         raise Conflict(f"the tenant has a client named {name!r} already; choose another name")
-    client_id, secret = new_id("ap"), client_secrets.new_secret().get_secret_value()
-    pepper = vault.signing_key(session, keys, "pepper").secret
-    app = App(tenant_id=tenant.id, id=client_id, name=name, secret_mac=client_secrets.mac(pepper, client_id, secret))
+    app = App(tenant_id=tenant.id, id=new_id("ap"), name=name, dpop=dpop)
+    secret = _set_credentials(session, keys, app, public_key)
     session.add(app)
     grants.grant_role(session, app, role)
     audit.allowed(session, authorized, "client.create", app.id)
     return app, secret
 
 
-def rotate_client(session: Session, keys: KeyRing, principal: Principal, id_or_name: str) -> tuple[App, str]:
-    """A new secret for an app of the operator's tenant, which is nowhere but in this answer; the old one is of no use any more.
+def rotate_client(
+    session: Session,
+    keys: KeyRing,
+    principal: Principal,
+    id_or_name: str,
+    *,
+    public_key: dict[str, str] | None = None,
+) -> tuple[App, str | None]:
+    """A new secret for an app of the operator's tenant, which is nowhere but in this answer, or a public key instead of any.
 
-    Access tokens that the old secret got live on until they expire, ten minutes at most; `remove_client` ends those too.
+    The old secret or key is of no use any more. Access tokens that it got live on until they expire, ten minutes at most;
+    `remove_client` ends those too.
     """
     authorized = policy.authorize_change(session, principal, "tenant.administer")
     app = _own_app(session, authorized.resource, id_or_name)
-    secret = client_secrets.new_secret().get_secret_value()
-    pepper = vault.signing_key(session, keys, "pepper").secret
-    app.secret_mac, app.secret_since = client_secrets.mac(pepper, app.id, secret), now()
+    secret = _set_credentials(session, keys, app, public_key)
+    app.secret_since = now()
     audit.allowed(session, authorized, "client.rotate", app.id)
     return app, secret
 
@@ -123,6 +142,17 @@ def find_tenant(session: Session, id_or_name: str) -> Tenant:
 def operator_of(tenant: Tenant, *, request_id: str) -> Principal:
     """The operator at work in this tenant: for the CLI alone, which whoever holds the keys can run."""
     return Principal.operator(tenant.id, request_id=request_id)
+
+
+def _set_credentials(session: Session, keys: KeyRing, app: App, public_key: dict[str, str] | None) -> str | None:
+    """Give an app a public key and no secret, or a new secret, which is returned, and no public key."""
+    app.public_key = public_key
+    if public_key is not None:
+        app.secret_mac = b""
+        return None
+    secret = client_secrets.new_secret().get_secret_value()
+    app.secret_mac = client_secrets.mac(vault.signing_key(session, keys, "pepper").secret, app.id, secret)
+    return secret
 
 
 def _own_app(session: Session, tenant: Tenant, id_or_name: str) -> App:

@@ -62,6 +62,7 @@ __all__ = [
     "new_signing_key",
     "new_tenant_key",
     "open_object",
+    "open_signing_key",
     "require_system_key",
     "seal_object",
     "signing_context",
@@ -233,24 +234,30 @@ def abandon_object(blobs: Blobs, *object_ids: str, tenant_id: str) -> None:
         log.error("blob.not_deleted", extra={"object_ids": object_ids, "error": error.code})
 
 
-def new_signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSecret:
+def new_signing_key(session: Session, keys: KeyRing, purpose: Purpose, *, state: str = "active") -> SigningSecret:
     """Create a key of the service, its private part wrapped by the system's key. Raises KeyProviderError."""
     key_id, secret, public = _generate(purpose)
     kek = session.scalars(_active_key(SYSTEM)).one()
     wrapped = keys.of(kek.provider).wrap(kek.key_id, secret, context=signing_context(purpose, key_id))
-    session.add(SigningKey(id=key_id, purpose=purpose, public=public, wrapped=wrapped, key_version=kek.version))
+    session.add(
+        SigningKey(id=key_id, purpose=purpose, public=public, wrapped=wrapped, key_version=kek.version, state=state)
+    )
     return SigningSecret(key_id, secret, public)
 
 
 def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSecret:
-    """The newest key of this purpose. Raises StartRefused where `cloister-admin init` has not run, and KeyProviderError."""
-    row = session.scalars(
-        select(SigningKey).where(SigningKey.purpose == purpose).order_by(SigningKey.created.desc()).limit(1)
-    ).one_or_none()
+    """The newest active key of this purpose. Raises StartRefused where `cloister-admin init` has not run, and KeyProviderError."""
+    of_purpose = select(SigningKey).where(SigningKey.purpose == purpose, SigningKey.state == "active")
+    row = session.scalars(of_purpose.order_by(SigningKey.created.desc()).limit(1)).one_or_none()
     if row is None:
         raise StartRefused(f"there is no {purpose} key: this deployment is not initialised; run `cloister-admin init`")
+    return open_signing_key(session, keys, row)
+
+
+def open_signing_key(session: Session, keys: KeyRing, row: SigningKey) -> SigningSecret:
+    """The secret of one key of the service. Raises KeyProviderError."""
     kek = session.get_one(TenantKey, (SYSTEM, row.key_version))
-    secret = keys.unwrap_often(kek.provider, kek.key_id, row.wrapped, context=signing_context(purpose, row.id))
+    secret = keys.unwrap_often(kek.provider, kek.key_id, row.wrapped, context=signing_context(row.purpose, row.id))
     return SigningSecret(row.id, secret, row.public)
 
 

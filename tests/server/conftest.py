@@ -53,13 +53,13 @@ def _settings(root: Path, urls: DatabaseURLs | None, **more: Any) -> Settings:
 def make_client(service: Service) -> Callable[..., Client]:
     """Makes an app of a tenant, which is made where there is none of its name."""
 
-    def make(tenant: str = "acme", *, role: Role = "steward") -> Client:
+    def make(tenant: str = "acme", *, role: Role = "steward", **more: Any) -> Client:
         with writing(service.engine) as session:
             made = _tenant(session, service, tenant)
             operator = tenants.operator_of(made, request_id="request-of-a-test")
             name = f"a{secrets.token_hex(4)}"
-            app, secret = tenants.create_client(session, service.keys, operator, name=name, role=role)
-            return Client(made.id, app.id, secret)
+            app, secret = tenants.create_client(session, service.keys, operator, name=name, role=role, **more)
+            return Client(made.id, app.id, secret or "")
 
     return make
 

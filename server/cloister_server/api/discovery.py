@@ -31,6 +31,11 @@ def server_metadata(request: Request) -> dict[str, Any]:
     return metadata.server_metadata(request.app.state.service.settings)
 
 
+@router.get("/.well-known/oauth-protected-resource")
+def resource_metadata(request: Request) -> dict[str, Any]:
+    return metadata.resource_metadata(request.app.state.service.settings)
+
+
 @router.get("/.well-known/jwks.json")
 def token_keys(request: Request) -> dict[str, Any]:
     with reading(request.app.state.service.engine) as session:

@@ -41,7 +41,10 @@ PUBLIC = frozenset(
         "/readyz",
         "/openapi.json",
         "/oauth/token",
+        "/oauth/introspect",
+        "/oauth/revoke",
         "/.well-known/oauth-authorization-server",
+        "/.well-known/oauth-protected-resource",
         "/.well-known/jwks.json",
         "/.well-known/cloister-certificate-keys",
         "/v2",
@@ -160,7 +163,8 @@ class Guard:
         if scope["type"] == "http" and scope["path"] not in PUBLIC:
             principal = recall(self._service, scope["headers"])
             if principal is None:
-                principal = await run_in_threadpool(authenticate, self._service, scope["headers"])
+                place = {"method": scope["method"], "path": scope["path"]}  # what a proof of possession is for
+                principal = await run_in_threadpool(authenticate, self._service, scope["headers"], **place)
             scope["state"].update(principal=principal, principal_id=principal.id)
         await self._app(scope, receive, send)
 

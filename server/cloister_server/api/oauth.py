@@ -1,41 +1,53 @@
-"""/oauth/token: the one way to an access token."""
+"""/oauth/*: the one way to an access token, and what becomes of it afterwards."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from cloister_server.oauth.server import issue_token
+from cloister_server.oauth.tokens import introspect_token, revoke_token
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["oauth"])
 
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/x-www-form-urlencoded": {
-                "schema": {
-                    "type": "object",
-                    "required": ["grant_type"],
-                    "properties": {
-                        "grant_type": {"type": "string", "const": "client_credentials"},
-                        "client_id": {"type": "string"},
-                        "client_secret": {"type": "string"},
-                    },
-                }
-            }
-        },
-    }
+_CREDENTIALS = {
+    name: {"type": "string"} for name in ("client_id", "client_secret", "client_assertion", "client_assertion_type")
 }
 
 
-@router.post("/oauth/token", openapi_extra=_FORM)
+def _form(**properties: Any) -> dict[str, Any]:
+    """For the API's description alone: a form, all of whose own fields are required."""
+    schema = {"type": "object", "required": list(properties), "properties": {**properties, **_CREDENTIALS}}
+    content = {"application/x-www-form-urlencoded": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_TOKEN = _form(token={"type": "string"})
+
+
+@router.post("/oauth/token", openapi_extra=_form(grant_type={"type": "string", "const": "client_credentials"}))
 async def get_token(request: Request) -> JSONResponse:
+    return await _answered(request, issue_token)
+
+
+@router.post("/oauth/introspect", openapi_extra=_TOKEN)
+async def introspect(request: Request) -> JSONResponse:
+    return await _answered(request, introspect_token)
+
+
+@router.post("/oauth/revoke", openapi_extra=_TOKEN)
+async def revoke(request: Request) -> JSONResponse:
+    return await _answered(request, revoke_token)
+
+
+async def _answered(request: Request, answer_to: Any) -> JSONResponse:
     # The raw body: our own strict reading of the form comes before anybody else's.
     body, query = await request.body(), request.scope["query_string"]
     service, headers = request.app.state.service, request.scope["headers"]
-    status, answer, more = await run_in_threadpool(issue_token, service, headers, query=query, body=body)
+    status, answer, more = await run_in_threadpool(answer_to, service, headers, query=query, body=body)
     return JSONResponse(answer, status, {name: value for name, value in more.items() if name != "Content-Type"})

@@ -31,6 +31,7 @@ from cloister_privacy.errors import (
 )
 from cloister_server.errors import (
     BadRequest,
+    Forbidden,
     Invalid,
     NotFound,
     RateLimited,
@@ -70,7 +71,9 @@ def response_to(error: Exception, *, request_id: str) -> Response:
     body = ErrorBody(error=refusal.message, code=refusal.code, request_id=request_id, details=refusal.details)
     headers = {}
     if isinstance(refusal, Unauthenticated):
-        headers["WWW-Authenticate"] = "Bearer"
+        headers["WWW-Authenticate"] = refusal.challenge
+    if isinstance(refusal, Forbidden):  # RFC 6750, section 3: the token is fine, and does not reach as far
+        headers["WWW-Authenticate"] = 'Bearer realm="cloister", error="insufficient_scope"'
     if isinstance(refusal, (RateLimited, Unavailable)):
         headers["Retry-After"] = "1"
     return Response(json.dumps(body.model_dump()), refusal.status, headers, media_type="application/json")

@@ -19,13 +19,15 @@ from cloister_server.cli.keys import key_cli
 from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
 from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, run, show
+from cloister_server.cli.token_keys import token_cli, token_key_cli
 from cloister_server.errors import Invalid
 from cloister_server.grants import Role
+from cloister_server.oauth.signed import read_public_key, thumbprint
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
 from cloister_server.store import chain
 from cloister_server.store.session import reading
-from cloister_server.store.tables import Grant, Source
+from cloister_server.store.tables import App, Grant, Source
 
 __all__ = ["main"]
 
@@ -43,7 +45,7 @@ for name, group in {
     "tenant": tenant_cli,
     "storage": storage_cli,
     "key": key_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
-    "audit": ledger.audit_cli, "ledger": ledger.ledger_cli,
+    "audit": ledger.audit_cli, "ledger": ledger.ledger_cli, "token": token_cli, "token-key": token_key_cli,
 }.items():  # fmt: skip
     cli.add_typer(group, name=name)
 
@@ -52,6 +54,12 @@ tenant_cli.command("export")(bundles.export)
 Client = Annotated[str, typer.Argument(metavar="NAME", help="The client, by name or client id.")]
 Effect = Annotated[Literal["allow", "deny"], typer.Option(help="A deny goes before every allow.")]
 Resource = Annotated[str, typer.Option(help="The resource, by name or id, or * for all of this tenant's.")]
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(
+        help="The client's public key, P-256 or Ed25519, as PEM or JWK: it has no secret then, which is safer."
+    ),
+]
 _HOLDER = "The app: by name, as TENANT/NAME where it is another tenant's, or by client id."
 
 
@@ -101,13 +109,20 @@ def client_create(
     tenant: InTenant,
     name: Annotated[str, typer.Option(help="What people call it.")],
     role: Annotated[Role, typer.Option(help="What it may do to start with, on all of the tenant's.")] = "trainer",
+    public_key: PublicKey = None,
+    dpop: Annotated[
+        bool, typer.Option("--dpop", help="Its tokens are bound to a key (RFC 9449): a stolen one is worth nothing.")
+    ] = False,
     as_json: JSON = False,
 ) -> None:
-    """Make an OAuth client; its secret is printed this once and kept nowhere."""
+    """Make an OAuth client; its secret, where it has no public key, is printed this once and kept nowhere."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
-        app, secret = tenants.create_client(session, service.keys, operator_in(session, tenant), name=name, role=role)
-        return {"client_id": app.id, "client_secret": secret, "name": app.name, "role": role}
+        operator, key = operator_in(session, tenant), _key_in(public_key)
+        app, secret = tenants.create_client(
+            session, service.keys, operator, name=name, role=role, public_key=key, dpop=dpop
+        )
+        return {**_credentials(app, secret), "name": app.name, "role": role, "dpop": dpop}
 
     run(work, as_json)
 
@@ -124,6 +139,8 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
                 "client_id": app.id,
                 "created": app.created,
                 "secret_since": app.secret_since or app.created,
+                "public_key": None if app.public_key is None else thumbprint(app.public_key),
+                "dpop": app.dpop,
             }
             for app in apps
         ]
@@ -132,12 +149,13 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
 
 
 @client_cli.command("rotate")
-def client_rotate(client: Client, tenant: InTenant, as_json: JSON = False) -> None:
-    """Give a client a new secret, printed this once; the old one is refused from now on, tokens it got within ten minutes."""
+def client_rotate(client: Client, tenant: InTenant, public_key: PublicKey = None, as_json: JSON = False) -> None:
+    """Give a client a new secret, printed this once, or a public key. The old one is refused now, its tokens in ten minutes."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
-        app, secret = tenants.rotate_client(session, service.keys, operator_in(session, tenant), client)
-        return {"client_id": app.id, "client_secret": secret, "name": app.name}
+        operator, key = operator_in(session, tenant), _key_in(public_key)
+        app, secret = tenants.rotate_client(session, service.keys, operator, client, public_key=key)
+        return {**_credentials(app, secret), "name": app.name}
 
     run(work, as_json)
 
@@ -268,6 +286,23 @@ def budgetshow(source: str, tenant: InTenant, as_json: JSON = False) -> None:
         return {"source": row.id, "name": row.name, **budgets.balance(session, row).model_dump(mode="json")}
 
     run(work, as_json)
+
+
+def _key_in(file: Path | None) -> dict[str, str] | None:
+    if file is None:
+        return None
+    try:
+        with file.open("rb") as opened:
+            return read_public_key(opened.read(2**16))
+    except OSError as error:
+        raise Invalid(f"{file}: {error.strerror}; give the file with the client's public key") from None
+
+
+def _credentials(app: App, secret: str | None) -> dict[str, Any]:
+    """What a client shows from now on: its secret, told this once, or its key, by thumbprint (RFC 7638)."""
+    if app.public_key is not None:
+        return {"client_id": app.id, "public_key": thumbprint(app.public_key)}
+    return {"client_id": app.id, "client_secret": secret}
 
 
 def _grant_row(grant: Grant, names: Mapping[str, str]) -> dict[str, Any]:

@@ -21,16 +21,19 @@ __all__ = ["TokenRequest", "invalid_client", "read_token_request"]
 _MOST_FIELDS = 16
 _MOST_BYTES = 8 * 2**10
 _OTHER_CREDENTIALS = ("client_secret", "client_assertion", "client_assertion_type")
+_ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"  # RFC 7523, section 2.2
 _VISIBLE = re.compile(r"[\x21-\x7e]{1,512}")  # RFC 6749, appendix A.1 and A.2, and shorter
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A form whose every parameter stands once, and the one pair of credentials that came with it."""
+    """A form whose every parameter stands once, and the credentials that came with it: a secret, or an assertion."""
 
     parameters: Mapping[str, str]
     client_id: str
+    """What the client calls itself; '' where its assertion alone says so."""
     client_secret: SecretStr
+    assertion: SecretStr | None = None
 
 
 def read_token_request(headers: Sequence[tuple[bytes, bytes]], query: bytes, body: bytes) -> TokenRequest:
@@ -41,25 +44,34 @@ def read_token_request(headers: Sequence[tuple[bytes, bytes]], query: bytes, bod
     authorization = [value for name, value in headers if name.lower() == b"authorization"]
     if len(authorization) > 1:
         raise InvalidRequestError("there is more than one Authorization header; send one")
+    kept = {name: value for name, value in fields.items() if name not in _OTHER_CREDENTIALS}
     if authorization:
         if any(name in fields for name in _OTHER_CREDENTIALS):
             raise InvalidRequestError("the client authenticates in two ways at once; choose one")
         client_id, secret = _basic(authorization[0])
         if fields.get("client_id", client_id) != client_id:
             raise InvalidRequestError("the body names another client than the Authorization header")
+    elif "client_assertion" in fields or "client_assertion_type" in fields:
+        if "client_secret" in fields:
+            raise InvalidRequestError("the client authenticates in two ways at once; choose one")
+        if fields.get("client_assertion_type") != _ASSERTION_TYPE or "client_assertion" not in fields:
+            raise InvalidRequestError(
+                f"an assertion comes with client_assertion_type={_ASSERTION_TYPE}, and only with it"
+            )
+        return TokenRequest(kept, fields.get("client_id", ""), SecretStr(""), SecretStr(fields["client_assertion"]))
     else:
         client_id, secret = fields.get("client_id", ""), fields.get("client_secret", "")
     if not _VISIBLE.fullmatch(client_id) or not _VISIBLE.fullmatch(secret):
         raise invalid_client()
-    kept = {name: value for name, value in fields.items() if name not in _OTHER_CREDENTIALS}
     return TokenRequest(kept, client_id, SecretStr(secret))
 
 
 def invalid_client() -> InvalidClientError:
     """The one answer to every failure to say who asks, so that clients cannot be told apart by it."""
     return InvalidClientError(
-        "the client is unknown, its secret is wrong, or there are no credentials; "
-        "send client id and secret by HTTP Basic or in the form",
+        "the client is unknown, its secret or assertion is wrong, or there are no credentials; send client id and secret by "
+        "HTTP Basic or in the form, or a fresh client_assertion: iss and sub the client id, aud this issuer and nothing else, "
+        "iat within 5 minutes, exp after now, a jti never used before, signed with ES256 or Ed25519",
         status_code=401,
     )
 

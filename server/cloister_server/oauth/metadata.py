@@ -6,10 +6,14 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from cloister_server.oauth.signed import ALGORITHMS
 from cloister_server.settings import Settings
-from cloister_server.store.queries import public_keys
+from cloister_server.store import queries
 
-__all__ = ["certificate_keys", "server_metadata", "token_keys"]
+__all__ = ["certificate_keys", "resource_metadata", "server_metadata", "token_keys"]
+
+_ENDPOINTS = ("token", "introspection", "revocation")
+_CLIENT_METHODS = ["private_key_jwt", "client_secret_basic", "client_secret_post"]
 
 
 def server_metadata(settings: Settings) -> dict[str, Any]:
@@ -17,18 +21,33 @@ def server_metadata(settings: Settings) -> dict[str, Any]:
     return {
         "issuer": settings.issuer,
         "token_endpoint": f"{settings.issuer}/oauth/token",
+        "introspection_endpoint": f"{settings.issuer}/oauth/introspect",
+        "revocation_endpoint": f"{settings.issuer}/oauth/revoke",
         "jwks_uri": f"{settings.issuer}/.well-known/jwks.json",
         "grant_types_supported": ["client_credentials"],
         "response_types_supported": [],
-        "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post"],
+        "dpop_signing_alg_values_supported": list(ALGORITHMS),
+        **{f"{endpoint}_endpoint_auth_methods_supported": _CLIENT_METHODS for endpoint in _ENDPOINTS},
+        **{f"{endpoint}_endpoint_auth_signing_alg_values_supported": list(ALGORITHMS) for endpoint in _ENDPOINTS},
+    }
+
+
+def resource_metadata(settings: Settings) -> dict[str, Any]:
+    """The API's metadata as a resource (RFC 9728): who gives tokens for it, and how they are sent."""
+    return {
+        "resource": settings.issuer,
+        "authorization_servers": [settings.issuer],
+        "bearer_methods_supported": ["header"],
+        "dpop_signing_alg_values_supported": list(ALGORITHMS),
+        "resource_name": "Cloister",
     }
 
 
 def token_keys(session: Session) -> dict[str, Any]:
-    """The keys of access tokens, as a JWK set."""
-    return {"keys": public_keys(session, "token")}
+    """The keys of access tokens, as a JWK set: the one that signs, the one that will, and those whose tokens are not all expired."""
+    return {"keys": [key.public for key in queries.token_keys(session)]}
 
 
 def certificate_keys(session: Session) -> dict[str, Any]:
     """The keys of certificates, as a JWK set: every one that ever signed."""
-    return {"keys": public_keys(session, "certificate")}
+    return {"keys": queries.public_keys(session, "certificate")}

@@ -6,11 +6,16 @@ Only client_credentials, and no scopes: what an app may do is in its grants and 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from authlib.oauth2.rfc6749 import AuthorizationServer, InvalidScopeError, OAuth2Error, OAuth2Request
+from authlib.oauth2.rfc6749 import (
+    AuthorizationServer,
+    InvalidRequestError,
+    InvalidScopeError,
+    OAuth2Error,
+    OAuth2Request,
+)
 from authlib.oauth2.rfc6749.grants import ClientCredentialsGrant
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
@@ -18,19 +23,15 @@ from joserfc.jwk import ECKey, KeySet
 from sqlalchemy.orm import Session
 
 from cloister_server import vault
-from cloister_server.oauth import client_secrets
-from cloister_server.oauth.form import TokenRequest, invalid_client, read_token_request
+from cloister_server.oauth.clients import authenticate_client
+from cloister_server.oauth.dpop import InvalidProof, proven_key
+from cloister_server.oauth.form import TokenRequest, read_token_request
+from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.service import Service
-from cloister_server.store.queries import app_of_id
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App, new_id
 
-__all__ = ["ALGORITHM", "TYPE", "issue_token"]
-
-ALGORITHM = "ES256"
-TYPE = "at+jwt"  # RFC 9068
-
-_CLIENT_ID = re.compile(r"ap_[0-9a-f]{32}")
+__all__ = ["issue_token"]
 
 logging.getLogger("authlib").setLevel(logging.WARNING)  # at DEBUG its grants print the tokens that they issue
 
@@ -41,12 +42,48 @@ def issue_token(
     """Answer a token request: status, JSON body and headers, as RFC 6749, section 5, has them."""
     try:
         request = read_token_request(headers, query, body)
+        client = _Client(authenticate_client(service, request))
+        _check_grant(request)
+        jkt = _bound_to(service, client.app, headers)
     except OAuth2Error as error:
         status, answer, more = error()
         return status, answer, dict(more)
     with reading(service.engine) as session:
-        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(service, session).create_token_response(request)
+        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(
+            service, session, client, jkt
+        ).create_token_response(request)
     return answered
+
+
+def _check_grant(request: TokenRequest) -> None:
+    """RFC 6749, 5.2. Authlib says both alike, and of neither what to send."""
+    if "grant_type" not in request.parameters:
+        raise InvalidRequestError("there is no grant_type; send grant_type=client_credentials")
+    if request.parameters["grant_type"] != "client_credentials":
+        raise _UnsupportedGrant()
+
+
+class _UnsupportedGrant(OAuth2Error):  # type: ignore[misc]  # Authlib has no types
+    error = "unsupported_grant_type"
+    description = "this grant is not given here; send grant_type=client_credentials"
+
+
+def _bound_to(service: Service, app: App, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+    """The key that the token is to be bound to; None where the client shows none and need not."""
+    if not app.dpop and not any(name.lower() == b"dpop" for name, _ in headers):
+        return None
+    try:
+        return proven_key(service, headers, method="POST", path="/oauth/token")
+    except InvalidProof:
+        raise _InvalidProof() from None
+
+
+class _InvalidProof(OAuth2Error):  # type: ignore[misc]  # Authlib has no types
+    error = "invalid_dpop_proof"
+    description = (
+        "the DPoP header is no proof for this request, or there is none and this client must send one; send a fresh one (RFC 9449) "
+        "with htm POST, htu this endpoint under the issuer, iat of this minute and a jti never used before"
+    )
 
 
 class _Client:
@@ -76,9 +113,13 @@ class _Request(OAuth2Request):  # type: ignore[misc]  # Authlib has no types
 class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no types
     """RFC 9068 tokens for this very server: audience and issuer are one."""
 
-    def __init__(self, service: Service, session: Session) -> None:
+    def __init__(self, service: Service, session: Session, jkt: str | None) -> None:
         super().__init__(service.settings.issuer, ALGORITHM, expires_generator=self._lifetime_s)
-        self._service, self._session = service, session
+        self._service, self._session, self._jkt = service, session, jkt
+
+    def generate(self, *given: Any, **more: Any) -> dict[str, Any]:
+        token: dict[str, Any] = super().generate(*given, **more)
+        return token if self._jkt is None else {**token, "token_type": "DPoP"}
 
     def get_jwks(self) -> KeySet:
         key = vault.signing_key(self._session, self._service.keys, "token")
@@ -91,8 +132,9 @@ class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no 
     def get_jti(self, client: _Client, grant_type: str, user: object, scope: str) -> str:
         return new_id("tok")
 
-    def get_extra_claims(self, client: _Client, grant_type: str, user: object, scope: str) -> dict[str, str]:
-        return {"tenant": client.app.tenant_id}  # for people who read tokens; no verifier of ours looks at it
+    def get_extra_claims(self, client: _Client, grant_type: str, user: object, scope: str) -> dict[str, Any]:
+        tenant = {"tenant": client.app.tenant_id}  # for people who read tokens; no verifier of ours looks at it
+        return tenant if self._jkt is None else {**tenant, "cnf": {"jkt": self._jkt}}
 
     def _lifetime_s(self, client: _Client, grant_type: str) -> int:
         return self._service.settings.token_lifetime_s
@@ -101,25 +143,17 @@ class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no 
 class _Server(AuthorizationServer):  # type: ignore[misc]  # Authlib has no types
     """Authlib's core for one request."""
 
-    def __init__(self, service: Service, session: Session) -> None:
+    def __init__(self, service: Service, session: Session, client: _Client, jkt: str | None) -> None:
         super().__init__()
-        self._service, self._session = service, session
+        self._client = client
         self.register_grant(ClientCredentialsGrant)
-        self.register_token_generator("default", _Tokens(service, session))
+        self.register_token_generator("default", _Tokens(service, session, jkt))
 
     def create_oauth2_request(self, request: TokenRequest) -> OAuth2Request:
         return _Request(request)
 
     def authenticate_client(self, request: _Request, methods: object, endpoint: str = "token") -> _Client:
-        """The client whose secret this is. An unknown client and a wrong secret cost and read the same."""
-        client_id, secret = request.read.client_id, request.read.client_secret.get_secret_value()
-        if not _CLIENT_ID.fullmatch(client_id) or not client_secrets.is_well_formed(secret):
-            raise invalid_client()
-        app = app_of_id(self._session, client_id)
-        pepper = vault.signing_key(self._session, self._service.keys, "pepper").secret
-        if not client_secrets.matches(pepper, client_id, secret, stored=app.secret_mac if app else None) or app is None:
-            raise invalid_client()
-        return _Client(app)
+        return self._client  # who it is was asked before: what a client shows once is taken in a transaction of its own
 
     def validate_requested_scope(self, scope: str | None) -> None:
         if scope:

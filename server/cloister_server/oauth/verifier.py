@@ -1,17 +1,20 @@
 """The one verifier of access tokens, for every route and protocol. Says who asks, and nothing of what they may.
 
-A token that verified is remembered for a minute at most; that its app still exists is looked up every second, so a
-removed app is out within one. The tenant is the one in the app's row and never one that a token claims.
+A token that verified is remembered for a minute at most. Whether its app is still there, and neither the token nor the key that
+signed it revoked, is looked up every second, and at once where this very process revoked something. The tenant is the one in
+the app's row and never one that a token claims.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,91 +22,163 @@ from weakref import WeakKeyDictionary
 from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
+from sqlalchemy.orm import Session
 
 from cloister_server import vault
 from cloister_server.errors import Unauthenticated
-from cloister_server.oauth.server import ALGORITHM, TYPE
+from cloister_server.oauth.dpop import InvalidProof, proven_key
+from cloister_server.oauth.signed import ALGORITHMS
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.queries import app_of_id
+from cloister_server.store.queries import standing_of, token_keys
 from cloister_server.store.session import reading
 
-__all__ = ["authenticate", "recall"]
+__all__ = ["ALGORITHM", "TYPE", "AccessToken", "authenticate", "forget_after", "inspect", "recall"]
 
 Headers = Sequence[tuple[bytes, bytes]]
 
+ALGORITHM = "ES256"
+TYPE = "at+jwt"  # RFC 9068
+LONGEST_LIFE_S = 600
+
 _TOKEN = re.compile(rb"[A-Za-z0-9_-]{1,512}\.[A-Za-z0-9_-]{1,2048}\.[A-Za-z0-9_-]{1,256}")
 _TOKEN_KEPT_S = 60.0
-_APP_KEPT_S = 1.0
-_KEY_KEPT_S = 60.0
+_STANDING_KEPT_S = 1.0
+_KEYS_KEPT_S = 60.0
 _KEY_LOADS_APART_S = 1.0
 """Tokens of keys that we do not know cannot make us look for new ones more often."""
 _MOST_KEPT = 4096
 _CLOCKS_APART_S = 5
-_LONGEST_LIFE_S = 600
 
 
-def authenticate(service: Service, headers: Headers) -> Principal:
-    """Who sends this request, by its bearer token. Raises Unauthenticated, in one sentence whatever is wrong with it."""
-    return _verifier(service).authenticate(service, _bearer(headers), _request_id(headers))
+@dataclass(frozen=True, slots=True)
+class AccessToken:
+    """What a token of ours says, and who signed it."""
+
+    client_id: str
+    key_id: str
+    jti: str
+    issued: int
+    expires: int
+    jkt: str | None
+    """The thumbprint of the key that it is bound to (RFC 9449): without a proof of that it is worth nothing."""
+
+
+def authenticate(service: Service, headers: Headers, *, method: str, path: str) -> Principal:
+    """Who sends this request, by its token, and by its proof where the token is bound to a key.
+
+    Raises Unauthenticated, in one sentence whatever is wrong with the token and in another whatever is with the proof.
+    """
+    token, is_bound = _given(service, headers)
+    read, principal = _memory(service).authenticate(service, token, _request_id(headers))
+    if is_bound != (read.jkt is not None):
+        raise _refusal(service)  # a bound token as if it were a bearer's, or the other way round
+    if is_bound:
+        try:
+            if proven_key(service, headers, method=method, path=path, token=token) != read.jkt:
+                raise InvalidProof("another key than the token's")
+        except InvalidProof:
+            raise _no_proof(service) from None
+    return principal
 
 
 def recall(service: Service, headers: Headers) -> Principal | None:
-    """The same from memory alone, where it is fresh enough; None where the token must be verified or the app looked up."""
-    return _verifier(service).recall(_bearer(headers), _request_id(headers))
+    """The same from memory alone, where that is fresh enough; None where something must be verified, as a proof always must."""
+    token, is_bound = _given(service, headers)
+    read, principal = (None, None) if is_bound else _memory(service).recall(token, _request_id(headers))
+    return principal if read is not None and read.jkt is None else None
+
+
+def inspect(service: Service, token: str) -> tuple[AccessToken, str]:
+    """What a token says and the tenant of its client, both looked up anew. Raises Unauthenticated unless it is valid now."""
+    encoded = token.encode("ascii", "replace")
+    if not _TOKEN.fullmatch(encoded):
+        raise _refusal(service)
+    read = _memory(service).verify(service, encoded)
+    with reading(service.engine) as session:
+        tenant_id = standing_of(session, read.client_id, key_id=read.key_id, jti=read.jti)
+    if tenant_id is None:
+        raise _refusal(service)
+    return read, tenant_id
+
+
+def forget_after(session: Session, service: Service) -> None:
+    """Once this transaction is committed, look up all keys and the standing of every token anew in this process."""
+    event.listen(session, "after_commit", lambda _: _memory(service).forget(), once=True)
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A token that verified: whose it is, and until when that need not be done again (wall clock, monotonic clock)."""
+    """A token that verified, and until when, by the monotonic clock, that need not be done again."""
 
-    client_id: str
-    expires: float
+    token: AccessToken
     until: float
 
 
-class _Verifier:
+class _Memory:
     """What one process remembers for one deployment. Holds no secret: tokens by their hash, keys by their public half."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tokens: OrderedDict[bytes, _Seen] = OrderedDict()
-        self._apps: OrderedDict[str, tuple[str, float]] = OrderedDict()
-        self._key: ECKey | None = None
-        self._key_loaded = -_KEY_KEPT_S
+        self._standing: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._forgotten = 0
+        self._keys: Mapping[str, ECKey] = {}
+        self._keys_loaded = -_KEYS_KEPT_S
 
-    def authenticate(self, service: Service, token: bytes, request_id: str) -> Principal:
-        known = self.recall(token, request_id)
-        if known is not None:
-            return known
-        client_id = self._remembered(token)
-        if client_id is None:
-            client_id, expires = self._verify(service, token)
-            seen = _Seen(client_id, expires, time.monotonic() + _TOKEN_KEPT_S)
-            self._keep(self._tokens, hashlib.sha256(token).digest(), seen)
-        asked_at = time.monotonic()
+    def authenticate(self, service: Service, token: bytes, request_id: str) -> tuple[AccessToken, Principal]:
+        known, principal = self.recall(token, request_id)
+        if known is not None and principal is not None:
+            return known, principal
+        digest = hashlib.sha256(token).digest()
+        read = self._remembered(digest)
+        if read is None:
+            read = self.verify(service, token)
+            self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
+        asked_at, forgotten = time.monotonic(), self._forgotten
         with reading(service.engine) as session:
-            app = app_of_id(session, client_id)
-        if app is None:
-            raise _refusal()
-        self._keep(self._apps, client_id, (app.tenant_id, asked_at + _APP_KEPT_S))
-        return Principal(tenant_id=app.tenant_id, id=client_id, kind="app", request_id=request_id)
+            tenant_id = standing_of(session, read.client_id, key_id=read.key_id, jti=read.jti)
+        if tenant_id is None:
+            raise _refusal(service)
+        if forgotten == self._forgotten:  # else this was read before something was revoked
+            self._keep(self._standing, digest, (tenant_id, asked_at + _STANDING_KEPT_S))
+        return read, Principal(tenant_id=tenant_id, id=read.client_id, kind="app", request_id=request_id)
 
-    def recall(self, token: bytes, request_id: str) -> Principal | None:
-        client_id = self._remembered(token)
+    def recall(self, token: bytes, request_id: str) -> tuple[AccessToken, Principal] | tuple[None, None]:
+        digest = hashlib.sha256(token).digest()
+        read = self._remembered(digest)
         with self._lock:
-            tenant_id, until = self._apps.get(client_id or "", ("", 0.0))
-        if client_id is None or until <= time.monotonic():
-            return None
-        return Principal(tenant_id=tenant_id, id=client_id, kind="app", request_id=request_id)
+            tenant_id, until = self._standing.get(digest, ("", 0.0))
+        if read is None or until <= time.monotonic():
+            return None, None
+        return read, Principal(tenant_id=tenant_id, id=read.client_id, kind="app", request_id=request_id)
 
-    def _remembered(self, token: bytes) -> str | None:
+    def forget(self) -> None:
         with self._lock:
-            seen = self._tokens.get(hashlib.sha256(token).digest())
-        if seen is None or seen.until <= time.monotonic() or seen.expires <= time.time():
+            self._forgotten += 1
+            self._standing.clear()
+            self._keys_loaded = -_KEYS_KEPT_S
+
+    def verify(self, service: Service, token: bytes) -> AccessToken:
+        """What a token says that is ours, of now, and signed. Raises Unauthenticated."""
+        try:
+            key_id = _key_id(token)
+            key = self._known_keys(service, kept_s=_KEYS_KEPT_S).get(key_id)
+            if key is None:
+                key = self._known_keys(service, kept_s=_KEY_LOADS_APART_S).get(key_id)
+            if key is None:
+                raise ValueError("a key of nobody's")
+            return _claims(service.settings.issuer, token, key)
+        except (JoseError, ValueError):
+            raise _refusal(service) from None
+
+    def _remembered(self, digest: bytes) -> AccessToken | None:
+        with self._lock:
+            seen = self._tokens.get(digest)
+        if seen is None or seen.until <= time.monotonic() or seen.token.expires <= time.time():
             return None
-        return seen.client_id
+        return seen.token
 
     def _keep(self, kept: OrderedDict[Any, Any], key: object, value: object) -> None:
         with self._lock:
@@ -112,56 +187,63 @@ class _Verifier:
             while len(kept) > _MOST_KEPT:
                 kept.popitem(last=False)
 
-    def _verify(self, service: Service, token: bytes) -> tuple[str, float]:
-        """Client id and expiry of a token that is ours, of now, and signed. Raises Unauthenticated."""
-        key = self._current_key(service, kept_s=_KEY_KEPT_S)
-        try:
-            return _claims(service.settings.issuer, token, key)
-        except (JoseError, ValueError):
-            newer = self._current_key(service, kept_s=_KEY_LOADS_APART_S)
-        try:
-            if newer is key:
-                raise ValueError("the same key says the same")
-            return _claims(service.settings.issuer, token, newer)
-        except (JoseError, ValueError):
-            raise _refusal() from None
-
-    def _current_key(self, service: Service, *, kept_s: float) -> ECKey:
+    def _known_keys(self, service: Service, *, kept_s: float) -> Mapping[str, ECKey]:
         with self._lock:
-            if self._key is not None and time.monotonic() < self._key_loaded + kept_s:
-                return self._key
+            if time.monotonic() < self._keys_loaded + kept_s:
+                return self._keys
+        loaded_at = time.monotonic()
         with reading(service.engine) as session:
-            secret = vault.signing_key(session, service.keys, "token")
+            secrets = [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)]
         # The public half comes from the wrapped private one: a key that someone wrote into the table opens nothing.
-        public = ECKey.import_key(secret.secret).as_dict(private=False)
-        key = ECKey.import_key({**public, "kid": secret.id, "alg": ALGORITHM, "use": "sig"})
+        keys = {each.id: _public(each) for each in secrets}
         with self._lock:
-            self._key, self._key_loaded = key, time.monotonic()
-        return key
+            self._keys, self._keys_loaded = keys, loaded_at
+        return keys
 
 
-def _claims(issuer: str, token: bytes, key: ECKey) -> tuple[str, float]:
+def _public(secret: vault.SigningSecret) -> ECKey:
+    public = ECKey.import_key(secret.secret).as_dict(private=False)
+    return ECKey.import_key({**public, "kid": secret.id, "alg": ALGORITHM, "use": "sig"})
+
+
+def _key_id(token: bytes) -> str:
+    """The key that a token names, before anything of it is believed. Raises ValueError."""
+    head = token.partition(b".")[0]
+    header = json.loads(base64.urlsafe_b64decode(head + b"=" * (-len(head) % 4)))
+    kid = header.get("kid") if isinstance(header, dict) else None
+    if not isinstance(kid, str):
+        raise ValueError("no key is named")
+    return kid
+
+
+def _claims(issuer: str, token: bytes, key: ECKey) -> AccessToken:
     """Raises JoseError or ValueError unless this is exactly such a token as `server` issues."""
     read = jwt.decode(token, key, algorithms=[ALGORITHM])
     if read.header != {"alg": ALGORITHM, "typ": TYPE, "kid": key.kid}:
         raise ValueError("another header than ours")
     claims, at = read.claims, time.time()
-    client_id, issued, expires = claims.get("client_id"), claims.get("iat"), claims.get("exp")
+    client_id, jti, issued, expires = (claims.get(name) for name in ("client_id", "jti", "iat", "exp"))
     if claims.get("iss") != issuer or claims.get("aud") != issuer or claims.get("sub") != client_id:
         raise ValueError("of or for somebody else")
     if type(issued) is not int or type(expires) is not int or not isinstance(client_id, str):
         raise ValueError("claims of another type")
-    if expires <= at or issued > at + _CLOCKS_APART_S or expires - issued > _LONGEST_LIFE_S:
+    if not isinstance(jti, str) or not 0 < len(jti) <= 64:
+        raise ValueError("a token without an id could not be revoked")
+    if expires <= at or issued > at + _CLOCKS_APART_S or expires - issued > LONGEST_LIFE_S:
         raise ValueError("not of now")
-    return client_id, expires
+    bound = claims.get("cnf")
+    if bound is not None and (not isinstance(bound, dict) or not isinstance(bound.get("jkt"), str)):
+        raise ValueError("bound to something else")
+    return AccessToken(client_id, str(key.kid), jti, issued, expires, bound["jkt"] if bound else None)
 
 
-def _bearer(headers: Headers) -> bytes:
+def _given(service: Service, headers: Headers) -> tuple[bytes, bool]:
+    """The token, and whether it is sent as one that is bound to a key."""
     given = [value for name, value in headers if name.lower() == b"authorization"]
     scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-    if scheme.lower() != b"bearer" or not _TOKEN.fullmatch(token):
-        raise _refusal()
-    return token
+    if scheme.lower() not in (b"bearer", b"dpop") or not _TOKEN.fullmatch(token):
+        raise _refusal(service, was_given=bool(given))
+    return token, scheme.lower() == b"dpop"
 
 
 def _request_id(headers: Headers) -> str:
@@ -169,17 +251,35 @@ def _request_id(headers: Headers) -> str:
     return next((value.decode("ascii") for name, value in headers if name.lower() == b"x-request-id"), "")
 
 
-def _refusal() -> Unauthenticated:
+def _refusal(service: Service, *, was_given: bool = True) -> Unauthenticated:
+    """RFC 6750, section 3.1: whoever sent nothing learns where to begin, and not that something was wrong with it."""
+    error = ', error="invalid_token"' if was_given else ""
     return Unauthenticated(
-        "there is no valid access token; get one at /oauth/token and send it as Authorization: Bearer"
+        "there is no valid access token; get one at /oauth/token and send it as Authorization: Bearer, or as "
+        "Authorization: DPoP with a proof where its token_type says so",
+        challenge=f'Bearer realm="cloister"{error}, {_whose(service)}, DPoP algs="{" ".join(ALGORITHMS)}"{error}',
     )
 
 
-_verifiers: WeakKeyDictionary[Engine, _Verifier] = WeakKeyDictionary()
+def _no_proof(service: Service) -> Unauthenticated:
+    return Unauthenticated(
+        "the token is bound to a key, and the DPoP header does not prove that this is yours; send a fresh proof (RFC 9449) with "
+        f"htm, htu (under {service.settings.issuer}), iat of this minute, ath and a jti never used before",
+        challenge=f'DPoP error="invalid_dpop_proof", algs="{" ".join(ALGORITHMS)}", {_whose(service)}',
+    )
+
+
+def _whose(service: Service) -> str:
+    return (
+        f'resource_metadata="{service.settings.issuer}/.well-known/oauth-protected-resource"'  # RFC 9728, section 5.1
+    )
+
+
+_memories: WeakKeyDictionary[Engine, _Memory] = WeakKeyDictionary()
 """One memory for each deployment that this process serves; it goes when the engine goes."""
-_verifiers_lock = threading.Lock()
+_memories_lock = threading.Lock()
 
 
-def _verifier(service: Service) -> _Verifier:
-    with _verifiers_lock:
-        return _verifiers.setdefault(service.engine, _Verifier())
+def _memory(service: Service) -> _Memory:
+    with _memories_lock:
+        return _memories.setdefault(service.engine, _Memory())

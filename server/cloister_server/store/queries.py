@@ -18,6 +18,7 @@ from cloister_server.store.tables import (
     IdempotencyKey,
     Job,
     Model,
+    RevokedToken,
     SigningKey,
     Source,
     Table,
@@ -45,8 +46,10 @@ __all__ = [
     "names_of_resources",
     "public_keys",
     "sources_of",
+    "standing_of",
     "tenant_of_id_or_name",
     "tenants",
+    "token_keys",
     "visible_to",
 ]
 
@@ -222,6 +225,33 @@ def public_keys(session: Session, purpose: str) -> list[dict[str, Any]]:
             select(SigningKey.public).where(SigningKey.purpose == purpose).order_by(SigningKey.created, SigningKey.id)
         )
     )
+
+
+def token_keys(session: Session) -> list[SigningKey]:
+    """The keys whose tokens may be believed, those to come included: next, active, and retiring ones until their time is up."""
+    return list(
+        session.scalars(
+            select(SigningKey)
+            .where(
+                SigningKey.purpose == "token",
+                SigningKey.state.in_(("next", "active", "retiring")),
+                or_(SigningKey.until.is_(None), SigningKey.until > now()),
+            )
+            .order_by(SigningKey.created, SigningKey.id)
+        )
+    )
+
+
+def standing_of(session: Session, client_id: str, *, key_id: str, jti: str) -> str | None:
+    """The tenant of a token's client; None where there is no such client, or the token or the key that signed it is revoked."""
+    is_revoked = exists().where(RevokedToken.jti == jti)
+    is_believed = exists().where(
+        SigningKey.id == key_id,
+        SigningKey.purpose == "token",
+        SigningKey.state.in_(("active", "retiring")),
+        or_(SigningKey.until.is_(None), SigningKey.until > now()),
+    )
+    return session.scalar(select(App.tenant_id).where(App.id == client_id, is_believed, ~is_revoked))
 
 
 def _covers(grant: Any, resource_id: Any) -> ColumnElement[bool]:

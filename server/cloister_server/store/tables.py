@@ -37,7 +37,9 @@ __all__ = [
     "Model",
     "ModelVersion",
     "Part",
+    "RevokedToken",
     "SealedObject",
+    "SeenProof",
     "SigningKey",
     "Source",
     "Table",
@@ -114,7 +116,7 @@ class TenantKey(Table):
 
 
 class App(Table):
-    """An OAuth client of a tenant. Its secret is kept as an HMAC."""
+    """An OAuth client of a tenant, with a secret, kept as an HMAC, or with a public key."""
 
     __tablename__ = "apps"
     __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_apps_id", "id"))
@@ -122,9 +124,14 @@ class App(Table):
     id: Mapped[str] = _id()
     name: Mapped[str]
     secret_mac: Mapped[bytes]
+    """Empty where it has a public key."""
     created: Mapped[datetime] = mapped_column(default=now)
     secret_since: Mapped[datetime | None]
-    """When the secret was last changed; null where it is the first."""
+    """When the secret or key was last changed; null where it is the first."""
+    public_key: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """As a JWK, P-256 or Ed25519: its assertions are signed by the private half, which nobody else ever had."""
+    dpop: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    """Whether it gets none but tokens that are bound to a key of its own."""
 
 
 class Grant(Table):
@@ -455,6 +462,26 @@ class SigningKey(Table):
     key_version: Mapped[int] = mapped_column(default=1, server_default=text("1"))
     """Which version of the system's key wraps it."""
     created: Mapped[datetime] = mapped_column(default=now)
+    state: Mapped[str] = mapped_column(String(16), default="active", server_default=text("'active'"))
+    """Of purpose 'token': 'next', 'active', 'retiring' or 'revoked' (`oauth.signing_keys`); the others are all 'active'."""
+    until: Mapped[datetime | None]
+    """Of a retiring key: from when on nothing that it signed is valid any more."""
+
+
+class RevokedToken(Table):
+    """An access token that was revoked before it expired: refused by its id until it would have expired anyway."""
+
+    __tablename__ = "revoked_tokens"
+    jti: Mapped[str] = mapped_column(String(64), primary_key=True)
+    until: Mapped[datetime] = mapped_column(index=True)
+
+
+class SeenProof(Table):
+    """A client's assertion or proof of possession that was shown, by digest: nobody may show it again."""
+
+    __tablename__ = "seen_proofs"
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    until: Mapped[datetime] = mapped_column(index=True)
 
 
 class KeystoreBackup(Table):

@@ -1,0 +1,93 @@
+"""The deployments of tests/server, and the same served on loopback for clients that are not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from cloister_server import deployment, tenants
+from cloister_server.app import create_app
+from cloister_server.service import Service
+from cloister_server.store.session import writing
+from harness import free_port
+from server.conftest import (  # noqa: F401 (fixtures)
+    Client,
+    bearer,
+    bearer_of,
+    http,
+    make_client,
+    new_service,
+    postgres_template,
+    service,
+    sqlite_template,
+    steward,
+)
+
+_ON_BOTH = {"test_token_ends"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "service" in metafunc.fixturenames:
+        is_on_both = metafunc.module.__name__.rpartition(".")[2] in _ON_BOTH
+        metafunc.parametrize("service", ["sqlite", "postgres"] if is_on_both else ["sqlite"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A deployment that answers at its own issuer's URL, in a thread of this process."""
+    root = tmp_path_factory.mktemp("served")
+    opened = new_service(root, port=free_port())
+    with serving(opened):
+        yield opened
+    opened.engine.dispose()
+
+
+@contextlib.contextmanager
+def serving(service: Service) -> Iterator[None]:  # noqa: F811 (a service, not the fixture)
+    config = uvicorn.Config(create_app(service), port=service.settings.port, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.started
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def second_process(service: Service) -> Iterator[Service]:  # noqa: F811 (the fixture)
+    """The same deployment as another process has it: an engine, and so a memory, of its own."""
+    opened = deployment.open_service(service.settings)
+    yield opened
+    opened.engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def new_app(served: Service) -> Callable[..., Client]:
+    """Makes a client of the served deployment."""
+
+    def make(name: str, *, tenant: str = "acme", **more: Any) -> Client:
+        with writing(served.engine) as session:
+            found = next((each for each in tenants.tenants(session) if each.name == tenant), None)
+            made = found or tenants.create_tenant(session, served.keys, name=tenant, request_id="request-of-a-test")
+            session.flush()
+            operator = tenants.operator_of(made, request_id="request-of-a-test")
+            app, secret = tenants.create_client(session, served.keys, operator, name=name, role="steward", **more)
+            return Client(made.id, app.id, secret or "")
+
+    return make
+
+
+NODE = Path(__file__).parent / "node"
