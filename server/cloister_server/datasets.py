@@ -80,8 +80,7 @@ def create(session: Session, principal: Principal, body: wire.CreateDataset) -> 
     session.add(dataset)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, dataset)
-    needed = quotas.dataset_bytes(dataset.columns, dataset.capacity_rows, dataset.part_rows)
-    quotas.require(session, principal, tenant_id=dataset.tenant_id, needed=needed)
+    quotas.require(session, principal, tenant_id=dataset.tenant_id)
     audit.allowed(session, authorized, "dataset.create", dataset.id)
     return view(dataset)
 

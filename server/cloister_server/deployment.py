@@ -190,7 +190,23 @@ def _open_or_create_keys(settings: Settings, passphrase: str | None) -> KeyRing:
 
 
 def _providers(settings: Settings) -> tuple[str, dict[str, dict[str, Any]]]:
-    return (LOCAL, {}) if settings.key_providers is None else read_provider_file(settings.key_providers)
+    """Raises StartRefused where a keystore that the file names lies with the data, or is the deployment's own by another name."""
+    if settings.key_providers is None:
+        return LOCAL, {}
+    default, providers = read_provider_file(settings.key_providers)
+    for name, each in providers.items():
+        for place in (each.get("directory"), each.get("key_file")) if each["kind"] == "local" else ():
+            if isinstance(place, Path) and place.resolve().is_relative_to(settings.data_dir.resolve()):
+                raise StartRefused(
+                    f"{place} of key provider {name!r} lies inside the data directory, so that a copy of one is a copy of both; "
+                    "move it, and correct the file that CLOISTER_KEY_PROVIDERS names"
+                )
+            if isinstance(place, Path) and place.resolve() == settings.key_dir.resolve():
+                raise StartRefused(
+                    f"key provider {name!r} is the deployment's own keystore by another name; call it {LOCAL!r}, and name another "
+                    "directory in the file that CLOISTER_KEY_PROVIDERS names"
+                )
+    return default, providers
 
 
 def _local(settings: Settings, opened: LocalKeyProvider) -> dict[str, Any]:

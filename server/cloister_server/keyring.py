@@ -145,8 +145,12 @@ def read_provider_file(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
     if content["format"] != _FORMAT:
         raise _refused(path, f"its format is not {_FORMAT}")
     default, providers = content["default"], content["providers"]
-    if not isinstance(providers, dict) or not all(isinstance(each, dict) for each in providers.values()):
-        raise _refused(path, "its providers are not objects by name")
+    if (
+        not isinstance(default, str)
+        or not isinstance(providers, dict)
+        or not all(isinstance(each, dict) for each in providers.values())
+    ):
+        raise _refused(path, "its default is not a name, or its providers are not objects by name")
     for name, each in providers.items():
         if not _NAME.fullmatch(name) or name == LOCAL:
             raise _refused(

@@ -7,13 +7,14 @@ be opened openable, and the same call again finishes what it began.
 
 from __future__ import annotations
 
+import hmac
 import io
 import logging
 import secrets
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -280,13 +281,18 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
             key = _require_destroyable(session, key, version)
             name = _tell(session, tenant_id, "key.destroy", key.key_id, request_id)
         keeper = service.keys.of(key.provider)
-        with suppress(KeyMissing):  # an earlier call came as far as this, or it was never made
+        try:
             keeper.destroy_key(key.key_id)
+            claim = keeper.destruction.claim
+        except KeyMissing:
+            claim = (
+                "Its provider did not have the key: an earlier call destroyed it, it was never made, or somebody took it away. "
+                "Nothing is claimed of it."
+            )
         with writing(service.engine) as session:
             key = session.get_one(TenantKey, (tenant_id, version))
             key.state, key.destroyed = "destroyed", now()
-    claim = keeper.destruction
-    return Destroyed(tenant_id, name, version, key.provider, claim.claim, claim.waiting_days)
+    return Destroyed(tenant_id, name, version, key.provider, claim, keeper.destruction.waiting_days)
 
 
 def backup_keystore(service: Service, place: Path) -> Backup:
@@ -467,7 +473,13 @@ def _rewrap(service: Service, aim: _Aim, key: TenantKey, tell: OnProgress, *, is
                 if secret is None:
                     unopened.add(object_id)
                 else:
-                    rewrap = service.keys.of(key.provider).wrap(key.key_id, secret, context=context)
+                    provider = service.keys.of(key.provider)
+                    rewrap = provider.wrap(key.key_id, secret, context=context)
+                    # It takes the place of the only one that opens.
+                    if not hmac.compare_digest(provider.unwrap(key.key_id, rewrap, context=context), secret):
+                        raise KeyProviderError(
+                            f"key provider {key.provider!r} wraps keys that do not open; see to it, then run this again"
+                        )
                     fresh[object_id] = (wrapped, rewrap)
             written = _write(service, wraps, key, fresh)
             rewrapped, missed = rewrapped + written, missed + len(fresh) - written

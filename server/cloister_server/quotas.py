@@ -67,7 +67,7 @@ def dataset_bytes(columns: Mapping[str, Any], capacity_rows: int, part_rows: int
     )
 
 
-def require(session: Session, principal: Principal, *, tenant_id: str, needed: int) -> None:
+def require(session: Session, principal: Principal, *, tenant_id: str) -> None:
     """Raise Conflict `quota_exceeded` unless the tenant's quota admits what this transaction has added and flushed.
 
     It locks the tenant's row, as the chain does at the transaction's end: whatever else is locked must be locked before.
@@ -75,29 +75,24 @@ def require(session: Session, principal: Principal, *, tenant_id: str, needed: i
     # The audit row of a principal from another tenant locks that one's: both are locked, in the order in which chains are.
     for each in sorted({tenant_id, principal.tenant_id}):
         session.execute(select(Tenant.id).where(Tenant.id == each).with_for_update())
+    if session.scalars(select(Tenant.quota_bytes).where(Tenant.id == tenant_id)).one() is None:
+        return
     now = usage(session, tenant_id)
     if now.allowed is None or now.used <= now.allowed:
         return
-    if principal.tenant_id != tenant_id:
-        raise Conflict(
-            "the tenant that this is stored for has no room left in its quota; ask its people to make some",
-            code="quota_exceeded",
-        )
-    used = now.used - needed
+    # Without a figure: it would tell of datasets that the client may not see.
     raise Conflict(
-        f"this takes {needed} bytes, and of the {now.allowed} that the tenant's quota allows {used} are used; delete uploads that "
-        "were not completed, or ask the server's operator for a larger quota",
+        "the tenant that this is stored for has no room left in its quota; delete uploads that were not completed, or ask the "
+        "server's operator, who sees the figures, for a larger one",
         code="quota_exceeded",
-        details={"needed": needed, "used": used, "allowed": now.allowed},
     )
 
 
 def require_sealed(session: Session, principal: Principal, service: Service, *, tenant_id: str, object_id: str) -> None:
     """As `require`, of an object that this transaction sealed; where it is refused its blob is deleted."""
-    size = session.get_one(SealedObject, (tenant_id, object_id)).size
     session.flush()
     try:
-        require(session, principal, tenant_id=tenant_id, needed=size or 0)
+        require(session, principal, tenant_id=tenant_id)
     except Conflict:
         vault.abandon_object(service.blobs, object_id, tenant_id=tenant_id)
         raise

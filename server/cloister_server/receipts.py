@@ -14,7 +14,6 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from cloister.wire.receipts import DestroyedKey, KeystoreCopy, Receipt
-from cloister_privacy.sealing import KeyProviderError
 from cloister_server.keyring import LOCAL
 from cloister_server.service import Service
 from cloister_server.settings import Settings
@@ -64,8 +63,7 @@ def may_hold(copy: KeystoreBackup, provider: str, created: datetime, destroyed: 
 def _destroyed_key(service: Service, row: TenantKey, told: Mapping[str, Any] | None) -> DestroyedKey:
     """What the receipt says of a key: what was written down when it was destroyed, or what can be said of one that went before."""
     destroyed = row.destroyed or row.created
-    if told is None:
-        told = {"outcome": "earlier", **_of_an_earlier_one(service, row.provider)}
+    told = _EARLIER if told is None else told
     days = told["waiting_days"]
     return DestroyedKey(
         version=row.version,
@@ -81,15 +79,12 @@ def _destroyed_key(service: Service, row: TenantKey, told: Mapping[str, Any] | N
     )
 
 
-def _of_an_earlier_one(service: Service, provider: str) -> dict[str, Any]:
-    try:
-        destruction = service.keys.of(provider).destruction
-    except KeyProviderError:
-        unknown = (
-            "The service destroyed the key before; its provider is not in use any more, and its word is not known."
-        )
-        return {"claim": unknown, "waiting_days": None}
-    return {"claim": destruction.claim, "waiting_days": destruction.waiting_days if destruction.is_ours else None}
+_EARLIER: Mapping[str, Any] = {
+    "outcome": "earlier",
+    "claim": "The service was told to end this version before the shredding. Whether its provider had it then, and what that "
+    "promised, was not written down, and nothing is claimed of it here.",
+    "waiting_days": None,
+}
 
 
 _KEPT = {
@@ -123,8 +118,12 @@ def _not_covered(settings: Settings, keys: Iterable[DestroyedKey]) -> dict[str, 
         else "Deleted rows stay in the database's pages until they are vacuumed, and in its write-ahead log, archives and replicas"
     )
     return {
+        "rows": "How many parts, users and kept answers were deleted with the rest is not told: it would tell how many rows there "
+        "were.",
+        "restores": "Keys that are in no row, because an older copy of the database was restored after they were made: they are "
+        "still with their provider, and open copies of the store from that time.",
         "providers": "What the claim of a key leaves open, and all of it before the day from which the key is gone.",
-        **(local if any(key.provider == LOCAL for key in keys) else {}),
+        **(local if any(key.kind == "local" for key in keys) else {}),
         "database": f"{database}. They are wrapped keys and MACs, which nothing opens without the destroyed keys.",
         "objects": "Blocks of disks, and versions and replicas of an object store, that still hold deleted objects: what they "
         "hold is sealed.",

@@ -280,7 +280,7 @@ def test_a_provider_that_goes_away_amid_the_rewrapping_stops_it_and_the_next_run
     def unwrap(self: LocalKeyProvider, *arguments: Any, **more: Any) -> bytes:
         nonlocal asked
         asked += 1
-        if asked > AT_ONCE + 5:
+        if asked > 2 * AT_ONCE + 5:  # each is opened as it was, and as it is to be
             raise ProviderUnavailable("no answer")
         return really(self, *arguments, **more)
 
@@ -291,6 +291,25 @@ def test_a_provider_that_goes_away_amid_the_rewrapping_stops_it_and_the_next_run
     acme.require_all_open()
     done = acme.rotate()
     assert (done.version, done.is_new, done.rewrapped) == (2, False, 15)
+
+
+@ON_SQLITE
+def test_a_provider_that_wraps_what_does_not_open_replaces_nothing(
+    acme: Sealed, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, wrapped = LocalKeyProvider.wrap, 0
+
+    def wrap(self: LocalKeyProvider, key_id: str, key: bytes, **more: Any) -> bytes:
+        nonlocal wrapped
+        wrapped += 1
+        return really(self, key_id, key if wrapped < 5 else bytes(32), **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyProviderError, match="do not open"):
+        patch.setattr(LocalKeyProvider, "wrap", wrap)
+        acme.rotate()
+    acme.require_all_open()
+    acme.rotate()
+    acme.require_all_open()
 
 
 @ON_SQLITE

@@ -94,14 +94,13 @@ def test_a_dataset_counts_from_its_declaration_on_what_it_will_take_however_many
     assert 0 <= declared - on_disk(service, tenant_id) < 1200 * (parts + 1), "what it takes, and some bytes a part"
 
 
-def test_what_does_not_fit_is_refused_with_the_figures_and_leaves_nothing(service: Service, person: Person) -> None:
+def test_what_does_not_fit_is_refused_without_a_figure_and_leaves_nothing(service: Service, person: Person) -> None:
     tenant_id, source = person.client.tenant_id, person.source()
     person.dataset(source, "first")
     one = used(service, tenant_id)
     allow(service, tenant_id, 2 * one - 1)
     body = refused(person.ask("POST", "/datasets", declaration(source, "second")))
-    assert body["details"] == {"needed": one, "used": one, "allowed": 2 * one - 1}
-    assert all(str(figure) in body["error"] for figure in body["details"].values())
+    assert body["details"] == {} and not any(digit in body["error"] for digit in "0123456789")
     assert "operator" in body["error"]
     assert used(service, tenant_id) == one
     with reading(service.engine) as session:
@@ -124,7 +123,7 @@ def test_uploaded_weights_count_and_refused_ones_leave_no_bytes(service: Service
     one = used(service, tenant_id)
     assert one == on_disk(service, tenant_id) > len(WEIGHTS)
     allow(service, tenant_id, 2 * one - 1)
-    assert refused(upload())["details"] == {"needed": one, "used": one, "allowed": 2 * one - 1}
+    refused(upload())
     assert on_disk(service, tenant_id) == one == used(service, tenant_id)
     allow(service, tenant_id, None)
     assert upload().status_code == 201
@@ -140,7 +139,7 @@ def test_a_job_or_a_query_starts_only_within_the_quota_and_what_is_refused_is_no
     held = on_disk(service, tenant_id)
     allow(service, tenant_id, used(service, tenant_id))
     for answer in (person.start(plan), person.ask("POST", "/queries", query)):
-        assert refused(answer)["details"]["needed"] > 0
+        refused(answer)
     with reading(service.engine) as session:
         assert session.scalar(select(func.count()).select_from(LedgerEntry)) == 0
     assert on_disk(service, tenant_id) == held

@@ -44,7 +44,7 @@ BUNDLE_TYPE = "urn:cloister:bundle:1"
 _LINE = b"cloister.bundle/1\n"
 _PRIVATE, _PUBLIC = "cloister-bundle-key-1:", "cloister-bundle-recipient-1:"
 _ID_BYTES, _KEY_BYTES, _CHECKSUM_BYTES, _TAG_BYTES = 16, 32, 4, 16
-_LARGEST_MEMBER = 2**36
+_LARGEST_MEMBER, _PIECE_BYTES = 2**36, 2**24
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
@@ -187,10 +187,13 @@ def _next(file: BinaryIO) -> bytes | None:
     length = int.from_bytes(prefix, "big")
     if len(prefix) < 8 or not _KEY_BYTES + _TAG_BYTES + 2 < length <= _LARGEST_MEMBER:
         raise InvalidBundle()
-    sealed = file.read(length)
-    if len(sealed) < length:
-        raise InvalidBundle()
-    return sealed
+    sealed = bytearray()
+    while len(sealed) < length:  # piece by piece: a length that was changed asks for more memory than there is
+        piece = file.read(min(length - len(sealed), _PIECE_BYTES))
+        if not piece:
+            raise InvalidBundle()
+        sealed += piece
+    return bytes(sealed)
 
 
 def _is_name(name: str) -> bool:

@@ -29,9 +29,10 @@ __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
-_FILLING = Lock()
+_FILLING: dict[str, Lock] = {}
+"""By tenant."""
 _FILL_WAIT_S = 2.0
-"""Sealing empty parts takes long for a large capacity: it may hold one of the API's threads, and not all of them."""
+"""Sealing empty parts takes long for a large capacity: a tenant may hold one of the API's threads with it, and not all of them."""
 
 _RAW_BODY = {"requestBody": {"required": True, "content": {"application/vnd.cloister.rows": {}, SEALED_ROWS_TYPE: {}}}}
 
@@ -112,15 +113,16 @@ def _parts_route(dataset_id: str) -> str:
 
 
 def _fill(call: Call, dataset: str) -> None:
-    """Seal the empty parts one transaction at a time, so that nobody waits behind all of them; one dataset at a time."""
-    if not _FILLING.acquire(timeout=_FILL_WAIT_S):
-        raise Unavailable("another large dataset is being completed; retry in a while")
+    """Seal the empty parts one transaction at a time, so that nobody waits behind all of them; one dataset of a tenant at a time."""
+    filling = _FILLING.setdefault(call.principal.tenant_id, Lock())
+    if not filling.acquire(timeout=_FILL_WAIT_S):
+        raise Unavailable("another large dataset of the tenant is being completed; retry in a while")
     try:
         with suppress(Conflict):  # complete already: `once` replays the answer, or refuses in words
             for number in call.read(lambda session: datasets.missing(session, call.principal, dataset)):
                 call.write(partial(_fill_one, call, dataset, number))
     finally:
-        _FILLING.release()
+        filling.release()
 
 
 def _fill_one(call: Call, dataset: str, number: int, session: Session) -> None:

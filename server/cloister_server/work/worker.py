@@ -23,8 +23,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
+from cloister_privacy.sealing import KeyProviderError
 from cloister_server import collection, deployment, logs, processes
-from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
+from cloister_server.errors import LedgerRolledBack, StartRefused, TenantKeyRefused, Unavailable
 from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
 from cloister_server.settings import Settings
@@ -42,6 +43,8 @@ _QUEUE = "train"
 _SWEEP_S = 0.3
 _LOOK_S = 60.0
 """Between looks at whether what is left over is to be collected."""
+_NO_KEY_S = 2.0
+"""The pause after a job whose tenant's key was not to be had."""
 _UNDER_WAY = ("PENDING", "ENQUEUED", "DELAYED")
 
 
@@ -98,6 +101,11 @@ def _run(service: Service, stopping: threading.Event) -> None:
                 return run_attempt(service, tenant_id, job_id, stopping=stopping)
         except LedgerRolledBack:
             return "frozen"
+        except (TenantKeyRefused, KeyProviderError) as error:
+            # The tenant's key is withdrawn, or its provider is at fault: the job waits for it, and others have their turn.
+            log.error("attempt.no_key", extra={"job_id": job_id, "error": type(error).__name__})
+            stopping.wait(_NO_KEY_S)
+            return "frozen"
         except (SQLAlchemyError, Unavailable, StartRefused) as error:
             # A step never raises: its error would be stored, and who knows what it says.
             log.error("attempt.not_run", extra={"job_id": job_id, "error": type(error).__name__})
@@ -109,7 +117,7 @@ def _run(service: Service, stopping: threading.Event) -> None:
 
     @DBOS.workflow(name="train", max_recovery_attempts=1_000_000)
     def train(tenant_id: str, job_id: str) -> str:
-        # 'frozen' ends this turn: the tenant's ledger is behind its anchor, and others wait. The sweeper sees when it is mended.
+        # 'frozen' ends this turn: the tenant's ledger or key keeps the job waiting, and others wait. The sweeper takes it up again.
         while (outcome := attempt(tenant_id, job_id)) == "again":
             if stopping.wait(1.0):
                 threading.Event().wait()  # never returns: the process ends, and the next worker goes on here
