@@ -175,6 +175,7 @@ def test_a_customer_that_disables_its_key_is_served_no_more_in_time_and_again_wh
     assert served.model.predict(served.rows[:2]).shape == (2,)
 
 
+@pytest.mark.long
 def test_while_the_kms_is_away_its_customer_is_told_so_and_is_served_when_it_is_back(served: Served) -> None:
     assert served.model.predict(served.rows[:2]).shape == (2,)
     with _stopped(served.kms_url):

@@ -33,13 +33,9 @@ ROWS = 1500
 API, WORKER, CHILD = "cloister_server.cli.api_process", "cloister_server.work.worker", "cloister_server.work.child"
 
 
-def test_a_killed_upload_and_a_killed_publication_leave_nothing_behind(tmp_path: Path) -> None:
-    _kill_and_look(Deployment(tmp_path / "d"), rounds=2)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("database", ["sqlite", "postgres"])
-def test_many_killed_uploads_and_publications_leave_nothing_behind(
+def test_killed_uploads_and_publications_leave_nothing_behind(
     database: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     deployment = Deployment(tmp_path / "d")
