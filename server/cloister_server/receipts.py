@@ -127,8 +127,8 @@ def _not_covered(settings: Settings, keys: Iterable[DestroyedKey]) -> dict[str, 
         "database": f"{database}. They are wrapped keys and MACs, which nothing opens without the destroyed keys.",
         "objects": "Blocks of disks, and versions and replicas of an object store, that still hold deleted objects: what they "
         "hold is sealed.",
-        "memory": f"What processes of the service still had opened, for at most {settings.key_cache_s} s after the keys were "
-        "destroyed, memory that they gave back without overwriting it, and swap.",
+        "memory": "What processes of the service still had opened, for at most 3600 s (their CLOISTER_KEY_CACHE_S) after the keys "
+        "were destroyed, memory that they gave back without overwriting it, and swap.",
         "clients": "What clients were given: predictions, answers, certificates, rows that they uploaded and still have.",
         "exports": "Bundles and exports that were given out.",
         "recordings": "Recordings of requests, on the way or by a proxy, of what clients had not sealed themselves.",
