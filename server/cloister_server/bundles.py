@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from cloister.wire.bundles import Contents, contents_digest, public_line, seal_members, sign_contents
+from cloister.wire.bundles import CONTENTS, Contents, contents_digest, public_line, seal_members, sign_contents
 from cloister.wire.rows import encode_rows, open_form
 from cloister_server import audit, datasets, policy, vault
 from cloister_server.principal import Principal
@@ -38,10 +38,7 @@ from cloister_server.store.tables import (
     now,
 )
 
-__all__ = ["CONTENTS", "note", "sealed"]
-
-CONTENTS = "contents.dsse.json"
-"""The last member: the signed list of the others."""
+__all__ = ["note", "sealed"]
 
 _TABLES: tuple[type[Table], ...] = (
     Source, Block, Dataset, Model, Job, Grant, LedgerEntry, Balance, Link, AuditRow, Weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import io
@@ -88,19 +89,38 @@ def test_a_name_that_leaves_its_directory_is_never_written(name: str) -> None:
         sealed([(name, b"")])
 
 
-def test_a_reader_from_the_specification_alone_opens_it() -> None:
+VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "bundle-1.json").read_text())
+
+
+def test_a_reader_from_the_specification_alone_opens_the_vector() -> None:
     """RFC 9180 spelled out: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM, base mode."""
-    bundle = sealed()
+    bundle = base64.b64decode(VECTORS["bundle"])
+    raw = base64.urlsafe_b64decode(VECTORS["private_key"].removeprefix("cloister-bundle-key-1:"))[:32]
+    key = X25519PrivateKey.from_private_bytes(raw)
     places = starts(bundle)
     bundle_id, found = bundle[18:34], []
     for index, (start, stop) in enumerate(pairwise(places)):
         body = bundle[start + 8 : stop]
         is_last = stop == len(bundle)
         info = b"cloister.bundle/1\n" + bundle_id + index.to_bytes(8, "big") + bytes([is_last])
-        plain = hpke_open(KEY, body[:32], body[32:], info)
+        plain = hpke_open(key, body[:32], body[32:], info)
         size = int.from_bytes(plain[:2], "big")
         found.append((plain[2 : 2 + size].decode(), plain[2 + size :]))
-    assert found == MEMBERS
+    assert found == [(each["name"], base64.b64decode(each["content"])) for each in VECTORS["members"]]
+
+
+def test_the_vector_opens_here_and_what_was_done_to_it_does_not() -> None:
+    key = bundles.private_key_of(VECTORS["private_key"])
+    assert bundles.public_line(key) == VECTORS["public_key"]
+    members = [(each["name"], base64.b64decode(each["content"])) for each in VECTORS["members"]]
+    assert opened(base64.b64decode(VECTORS["bundle"]), key) == members
+    assert len(VECTORS["refused"]) == 12
+    for each in VECTORS["refused"]:
+        with pytest.raises(InvalidBundle):
+            opened(base64.b64decode(each["bundle"]), key)
+    for line in VECTORS["refused_public_keys"]:  # all zeros, and not below the prime
+        with pytest.raises(InvalidArgument):
+            bundles.public_key_of(line)
 
 
 def hpke_open(key: X25519PrivateKey, enc: bytes, ciphertext: bytes, info: bytes) -> bytes:
@@ -127,8 +147,8 @@ def expand(suite: bytes, key: bytes, label: bytes, info: bytes, length: int) -> 
 def test_lines_of_keys_are_read_whole_or_not_at_all() -> None:
     private = bundles.new_private_key()
     public = bundles.public_line(bundles.private_key_of(private))
-    assert bundles.public_line(bundles.recipient_of(public)) == public
-    for line, read in ((private, bundles.private_key_of), (public, bundles.recipient_of)):
+    assert bundles.public_line(bundles.public_key_of(public)) == public
+    for line, read in ((private, bundles.private_key_of), (public, bundles.public_key_of)):
         for wrong in (
             line[:-1],
             line + "A",
@@ -139,7 +159,7 @@ def test_lines_of_keys_are_read_whole_or_not_at_all() -> None:
                 read(wrong)
             assert wrong[-20:] not in str(refusal.value)
     with pytest.raises(InvalidArgument):
-        bundles.recipient_of(private)
+        bundles.public_key_of(private)
 
 
 @pytest.fixture
@@ -165,7 +185,7 @@ def write_bundle(
     )
     envelope = bundles.sign_contents(contents, private_key=PRIVATE, key_id=KEY_ID)
     pieces = bundles.seal_members(
-        [*members, ("contents.dsse.json", json.dumps(envelope).encode())], recipient=bundles.recipient_of(line)
+        [*members, ("contents.dsse.json", json.dumps(envelope).encode())], recipient=bundles.public_key_of(line)
     )
     (place / "bundle").write_bytes(b"".join(pieces))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from cloister.cli.files import read_keys, unusable
 from cloister.wire._errors import InvalidArgument
 from cloister.wire.bundles import (
+    CONTENTS,
     InvalidBundle,
     contents_digest,
     new_private_key,
@@ -23,9 +24,6 @@ from cloister.wire.bundles import (
 )
 
 __all__ = ["describe", "run"]
-
-CONTENTS = "contents.dsse.json"
-"""The last member: the signed list of the others."""
 
 
 def describe(parser: ArgumentParser) -> None:
@@ -53,6 +51,8 @@ def _make_key(path: Path) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(line + "\n")
+            file.flush()
+            os.fsync(handle)  # nothing else opens the bundle
     except OSError as exc:
         raise unusable(path, exc) from exc
     print(public_line(private_key_of(line)))
@@ -76,7 +76,7 @@ def _open(given: Namespace) -> None:
                 digests.append((name, hashlib.sha256(content).hexdigest()))
                 place = draft / name
                 place.parent.mkdir(parents=True, exist_ok=True)
-                with place.open("xb") as out:
+                with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
                     out.write(content)
                 contents = content
         if not digests or digests[-1][0] != CONTENTS:

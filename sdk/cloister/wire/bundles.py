@@ -5,9 +5,7 @@ Knows bytes and keys; nothing of what the members are, and no files. docs/spec/b
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import hmac
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -17,36 +15,38 @@ from typing import Annotated, Any, BinaryIO
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 from pydantic import AwareDatetime, Field, StringConstraints
 
 from cloister.wire._errors import CloisterError, InvalidArgument
+from cloister.wire._hpke import KEY_BYTES, SUITE, body_of, is_public_key, line_of
 from cloister.wire._model import Identifier, Response
 from cloister.wire.dsse import Digest, Envelope, Keys, canonical_json, sign_statement, verify_statement
 
 __all__ = [
     "BUNDLE_TYPE",
+    "CONTENTS",
     "Contents",
     "InvalidBundle",
     "contents_digest",
     "new_private_key",
     "open_members",
     "private_key_of",
+    "public_key_of",
     "public_line",
-    "recipient_of",
     "seal_members",
     "sign_contents",
     "verify_contents",
 ]
 
 BUNDLE_TYPE = "urn:cloister:bundle:1"
+CONTENTS = "contents.dsse.json"
+"""The last member: the signed list of the others."""
 
 _LINE = b"cloister.bundle/1\n"
 _PRIVATE, _PUBLIC = "cloister-bundle-key-1:", "cloister-bundle-recipient-1:"
-_ID_BYTES, _KEY_BYTES, _CHECKSUM_BYTES, _TAG_BYTES = 16, 32, 4, 16
+_ID_BYTES, _TAG_BYTES = 16, 16
 _LARGEST_MEMBER, _PIECE_BYTES = 2**36, 2**24
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
-_SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 
 
 class InvalidBundle(CloisterError):
@@ -84,7 +84,7 @@ class _Place:
 
 def new_private_key() -> str:
     """A fresh key pair's private line, for a file that nobody else reads; `public_line` tells the other half."""
-    return _as_line(_PRIVATE, X25519PrivateKey.generate().private_bytes_raw())
+    return line_of(_PRIVATE, X25519PrivateKey.generate().private_bytes_raw())
 
 
 def private_key_of(line: str) -> X25519PrivateKey:
@@ -95,12 +95,15 @@ def private_key_of(line: str) -> X25519PrivateKey:
 def public_line(key: X25519PrivateKey | X25519PublicKey) -> str:
     """The line to give to whoever makes a bundle: `cloister-bundle-recipient-1:…`."""
     public = key.public_key() if isinstance(key, X25519PrivateKey) else key
-    return _as_line(_PUBLIC, public.public_bytes_raw())
+    return line_of(_PUBLIC, public.public_bytes_raw())
 
 
-def recipient_of(line: str) -> X25519PublicKey:
-    """The public key in its line. Raises InvalidArgument."""
-    return X25519PublicKey.from_public_bytes(_of_line(_PUBLIC, line))
+def public_key_of(line: str) -> X25519PublicKey:
+    """The public key in its line. Raises InvalidArgument, also for one that nobody can hold the private half of."""
+    public = _of_line(_PUBLIC, line)
+    if not is_public_key(public):
+        raise _mistyped(_PUBLIC)
+    return X25519PublicKey.from_public_bytes(public)
 
 
 def seal_members(members: Iterable[tuple[str, bytes]], *, recipient: X25519PublicKey) -> Iterator[bytes]:
@@ -160,13 +163,13 @@ def _seal(member: tuple[str, bytes], place: _Place, recipient: X25519PublicKey) 
     if not _is_name(name):
         raise ValueError(f"{name!r} is no name for a member: a relative path of plain letters")
     encoded = name.encode("ascii")
-    sealed = _SUITE.encrypt(len(encoded).to_bytes(2, "big") + encoded + content, recipient, info=place.info)
+    sealed = SUITE.encrypt(len(encoded).to_bytes(2, "big") + encoded + content, recipient, info=place.info)
     return len(sealed).to_bytes(8, "big") + sealed
 
 
 def _open(sealed: bytes, place: _Place, private_key: X25519PrivateKey) -> tuple[str, bytes]:
     try:
-        plain = _SUITE.decrypt(sealed, private_key, info=place.info)
+        plain = SUITE.decrypt(sealed, private_key, info=place.info)
     except (InvalidTag, ValueError):
         raise InvalidBundle() from None
     end = 2 + int.from_bytes(plain[:2], "big")
@@ -185,7 +188,7 @@ def _next(file: BinaryIO) -> bytes | None:
     if not prefix:
         return None
     length = int.from_bytes(prefix, "big")
-    if len(prefix) < 8 or not _KEY_BYTES + _TAG_BYTES + 2 < length <= _LARGEST_MEMBER:
+    if len(prefix) < 8 or not KEY_BYTES + _TAG_BYTES + 2 < length <= _LARGEST_MEMBER:
         raise InvalidBundle()
     sealed = bytearray()
     while len(sealed) < length:  # piece by piece: a length that was changed asks for more memory than there is
@@ -200,19 +203,12 @@ def _is_name(name: str) -> bool:
     return len(name) <= 512 and _NAME.fullmatch(name) is not None
 
 
-def _as_line(prefix: str, key: bytes) -> str:
-    return prefix + base64.urlsafe_b64encode(key + _checksum(prefix, key)).decode("ascii")
-
-
 def _of_line(prefix: str, line: str) -> bytes:
-    match = re.fullmatch(re.escape(prefix) + r"([A-Za-z0-9_-]{48})\s*", line)
-    decoded = base64.urlsafe_b64decode(match[1]) if match else b""
-    key, checksum = decoded[:_KEY_BYTES], decoded[_KEY_BYTES:]
-    if not match or not hmac.compare_digest(checksum, _checksum(prefix, key)):
-        raise InvalidArgument(f"this is no line that begins with {prefix}, or it was mistyped; give it whole")
+    key = body_of(prefix, line, length=KEY_BYTES)
+    if key is None:
+        raise _mistyped(prefix)
     return key
 
 
-def _checksum(prefix: str, key: bytes) -> bytes:
-    """Finds a mistyped character; 4 bytes of a hash tell nothing useful of a key of 32."""
-    return hashlib.sha256(prefix.encode("ascii") + key).digest()[:_CHECKSUM_BYTES]
+def _mistyped(prefix: str) -> InvalidArgument:
+    return InvalidArgument(f"this is no line that begins with {prefix}, or it was mistyped; give it whole")

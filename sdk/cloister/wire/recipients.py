@@ -5,8 +5,6 @@ Knows bytes and keys; nothing of HTTP, and never where a recipient's line comes 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
 from cloister.wire._errors import CloisterError, InvalidArgument
+from cloister.wire._hpke import KEY_BYTES, SUITE, body_of, is_public_key, line_of
 from cloister.wire.columns import Column
 from cloister.wire.rows import arrays_of, encode_rows, part_rows
 
@@ -37,12 +35,7 @@ SEALED_ROWS_TYPE = "application/vnd.cloister.sealed-rows"
 _LINE = b"cloister.rows.sealed/1\n"
 _PREFIX = "cloister-recipient-1:"
 _TENANT, _RECIPIENT = "tn_", "rcp_"
-_KEY_LINE = re.compile(re.escape(_PREFIX) + r"([A-Za-z0-9_-]{91})\n?")
-_ID_BYTES, _KEY_BYTES, _CHECKSUM_BYTES, _LENGTH_BYTES = 16, 32, 4, 8
-_FIELD = 2**255 - 19
-"""The prime of Curve25519 (RFC 7748, section 4.1): a public key is a number below it, in one spelling."""
-
-_SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+_ID_BYTES, _LENGTH_BYTES = 16, 8
 
 
 class RecipientRefused(InvalidArgument):
@@ -74,26 +67,20 @@ class RecipientKey:
     """X25519, 32 bytes."""
 
     def __post_init__(self) -> None:
-        if not (_is_id(self.tenant, _TENANT) and _is_id(self.id, _RECIPIENT) and _is_key(self.public)):
+        if not (_is_id(self.tenant, _TENANT) and _is_id(self.id, _RECIPIENT) and is_public_key(self.public)):
             raise RecipientRefused
 
     def __str__(self) -> str:
-        named = _raw(self.tenant) + _raw(self.id) + self.public
-        return _PREFIX + base64.urlsafe_b64encode(named + _checksum(named)).rstrip(b"=").decode("ascii")
+        return line_of(_PREFIX, _raw(self.tenant) + _raw(self.id) + self.public)
 
     @classmethod
     def parse(cls, line: str) -> RecipientKey:
         """The recipient in its line, at whose end a line feed may stand. Raises RecipientRefused."""
-        match = _KEY_LINE.fullmatch(line) if isinstance(line, str) else None
-        decoded = base64.urlsafe_b64decode(match[1] + "=") if match else b""
-        named, checksum = decoded[:-_CHECKSUM_BYTES], decoded[-_CHECKSUM_BYTES:]
-        if not match or checksum != _checksum(named):
+        named = body_of(_PREFIX, line, length=2 * _ID_BYTES + KEY_BYTES) if isinstance(line, str) else None
+        if named is None:
             raise RecipientRefused
         tenant, recipient, public = named[:_ID_BYTES], named[_ID_BYTES : 2 * _ID_BYTES], named[2 * _ID_BYTES :]
-        key = cls(_TENANT + tenant.hex(), _RECIPIENT + recipient.hex(), public)
-        if str(key) != line.removesuffix("\n"):  # the last character of base64url has bits to spare
-            raise RecipientRefused
-        return key
+        return cls(_TENANT + tenant.hex(), _RECIPIENT + recipient.hex(), public)
 
 
 def padded_bytes(columns: Mapping[str, Column], *, capacity_rows: int, part: int) -> int:
@@ -115,7 +102,7 @@ def seal_part(recipient: RecipientKey, rows_body: bytes, *, dataset: str, part: 
     plaintext = len(rows_body).to_bytes(_LENGTH_BYTES, "big") + rows_body + bytes(space)
     info = _info(recipient.tenant, recipient.id, dataset, part)
     public = X25519PublicKey.from_public_bytes(recipient.public)
-    return _LINE + _raw(recipient.id) + _SUITE.encrypt(plaintext, public, info=info)
+    return _LINE + _raw(recipient.id) + SUITE.encrypt(plaintext, public, info=info)
 
 
 def open_part(
@@ -125,7 +112,7 @@ def open_part(
     if recipient_of(sealed) != recipient_id:
         raise InvalidSealedPart
     try:
-        plaintext = _SUITE.decrypt(
+        plaintext = SUITE.decrypt(
             sealed[len(_LINE) + _ID_BYTES :], private_key, info=_info(tenant, recipient_id, dataset, part)
         )
     except (InvalidTag, ValueError):
@@ -154,21 +141,5 @@ def _is_id(given: str, prefix: str) -> bool:
     return re.fullmatch(prefix + r"[0-9a-f]{32}", given) is not None
 
 
-def _is_key(public: bytes) -> bool:
-    """Whether it is a key that somebody can hold: in its one spelling, and of no small order, for which no secret is one."""
-    if len(public) != _KEY_BYTES or int.from_bytes(public, "little") >= _FIELD:
-        return False
-    try:
-        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:  # the shared secret is all zero, as with any scalar: they are multiples of the cofactor
-        return False
-    return True
-
-
 def _raw(given: str) -> bytes:
     return bytes.fromhex(given.rpartition("_")[2])
-
-
-def _checksum(named: bytes) -> bytes:
-    """Finds a mistyped character."""
-    return hashlib.sha256(_PREFIX.encode("ascii") + named).digest()[:_CHECKSUM_BYTES]

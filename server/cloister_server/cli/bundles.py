@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cloister.wire.bundles import recipient_of
+from cloister.wire.bundles import public_key_of
 from cloister_server import bundles, deployment
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import JSON, operator_in, refusals, show
@@ -33,7 +33,7 @@ def export(
     """Write all that a tenant has here into a bundle that nobody but the holder of the tenant's own key can open."""
     with refusals(as_json):
         try:
-            public_key = recipient_of(recipient)
+            public_key = public_key_of(recipient)
         except ValueError as error:
             raise Invalid(str(error)) from None
         service = deployment.open_service(load_settings())
