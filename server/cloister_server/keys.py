@@ -144,7 +144,8 @@ class Destroyed:
     version: int
     provider: str
     claim: str
-    waiting_days: int
+    waiting_days: int | None
+    """None where nothing is claimed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,16 +284,19 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
         keeper = service.keys.of(key.provider)
         try:
             keeper.destroy_key(key.key_id)
-            claim = keeper.destruction.claim
+            claim, days = keeper.destruction.claim, keeper.destruction.waiting_days
         except KeyMissing:
-            claim = (
-                "Its provider did not have the key: an earlier call destroyed it, it was never made, or somebody took it away. "
-                "Nothing is claimed of it."
+            days, claim = (
+                None,
+                (
+                    "Its provider did not have the key: an earlier call destroyed it, it was never made, or somebody took it away. "
+                    "Nothing is claimed of it."
+                ),
             )
         with writing(service.engine) as session:
             key = session.get_one(TenantKey, (tenant_id, version))
             key.state, key.destroyed = "destroyed", now()
-    return Destroyed(tenant_id, name, version, key.provider, claim, keeper.destruction.waiting_days)
+    return Destroyed(tenant_id, name, version, key.provider, claim, days)
 
 
 def backup_keystore(service: Service, place: Path) -> Backup:
@@ -412,6 +416,11 @@ def _begin(service: Service, aim: _Aim, request_id: str) -> TenantKey:
     """The row of a key that is not made yet: whatever comes into the provider is known here before."""
     key_id = f"{aim.tenant_id}.{secrets.token_hex(8)}"
     service.keys.of(aim.to).has_key(key_id)  # a provider that is away refuses here, and leaves no row
+    if aim.wraps and not service.keys.of(aim.active.provider).has_key(aim.active.key_id):
+        raise KeyMissing(
+            f"the key that {aim.name!r} has now is not to be had of {aim.active.provider!r}, so that nothing could be rewrapped; "
+            "its holder must give it back first"
+        )
     with writing(service.engine) as session:
         newest = session.scalars(select(func.max(TenantKey.version)).where(TenantKey.tenant_id == aim.tenant_id)).one()
         key = TenantKey(tenant_id=aim.tenant_id, version=newest + 1, provider=aim.to, key_id=key_id, state="pre-active")

@@ -35,6 +35,7 @@ from cloister_server.errors import NotFound, ServerError
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.settings import Settings
 from cloister_server.store import chain
 from cloister_server.store.paging import page_of
 from cloister_server.store.queries import public_keys
@@ -156,8 +157,13 @@ def network(session: Session, principal: Principal, service: Service, id_or_name
     return plans.view_network(_architecture(session, service, _version(session, model, number)))
 
 
-def certified(session: Session, row: ModelVersion) -> Certificate:
-    """What the certificate of a version states. Raises `weights_differ` unless it is signed here, and is this version's."""
+def certified(session: Session, settings: Settings, row: ModelVersion) -> Certificate | None:
+    """What a version's bytes are held against in strict mode: its certificate; None where that is off.
+
+    Raises `weights_differ` unless it is signed here, and is this version's.
+    """
+    if not settings.strict:
+        return None
     try:
         certificate = verify(row.certificate, public_keys(session, "certificate"))
     except InvalidCertificate:
@@ -310,8 +316,9 @@ def _architecture(session: Session, service: Service, row: ModelVersion) -> Arch
     key = vault.data_key(session, service.keys, tenant_id=row.tenant_id, object_id=row.weights_id)
     reader = SealedReader(service.blobs.sealed(row.tenant_id, row.weights_id), key=key.secret, context=key.context)
     metadata = read_layout(reader.read, length=reader.length).metadata
-    if service.settings.strict:
-        _require_architecture(certified(session, row), metadata)
+    certificate = certified(session, service.settings, row)
+    if certificate is not None:
+        _require_architecture(certificate, metadata)
     return architecture_of(metadata)
 
 

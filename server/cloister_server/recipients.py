@@ -7,8 +7,6 @@ shredding the tenant ends it.
 from __future__ import annotations
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.hashes import SHA512
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -87,8 +85,7 @@ def _row(session: Session, tenant_id: str, recipient_id: str) -> SealedObject | 
 
 
 def _private(key: DataKey) -> X25519PrivateKey:
-    info = b"cloister.recipient/1\n" + key.context.to_bytes()
-    return X25519PrivateKey.from_private_bytes(HKDF(SHA512(), length=32, salt=None, info=info).derive(key.secret))
+    return X25519PrivateKey.from_private_bytes(key.derived("recipient"))
 
 
 def _line(key: DataKey) -> str:

@@ -93,6 +93,11 @@ class DataKey:
     secret: bytes = field(repr=False)
     context: Context
 
+    def derived(self, purpose: str) -> bytes:
+        """32 bytes that are this key's and context's alone, for one purpose (HKDF-SHA512); what they are used for seals nothing."""
+        info = f"cloister.{purpose}/1\n".encode() + self.context.to_bytes()
+        return HKDF(SHA512(), length=32, salt=None, info=info).derive(self.secret)
+
     def to_message(self) -> dict[str, str]:
         """For a child's pipe, and nowhere else."""
         return {"kind": self.context.kind, "object": self.object_id, "secret": base64.b64encode(self.secret).decode()}
@@ -196,8 +201,7 @@ def content_mac(session: Session, keys: KeyRing, content: bytes, *, tenant_id: s
     Whoever reads the database learns nothing from it, not even which objects hold the same; it dies with the data key.
     """
     key = data_key(session, keys, tenant_id=tenant_id, object_id=object_id)
-    info = b"cloister.content/1\n" + key.context.to_bytes()
-    return hmac.digest(HKDF(SHA512(), length=32, salt=None, info=info).derive(key.secret), content, hashlib.sha256)
+    return hmac.digest(key.derived("content"), content, hashlib.sha256)
 
 
 def unit_macs(session: Session, keys: KeyRing, ids: Iterable[bytes], *, tenant_id: str) -> list[bytes]:
@@ -205,9 +209,7 @@ def unit_macs(session: Session, keys: KeyRing, ids: Iterable[bytes], *, tenant_i
 
     Whoever reads the database learns no id from it, and cannot try one out; it dies with the tenant's key.
     """
-    key = _units_key(session, keys, tenant_id)
-    info = b"cloister.units/1\n" + key.context.to_bytes()
-    secret = HKDF(SHA512(), length=32, salt=None, info=info).derive(key.secret)
+    secret = _units_key(session, keys, tenant_id).derived("units")
     return [hmac.digest(secret, each, "sha256") for each in ids]
 
 

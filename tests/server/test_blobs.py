@@ -89,7 +89,7 @@ def code_of(work: Callable[[], Any]) -> str:
 TENANT = "tn_" + "7" * 32
 
 
-def test_an_object_is_created_once_read_measured_listed_and_deleted(blobs: Blobs) -> None:
+def test_an_object_is_created_once_read_listed_and_deleted(blobs: Blobs) -> None:
     one, two, content = new_id("obj"), new_id("obj"), secrets.token_bytes(3_000_000)
     blobs.put(TENANT, one, content)
     blobs.put(TENANT, two, b"")
@@ -97,11 +97,10 @@ def test_an_object_is_created_once_read_measured_listed_and_deleted(blobs: Blobs
     assert blobs.get(TENANT, one) == content and blobs.get(TENANT, two) == b""
     sealed = blobs.sealed(TENANT, one)
     assert (sealed.read_bytes() if isinstance(sealed, Path) else sealed) == content
-    assert blobs.size(TENANT, one) == len(content)
     assert stored(blobs) == {one: len(content), two: 0}
     blobs.delete(TENANT, one, new_id("obj"))
     assert stored(blobs) == {two: 0}
-    for ask in (blobs.get, blobs.sealed, blobs.size):
+    for ask in (blobs.get, blobs.sealed):
         assert code_of(lambda ask=ask: ask(TENANT, one)) == "storage_missing"  # type: ignore[misc]  # a bound default
 
 

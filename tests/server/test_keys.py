@@ -17,7 +17,7 @@ from sqlalchemy import Engine, func, select
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from cloister_privacy.sealing import KeyProviderError, LocalKeyProvider, ProviderUnavailable
+from cloister_privacy.sealing import KeyMissing, KeyProviderError, LocalKeyProvider, ProviderUnavailable
 from cloister_server import deployment, keys, tenants, vault
 from cloister_server.cli.keys import key_cli
 from cloister_server.errors import Conflict, Invalid, StartRefused, TenantKeyRefused
@@ -291,6 +291,16 @@ def test_a_provider_that_goes_away_amid_the_rewrapping_stops_it_and_the_next_run
     acme.require_all_open()
     done = acme.rotate()
     assert (done.version, done.is_new, done.rewrapped) == (2, False, 15)
+
+
+@ON_SQLITE
+def test_a_tenant_whose_key_was_taken_away_gets_no_other_one(acme: Sealed, service: Service) -> None:
+    with reading(service.engine) as session:
+        key_id = session.get_one(TenantKey, (acme.id, 1)).key_id
+    service.keys.of("local").destroy_key(key_id)
+    with pytest.raises(KeyMissing, match="give it back first"):
+        acme.rotate()
+    assert states(service, acme.id) == [(1, "local", "active", OBJECTS)]
 
 
 @ON_SQLITE
@@ -743,6 +753,7 @@ def test_the_operator_makes_lists_and_removes_recipients(cli: CLI, anchored: Ser
     assert [each["recipient"] for each in cli("recipient", "list", "--tenant", "acme")] == lines, "rotated, not changed"
     with reading(anchored.engine) as session:
         first, _ = session.scalars(select(SealedObject.id).order_by(SealedObject.created, SealedObject.id)).all()
-    assert cli("recipient", "remove", first, "--tenant", acme.id) == {"removed": first}
+    assert first in {each["id"] for each in cli("recipient", "list", "--tenant", "acme")}
+    assert cli("recipient", "remove", lines[0], "--tenant", acme.id) == {"removed": first}
     assert [each["recipient"] for each in cli("recipient", "list", "--tenant", "acme")] == lines[1:]
     assert first in cli("recipient", "remove", first, "--tenant", "acme", exit_code=1)["error"]

@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from certificates import CERTIFICATE, signed
 from cloister.wire.architecture import Architecture
-from cloister.wire.certificate import sign
+from cloister.wire.certificate import sign, verify
 from cloister.wire.columns import CategoryColumn, NumberColumn
 from cloister.wire.layers import Encode, Linear
 from cloister_privacy.architecture import Network, build, from_bytes, to_bytes
@@ -29,6 +29,7 @@ from cloister_server.app import create_app
 from cloister_server.errors import ServerError, TenantKeyRefused, Unavailable
 from cloister_server.networks import Networks
 from cloister_server.service import Service
+from cloister_server.store.queries import public_keys
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Model, ModelVersion, new_id
 
@@ -444,7 +445,9 @@ def test_strict_holds_the_schema_against_the_certificate_too(opened: Callable[..
     first, second = publish(service, "acme", versions=2)
     with writing(service.engine) as session:
         key_id, private_key = vault.certificate_signer(session, service.keys)
-        other = models.certified(session, second).model_copy(update={"architecture_digest": "0" * 64})
+        other = verify(second.certificate, public_keys(session, "certificate")).model_copy(
+            update={"architecture_digest": "0" * 64}
+        )
         row = session.get_one(ModelVersion, (second.tenant_id, second.model_id, 2))
         row.certificate = sign(other, private_key=private_key, key_id=key_id)
     with reading(service.engine) as session:

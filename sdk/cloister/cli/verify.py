@@ -104,7 +104,7 @@ def _summary(certificate: Certificate, *, digest: str, signer: str, weights: Pat
 def _summary_of_receipt(receipt: Receipt, *, digest: str, signer: str) -> list[tuple[str, str]]:
     keys = [
         f"version {key.version} in {key.provider} ({key.kind or 'of a kind not known'}), {key.outcome} "
-        f"{key.destroyed.isoformat()}, gone for good {key.gone.isoformat() if key.gone else 'at a time not known'}. {key.claim}"
+        f"{key.destroyed.isoformat()}{f', gone for good {key.gone.isoformat()}' if key.gone else ''}. {key.claim}"
         for key in receipt.keys
     ]
     copies = [

@@ -19,6 +19,7 @@ from cloister.wire.columns import Column
 from cloister.wire.rows import arrays_of, encode_rows, part_rows
 
 __all__ = [
+    "LINE_PREFIX",
     "SEALED_ROWS_TYPE",
     "InvalidSealedPart",
     "RecipientKey",
@@ -33,7 +34,7 @@ SEALED_ROWS_TYPE = "application/vnd.cloister.sealed-rows"
 """The media type of a sealed part."""
 
 _LINE = b"cloister.rows.sealed/1\n"
-_PREFIX = "cloister-recipient-1:"
+LINE_PREFIX = "cloister-recipient-1:"
 _TENANT, _RECIPIENT = "tn_", "rcp_"
 _ID_BYTES, _LENGTH_BYTES = 16, 8
 
@@ -43,7 +44,7 @@ class RecipientRefused(InvalidArgument):
 
     def __init__(self) -> None:
         super().__init__(
-            f"this is no recipient: one line that begins with {_PREFIX!r}, whole and with no character changed; "
+            f"this is no recipient: one line that begins with {LINE_PREFIX!r}, whole and with no character changed; "
             "get it from the server's operator again, by another way than from the server"
         )
 
@@ -71,12 +72,12 @@ class RecipientKey:
             raise RecipientRefused
 
     def __str__(self) -> str:
-        return line_of(_PREFIX, _raw(self.tenant) + _raw(self.id) + self.public)
+        return line_of(LINE_PREFIX, _raw(self.tenant) + _raw(self.id) + self.public)
 
     @classmethod
     def parse(cls, line: str) -> RecipientKey:
         """The recipient in its line, at whose end a line feed may stand. Raises RecipientRefused."""
-        named = body_of(_PREFIX, line, length=2 * _ID_BYTES + KEY_BYTES) if isinstance(line, str) else None
+        named = body_of(LINE_PREFIX, line, length=2 * _ID_BYTES + KEY_BYTES) if isinstance(line, str) else None
         if named is None:
             raise RecipientRefused
         tenant, recipient, public = named[:_ID_BYTES], named[_ID_BYTES : 2 * _ID_BYTES], named[2 * _ID_BYTES :]

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from sqlalchemy.orm import Session
 
+from cloister.wire.recipients import LINE_PREFIX, RecipientKey
 from cloister_server import deployment, keys, recipients, tenants, vault
 from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, request_id, run, show
 from cloister_server.errors import Invalid
@@ -36,11 +37,6 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print as JSON what woul
 _OLD_BACKUPS = (
     "Backups of the database from before the rotation hold keys that this version alone opens: they will be of no use."
 )
-
-
-@key_cli.callback()
-def _root() -> None:
-    """Key-encryption keys: tenants' and the service's own."""
 
 
 @key_cli.command("list")
@@ -149,17 +145,17 @@ def backup(
 def recipient_create(tenant: InTenant, as_json: JSON = False) -> None:
     """Make a recipient; hand its line to whoever uploads by another way than this service."""
     run(
-        lambda session, service: {"recipient": recipients.create(session, operator_in(session, tenant), service)},
+        lambda session, service: _recipient(recipients.create(session, operator_in(session, tenant), service)),
         as_json,
     )
 
 
 @recipient_cli.command("list")
 def recipient_list(tenant: InTenant, as_json: JSON = False) -> None:
-    """List the lines of a tenant's recipients, oldest first."""
+    """List a tenant's recipients, oldest first."""
     run(
         lambda session, service: [
-            {"recipient": line} for line in recipients.listed(session, operator_in(session, tenant), service)
+            _recipient(line) for line in recipients.listed(session, operator_in(session, tenant), service)
         ],
         as_json,
     )
@@ -167,17 +163,22 @@ def recipient_list(tenant: InTenant, as_json: JSON = False) -> None:
 
 @recipient_cli.command("remove")
 def recipient_remove(
-    recipient: Annotated[str, typer.Argument(help="The recipient's id, which stands in its line.")],
+    recipient: Annotated[str, typer.Argument(help="The recipient's id, as `recipient list` shows it, or its line.")],
     tenant: InTenant,
     as_json: JSON = False,
 ) -> None:
     """Remove a recipient: what is sealed for it is refused from now on."""
 
     def work(session: Session, service: Service) -> dict[str, str]:
-        recipients.remove(session, operator_in(session, tenant), service, recipient)
-        return {"removed": recipient}
+        removed = RecipientKey.parse(recipient).id if recipient.startswith(LINE_PREFIX) else recipient
+        recipients.remove(session, operator_in(session, tenant), service, removed)
+        return {"removed": removed}
 
     run(work, as_json)
+
+
+def _recipient(line: str) -> dict[str, str]:
+    return {"id": RecipientKey.parse(line).id, "recipient": line}
 
 
 @contextmanager

@@ -92,11 +92,6 @@ class Blobs:
         """What the object can be opened from: the file that it is, to be mapped, or else its bytes. Raises as `get`."""
         return self.get(tenant_id, object_id)
 
-    def size(self, tenant_id: str, object_id: str) -> int:
-        """How many sealed bytes there are. Raises as `get`."""
-        with _asking("read"), _missing():
-            return int(obstore.head(self._store, f"{tenant_id}/{object_id}")["size"])
-
     def delete(self, tenant_id: str, *names: str) -> None:
         """Remove objects, or what is left of some, that nothing names any more; not there is fine."""
         with _asking("deleted"):

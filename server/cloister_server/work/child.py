@@ -193,11 +193,9 @@ class _Running:
 
     def _network(self, message: Mapping[str, Any], arena: Arena) -> Network:
         """A version's network, as the API opens it to serve."""
-        key, certificate = self._key(message["weights"]), None
-        if self.settings.strict:
-            with reading(self._engine) as session:
-                place = (self.tenant_id, message["model"], message["version"])
-                certificate = models.certified(session, session.get_one(ModelVersion, place))
+        key, place = self._key(message["weights"]), (self.tenant_id, message["model"], message["version"])
+        with reading(self._engine) as session:
+            certificate = models.certified(session, self.settings, session.get_one(ModelVersion, place))
         return models.open_network(self._sealed(key), key, arena=arena, certificate=certificate)
 
     def _rows(self, columns: Mapping[str, Column]) -> _Rows:
