@@ -176,6 +176,25 @@ def test_a_customer_that_disables_its_key_is_served_no_more_in_time_and_again_wh
 
 
 @pytest.mark.long
+def test_a_job_whose_key_is_withdrawn_waits_for_it_and_fails_not(served: Served) -> None:
+    with served.deployment.client(served.customer) as client:
+        plan = client.plan(
+            client.datasets.get("digits"), target="digit", privacy=cloister.DP(noise_multiplier=2.0), epochs=1
+        )
+        job = client.train(plan, model="second")
+        served.kms.disable_key(KeyId=served.key_id)
+        try:
+            deadline = time.monotonic() + 60
+            while "attempt.no_key" not in served.deployment.log.read_text() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert "attempt.no_key" in served.deployment.log.read_text()
+            assert job.refresh().status in ("queued", "running")
+        finally:
+            served.kms.enable_key(KeyId=served.key_id)
+        assert job.wait(timeout_s=120).version == 1
+
+
+@pytest.mark.long
 def test_while_the_kms_is_away_its_customer_is_told_so_and_is_served_when_it_is_back(served: Served) -> None:
     assert served.model.predict(served.rows[:2]).shape == (2,)
     with _stopped(served.kms_url):

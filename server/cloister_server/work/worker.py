@@ -82,6 +82,7 @@ def main() -> int:
 
 def _run(service: Service, stopping: threading.Event) -> None:
     running = _Running()
+    frozen: dict[str, str] = {}  # jobs whose last turn ended before they did, and the workflow that it was
     DBOS(
         config={
             "name": "cloister",
@@ -121,6 +122,8 @@ def _run(service: Service, stopping: threading.Event) -> None:
         while (outcome := attempt(tenant_id, job_id)) == "again":
             if stopping.wait(1.0):
                 threading.Event().wait()  # never returns: the process ends, and the next worker goes on here
+        if outcome == "frozen":
+            frozen[job_id] = str(DBOS.workflow_id)
         return outcome
 
     DBOS.launch()
@@ -136,6 +139,11 @@ def _run(service: Service, stopping: threading.Event) -> None:
     while not stopping.wait(_SWEEP_S):
         try:
             waiting = _waiting(service)
+            for job_id, workflow_id in list(frozen.items()):
+                status = DBOS.get_workflow_status(workflow_id)
+                if status is None or status.status not in _UNDER_WAY:  # a turn that is ending counts as under way
+                    enqueued.discard(job_id)
+                    del frozen[job_id]
             for tenant_id, job_id in waiting:
                 if job_id not in enqueued:
                     with SetWorkflowID(_workflow_id(job_id)):
