@@ -7,42 +7,34 @@ be opened openable, and the same call again finishes what it began.
 
 from __future__ import annotations
 
-import hmac
-import io
 import logging
 import secrets
-import tarfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import ColumnElement, ScalarResult, func, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from cloister_privacy.sealing import (
     Context,
-    InvalidWrap,
     KeyMissing,
     KeyProvider,
     KeyProviderError,
-    KeystoreDamaged,
     new_key,
 )
-from cloister_privacy.sealing.files import read_private, write_new
 from cloister_server import audit, policy, processes, vault
 from cloister_server.errors import Conflict, Invalid, LedgerRolledBack, ServerError
 from cloister_server.keyring import LOCAL, KeyRing
 from cloister_server.principal import Principal
+from cloister_server.rewrapping import Wraps, rewrap
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
-from cloister_server.store.tables import KeystoreBackup, SealedObject, SigningKey, Tenant, TenantKey, new_id, now
+from cloister_server.store.tables import SealedObject, SigningKey, Tenant, TenantKey, now
 
 __all__ = [
-    "Backup",
     "Destroyed",
     "KeyView",
     "NotRotated",
@@ -51,7 +43,6 @@ __all__ = [
     "Rotation",
     "Step",
     "alone",
-    "backup_keystore",
     "destroy",
     "listed",
     "migrate",
@@ -63,12 +54,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-_AT_ONCE = 200
-"""Data keys that one transaction rewraps: the most that a killed process has to do again."""
-
-_PAUSE_S = 0.05
-"""Before rows that another transaction held are looked at again."""
 
 Step = Literal["begun", "made", "active", "rewrapped"]
 """What was just committed of a rotation: its row, its key in the provider, the change of states, some more rewrapped keys."""
@@ -146,15 +131,6 @@ class Destroyed:
     claim: str
     waiting_days: int | None
     """None where nothing is claimed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backup:
-    """A copy of the local keystore: whoever has it and the root key can open what was sealed under its keys."""
-
-    id: str
-    place: str
-    keys: int
 
 
 def listed(session: Session) -> list[KeyView]:
@@ -299,34 +275,6 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
     return Destroyed(tenant_id, name, version, key.provider, claim, days)
 
 
-def backup_keystore(service: Service, place: Path) -> Backup:
-    """Copy the local keystore, without its root key and without the ledgers' anchors, into a new tar file of mode 0600.
-
-    The copy is on record before there is one, so that the receipt of a shredding may name one too many and never one too few.
-    Raises Invalid where there is no local keystore or the place will not do; nothing is ever overwritten.
-    """
-    directory, place = service.settings.key_dir, place.absolute()
-    if LOCAL not in service.keys:
-        raise Invalid("this deployment has no keystore of its own to copy: its keys are with other providers")
-    for what, taken in (("the data directory", service.settings.data_dir), ("the keystore", directory)):
-        if place.resolve().is_relative_to(taken.resolve()):
-            raise Invalid(f"{place} lies inside {what}, so that a copy of one is a copy of both; name another place")
-    if place.exists() or not place.parent.is_dir():
-        raise Invalid(f"{place} cannot be made: there is a file already, or no directory; nothing is overwritten")
-    with alone(service):
-        content, keys = _tar(directory)
-        row = KeystoreBackup(id=new_id("kb"), place=str(place))
-        with writing(service.engine) as session:
-            session.add(row)
-        try:
-            write_new(place, content)
-        except (OSError, KeyProviderError) as error:
-            with writing(service.engine) as session:
-                session.delete(row)
-            raise Invalid(f"{place} could not be written, and there is no copy: {error}") from None
-    return Backup(row.id, row.place, keys)
-
-
 @contextmanager
 def alone(service: Service) -> Iterator[None]:
     """While no other process makes, moves or destroys keys. Raises StartRefused where one still does after a moment."""
@@ -347,34 +295,6 @@ class _Aim:
     older: int
     """Data keys that are wrapped by versions before the active one."""
     wraps: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Wraps:
-    """Where the keys lie that a KEK wraps: a tenant's data keys, or the service's own."""
-
-    table: type[SealedObject | SigningKey]
-    id: InstrumentedAttribute[str]
-    kind: InstrumentedAttribute[str]
-    version: InstrumentedAttribute[int]
-    wrapped: InstrumentedAttribute[bytes]
-    tenant_id: str
-
-    @classmethod
-    def of(cls, tenant_id: str) -> _Wraps:
-        if tenant_id == vault.SYSTEM:
-            own = SigningKey
-            return cls(own, own.id, own.purpose, own.key_version, own.wrapped, tenant_id)
-        each = SealedObject
-        return cls(each, each.id, each.kind, each.key_version, each.wrapped_key, tenant_id)
-
-    def are_before(self, version: int) -> ColumnElement[bool]:
-        """Those that are wrapped by a version before this one."""
-        older = self.version < version
-        return older if self.table is SigningKey else older & (SealedObject.tenant_id == self.tenant_id)
-
-    def count(self, session: Session, version: int) -> int:
-        return session.scalar(select(func.count()).select_from(self.table).where(self.are_before(version))) or 0
 
 
 def _rotate_each(
@@ -400,7 +320,7 @@ def _rotate(service: Service, tenant_id: str, provider: str | None, request_id: 
     with reading(service.engine) as session:
         aim = _aim(session, service.keys, tenant_id, provider)
     if aim.pending is None and aim.older and aim.active.provider == aim.to:
-        finished = _rewrap(service, aim, aim.active, tell, is_new=False)
+        finished = _rewrapped(service, aim, aim.active, tell, is_new=False)
         if finished.rewrapped:
             return finished
     key = aim.pending or _begin(service, aim, request_id)
@@ -409,7 +329,7 @@ def _rotate(service: Service, tenant_id: str, provider: str | None, request_id: 
     tell(tenant_id, "made", 0)
     _activate(service, key)
     tell(tenant_id, "active", 0)
-    return _rewrap(service, aim, key, tell, is_new=True)
+    return _rewrapped(service, aim, key, tell, is_new=True)
 
 
 def _begin(service: Service, aim: _Aim, request_id: str) -> TenantKey:
@@ -461,85 +381,9 @@ def _activate(service: Service, key: TenantKey) -> None:
     log.info("key.active", extra={"tenant_id": key.tenant_id, "version": key.version, "provider": key.provider})
 
 
-def _rewrap(service: Service, aim: _Aim, key: TenantKey, tell: OnProgress, *, is_new: bool) -> Rotation:
-    """Wrap every older data key under `key`, some in each transaction, until none is left but those that do not open.
-
-    Providers are asked outside of the transactions, which may be slow; a row is written only if it still is what was unwrapped.
-    """
-    wraps, rewrapped, unopened = _Wraps.of(aim.tenant_id), 0, set[str]()
-    with reading(service.engine) as session:
-        keys = {
-            each.version: each
-            for each in session.scalars(select(TenantKey).where(TenantKey.tenant_id == aim.tenant_id))
-        }
-    while True:
-        missed = 0
-        for page in _pages(service, wraps, key.version):
-            fresh = {}
-            for object_id, kind, version, wrapped in page:
-                context = Context(tenant=aim.tenant_id, kind=kind, object=object_id)
-                secret = _opened(service.keys, keys.get(version), wrapped, context)
-                if secret is None:
-                    unopened.add(object_id)
-                else:
-                    provider = service.keys.of(key.provider)
-                    rewrap = provider.wrap(key.key_id, secret, context=context)
-                    # It takes the place of the only one that opens.
-                    if not hmac.compare_digest(provider.unwrap(key.key_id, rewrap, context=context), secret):
-                        raise KeyProviderError(
-                            f"key provider {key.provider!r} wraps keys that do not open; see to it, then run this again"
-                        )
-                    fresh[object_id] = (wrapped, rewrap)
-            written = _write(service, wraps, key, fresh)
-            rewrapped, missed = rewrapped + written, missed + len(fresh) - written
-            tell(aim.tenant_id, "rewrapped", rewrapped)
-        if not missed:
-            return Rotation(aim.tenant_id, aim.name, key.version, key.provider, is_new, rewrapped, sorted(unopened))
-        time.sleep(_PAUSE_S)
-
-
-def _pages(service: Service, wraps: _Wraps, version: int) -> Iterator[list[tuple[str, str, int, bytes]]]:
-    """What is wrapped by versions before this one, some at a time: id, kind, version and wrapped form."""
-    after, older = "", select(wraps.id, wraps.kind, wraps.version, wraps.wrapped).where(wraps.are_before(version))
-    while True:
-        with reading(service.engine) as session:
-            page = session.execute(older.where(wraps.id > after).order_by(wraps.id).limit(_AT_ONCE)).all()
-        if not page:
-            return
-        yield [(object_id, kind, by, wrapped) for object_id, kind, by, wrapped in page]
-        after = page[-1][0]
-
-
-def _opened(keys: KeyRing, key: TenantKey | None, wrapped: bytes, context: Context) -> bytes | None:
-    """The data key; None where this row is beyond help. Raises KeyProviderError where it may open another time."""
-    if key is None or key.state == "destroyed":
-        return None
-    try:
-        return keys.of(key.provider).unwrap(key.key_id, wrapped, context=context)
-    except (InvalidWrap, KeyMissing, KeystoreDamaged):
-        return None
-
-
-def _write(service: Service, wraps: _Wraps, key: TenantKey, fresh: dict[str, tuple[bytes, bytes]]) -> int:
-    """Put new wrapped forms, by the row's id, in place of the ones they were made from; how many there were to replace."""
-    written = 0
-    with writing(service.engine) as session:
-        active = vault.active_key(session, key.tenant_id)
-        if active is None or active.version != key.version:
-            raise Conflict("the tenant's key was changed or destroyed meanwhile; run the command again")
-        # A row that another transaction holds is not waited for: two that wait for each other's would wait for ever.
-        rows: ScalarResult[SealedObject | SigningKey] = session.scalars(
-            select(wraps.table)
-            .where(wraps.are_before(key.version), wraps.id.in_(fresh))
-            .with_for_update(skip_locked=True)
-        )
-        for row in rows:
-            before, after = fresh[row.id]
-            if getattr(row, wraps.wrapped.key) == before:
-                setattr(row, wraps.wrapped.key, after)
-                row.key_version = key.version
-                written += 1
-    return written
+def _rewrapped(service: Service, aim: _Aim, key: TenantKey, tell: OnProgress, *, is_new: bool) -> Rotation:
+    count, unopened = rewrap(service, key, on_page=lambda done: tell(aim.tenant_id, "rewrapped", done))
+    return Rotation(aim.tenant_id, aim.name, key.version, key.provider, is_new, count, unopened)
 
 
 def _aim(session: Session, keys: KeyRing, tenant_id: str, provider: str | None) -> _Aim:
@@ -555,7 +399,7 @@ def _aim(session: Session, keys: KeyRing, tenant_id: str, provider: str | None) 
             f"a rotation of {name!r} into {pending.provider!r} was begun and not finished; finish it with `cloister-admin key "
             f"migrate --to {pending.provider}`, or discard it with `cloister-admin key destroy {what} --version {pending.version}`"
         )
-    wraps = _Wraps.of(tenant_id)
+    wraps = Wraps.of(tenant_id)
     older, newer = (wraps.count(session, version) for version in (active.version, active.version + 1))
     return _Aim(tenant_id, name, active, pending, to, older, newer)
 
@@ -606,7 +450,7 @@ def _require_destroyable(session: Session, key: TenantKey | None, version: int) 
             f"version {version} is the active one, under which everything new is sealed; `cloister-admin key rotate` first, or "
             "`cloister-admin tenant shred` to end the tenant"
         )
-    wraps = _Wraps.of(key.tenant_id)
+    wraps = Wraps.of(key.tenant_id)
     still = wraps.count(session, version + 1) - wraps.count(session, version)
     if still:
         raise Conflict(
@@ -628,22 +472,6 @@ def _tell(session: Session, tenant_id: str, verb: str, key_id: str, request_id: 
     operator = Principal.operator(tenant_id, request_id=request_id)
     audit.allowed(session, policy.authorize(session, operator, "tenant.administer", tenant), verb, key_id)
     return tenant.name
-
-
-def _tar(directory: Path) -> tuple[bytes, int]:
-    """The record and the keys of a keystore as a tar file, and how many keys: each member read whole, none but these."""
-    content, keys = io.BytesIO(), 0
-    with tarfile.open(fileobj=content, mode="w") as tar:
-        for path in [directory / "keystore.json", *sorted(directory.glob("*.kek"))]:
-            try:
-                data = read_private(path, limit=2**16)
-            except FileNotFoundError:
-                continue  # destroyed since it was listed
-            member = tarfile.TarInfo(path.name)
-            member.size, member.mode = len(data), 0o600
-            tar.addfile(member, io.BytesIO(data))
-            keys += path.suffix == ".kek"
-    return content.getvalue(), keys
 
 
 def _untold(tenant_id: str, step: Step, rewrapped: int) -> None:

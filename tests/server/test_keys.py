@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from cloister_privacy.sealing import KeyMissing, KeyProviderError, LocalKeyProvider, ProviderUnavailable
-from cloister_server import deployment, keys, tenants, vault
+from cloister_server import deployment, keys, keystore_backups, rewrapping, tenants, vault
 from cloister_server.cli.keys import key_cli
 from cloister_server.errors import Conflict, Invalid, StartRefused, TenantKeyRefused
 from cloister_server.keyring import KeyRing
@@ -46,7 +46,7 @@ OBJECTS, AT_ONCE = 25, 10
 
 @pytest.fixture(autouse=True)
 def _small_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "_AT_ONCE", AT_ONCE)
+    monkeypatch.setattr(rewrapping, "_AT_ONCE", AT_ONCE)
 
 
 @pytest.fixture
@@ -575,7 +575,7 @@ def test_a_keystore_is_copied_without_its_root_and_is_on_record(acme: Sealed, se
     (service.settings.anchor_dir).mkdir(exist_ok=True)
     place = tmp_path / "copies" / "keystore.tar"
     place.parent.mkdir()
-    made = keys.backup_keystore(service, place)
+    made = keystore_backups.backup(service, place)
     assert made.keys == 2 and place.stat().st_mode & 0o777 == 0o600
     assert [path.name for path in place.parent.iterdir()] == [place.name], "no draft is left"
     with reading(service.engine) as session:
@@ -595,7 +595,7 @@ def test_a_keystore_is_copied_without_its_root_and_is_on_record(acme: Sealed, se
     acme.require_all_open(KeyRing("local", {"local": restored}))
     before = place.read_bytes()
     with pytest.raises(Invalid, match="nothing is overwritten"):
-        keys.backup_keystore(service, place)
+        keystore_backups.backup(service, place)
     assert place.read_bytes() == before
 
 
@@ -606,7 +606,7 @@ def test_a_copy_of_the_keystore_goes_to_no_place_where_it_must_not(
 ) -> None:
     (tmp_path / "data").mkdir(exist_ok=True)
     with pytest.raises(Invalid):
-        keys.backup_keystore(service, tmp_path / place)
+        keystore_backups.backup(service, tmp_path / place)
     with reading(service.engine) as session:
         assert session.scalar(select(func.count()).select_from(KeystoreBackup)) == 0
 
@@ -618,9 +618,9 @@ def test_a_copy_that_was_not_written_is_not_on_record(
     def full(*_: Any) -> None:
         raise KeyProviderError("no space left")
 
-    monkeypatch.setattr(keys, "write_new", full)
+    monkeypatch.setattr(keystore_backups, "write_new", full)
     with pytest.raises(Invalid, match="no space left"):
-        keys.backup_keystore(service, tmp_path / "copy.tar")
+        keystore_backups.backup(service, tmp_path / "copy.tar")
     with reading(service.engine) as session:
         assert session.scalar(select(func.count()).select_from(KeystoreBackup)) == 0
 

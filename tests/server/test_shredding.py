@@ -30,7 +30,7 @@ from cloister.wire.receipts import Receipt, verify_receipt
 from cloister.wire.rows import encode_rows
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.sealing import InvalidSeal, LocalKeyProvider
-from cloister_server import deployment, grants, keys, processes, shredding, sources, tenants, vault
+from cloister_server import deployment, grants, keys, keystore_backups, processes, shredding, sources, tenants, vault
 from cloister_server.app import create_app
 from cloister_server.cli.admin import cli
 from cloister_server.errors import Conflict, ServerError, TenantKeyRefused
@@ -506,7 +506,7 @@ def test_the_receipt_names_the_backups_of_the_keystore_that_may_hold_the_keys(
     service: Service, furnish: Callable[[str], House], tmp_path: Path
 ) -> None:
     house = furnish("acme")
-    made = keys.backup_keystore(service, tmp_path / "keystore.tar")
+    made = keystore_backups.backup(service, tmp_path / "keystore.tar")
     with writing(service.engine) as session:
         first = session.get_one(TenantKey, (house.id, 1)).created
         session.add(KeystoreBackup(id=new_id("kb"), place="/older", created=first - timedelta(days=1)))

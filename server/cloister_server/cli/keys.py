@@ -13,7 +13,7 @@ import typer
 from sqlalchemy.orm import Session
 
 from cloister.wire.recipients import LINE_PREFIX, RecipientKey
-from cloister_server import deployment, keys, recipients, tenants, vault
+from cloister_server import deployment, keys, keystore_backups, recipients, tenants, vault
 from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, request_id, run, show
 from cloister_server.errors import Invalid
 from cloister_server.keys import NotRotated, Outcome, Plan, Rotation
@@ -132,7 +132,7 @@ def backup(
     key of a tenant that is shredded lives on in the copy until that is destroyed too: the receipt names it.
     """
     with _at_work(as_json) as service:
-        made = keys.backup_keystore(service, to)
+        made = keystore_backups.backup(service, to)
         root = "its key file" if service.settings.key_file else "its passphrase"
         note = (
             f"keep {root} elsewhere, since the copy opens with it; the key of a tenant shredded from now on lives on in this copy "
