@@ -6,7 +6,8 @@ ServerError                500  internal, weights_differ: what is stored is not 
 │   └── TenantKeyRefused   403  tenant_key_refused: the tenant's key was disabled, withdrawn or destroyed
 ├── NotFound               404  not_found: not there and not yours are the same
 ├── BadRequest             400  bad_request, body_truncated, digest_mismatch
-├── Invalid                422  invalid_request, rows_refused, batch_too_large, plan_impossible, unit_not_supported
+├── Invalid                422  invalid_request, rows_refused, batch_too_large, plan_impossible, unit_not_supported,
+│                               sealed_part_refused, not_confirmed
 │   └── IdempotencyMismatch 422 idempotency_mismatch
 ├── Conflict               409  conflict, dataset_not_ready, quota_exceeded, tenant_shredded, shredding_unfinished
 │   ├── BudgetExceeded     409  budget_exceeded

@@ -35,7 +35,7 @@ class Settings(BaseModel):
     key_providers: Path | None = None
     """A file, mode 0600, that names other key providers: an HSM, a KMS, a tenant's own (docs/keys.md)."""
     key_cache_s: Annotated[int, Field(ge=1, le=3600)] = 60
-    """How long an opened model is served before its tenant's key is asked for again: the most that a withdrawn key is outlived."""
+    """How long an opened model is served after its tenant's key was last to be had, and the service's own keys are remembered."""
     model_cache_bytes: Annotated[int, Field(ge=2**26)] = 4 * 2**30
     """The most memory that the opened models of an API process take; those asked for least recently make room."""
     strict: bool = False

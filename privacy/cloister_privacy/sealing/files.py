@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,17 +16,22 @@ __all__ = ["check_private", "make_directory", "overwrite_and_remove", "read_priv
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO in a file's place must not block the start
 
 
-def write_new(path: Path, data: bytes) -> None:
-    """Create a file of mode 0600, whole and durable or not at all. Raises FileExistsError where there is one."""
+def write_new(path: Path, data: bytes | Iterable[bytes]) -> int:
+    """Create a file of mode 0600, whole and durable or not at all, from its bytes or pieces of them; how many bytes there were.
+
+    Raises FileExistsError where there is one, and KeyProviderError where it cannot be written.
+    """
     draft = path.with_name(f".new-{secrets.token_hex(8)}")
     with _named_failure(path):
         try:
             with _opened(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC) as file:
-                _write_and_sync(file, data)
+                size = sum(_write(file, piece) for piece in ([data] if isinstance(data, bytes) else data))
+                os.fsync(file)
             os.link(draft, path)  # unlike rename, refuses to replace
         finally:
             draft.unlink(missing_ok=True)
         _sync_directory(path.parent)
+    return size
 
 
 def read_private(path: Path, *, limit: int) -> bytes:
@@ -65,7 +70,8 @@ def overwrite_and_remove(path: Path) -> None:
     """
     with _named_failure(path):
         with _opened(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC) as file:
-            _write_and_sync(file, bytes(os.fstat(file).st_size))
+            _write(file, bytes(os.fstat(file).st_size))
+            os.fsync(file)
         path.unlink(missing_ok=True)
         _sync_directory(path.parent)
 
@@ -81,11 +87,11 @@ def _check_status(path: Path, status: os.stat_result) -> None:
         )
 
 
-def _write_and_sync(file: int, data: bytes) -> None:
+def _write(file: int, data: bytes) -> int:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
-    os.fsync(file)
+    return len(data)
 
 
 def _sync_directory(directory: Path) -> None:

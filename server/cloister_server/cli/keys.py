@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,12 +12,11 @@ import typer
 from sqlalchemy.orm import Session
 
 from cloister.wire.recipients import LINE_PREFIX, RecipientKey
-from cloister_server import deployment, keys, keystore_backups, recipients, tenants, vault
-from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, request_id, run, show
+from cloister_server import keys, keystore_backups, recipients, tenants, vault
+from cloister_server.cli.terminal import JSON, InTenant, at_work, operator_in, request_id, require_confirmed, run, show
 from cloister_server.errors import Invalid
 from cloister_server.keys import NotRotated, Outcome, Plan, Rotation
 from cloister_server.service import Service
-from cloister_server.settings import load_settings
 from cloister_server.store.session import reading
 
 __all__ = ["key_cli"]
@@ -54,7 +52,7 @@ def rotate(
     as_json: JSON = False,
 ) -> None:
     """Make a new key where the old one is, and rewrap every data key for it. Run it again where it was cut short."""
-    with _at_work(as_json) as service:
+    with at_work(as_json) as service:
         if [tenant is not None, system, everyone].count(True) != 1:
             raise Invalid("name one of --tenant, --system and --all")
         tenant_id = None if everyone else _id(service, tenant)
@@ -82,7 +80,7 @@ def migrate(
     Tenants whose key is with a provider of their own are left where they are, unless one is named. New tenants' keys go to the
     default of the key provider file.
     """
-    with _at_work(as_json) as service:
+    with at_work(as_json) as service:
         tenant_id = None if tenant is None else _id(service, tenant)
         if dry_run:
             with reading(service.engine) as session:
@@ -104,7 +102,7 @@ def destroy(
     as_json: JSON = False,
 ) -> None:
     """Destroy an old key that wraps nothing any more, for good: no backup of the database from before its rotation opens then."""
-    with _at_work(as_json) as service:
+    with at_work(as_json) as service:
         if (tenant is not None) == system:
             raise Invalid("name one of --tenant and --system")
         tenant_id = _id(service, tenant)
@@ -113,11 +111,8 @@ def destroy(
         if dry_run:
             show(asdict(planned), True)
             return
-        if confirm is None and sys.stdin.isatty():
-            print(f"Version {version} in {planned.provider!r} is destroyed for good. {_OLD_BACKUPS}", file=sys.stderr)
-            confirm = input(f"Type {planned.tenant_name} to go on: ")
-        if confirm != planned.tenant_name:
-            raise Invalid(f"nothing is destroyed: confirm it with --confirm {planned.tenant_name}. {_OLD_BACKUPS}")
+        warning = f"Version {version} in {planned.provider!r} is destroyed for good. {_OLD_BACKUPS}"
+        require_confirmed(planned.tenant_name, confirm, warning=warning)
         show(asdict(keys.destroy(service, tenant_id, version=version, request_id=request_id())), as_json)
 
 
@@ -131,7 +126,7 @@ def backup(
     Keep the root key (the key file, or the passphrase) somewhere else: the copy opens with it, and with nothing else. The
     key of a tenant that is shredded lives on in the copy until that is destroyed too: the receipt names it.
     """
-    with _at_work(as_json) as service:
+    with at_work(as_json) as service:
         made = keystore_backups.backup(service, to)
         root = "its key file" if service.settings.key_file else "its passphrase"
         note = (
@@ -179,17 +174,6 @@ def recipient_remove(
 
 def _recipient(line: str) -> dict[str, str]:
     return {"id": RecipientKey.parse(line).id, "recipient": line}
-
-
-@contextmanager
-def _at_work(as_json: bool) -> Iterator[Service]:
-    """For commands that commit more than once."""
-    with refusals(as_json):
-        service = deployment.open_service(load_settings())
-        try:
-            yield service
-        finally:
-            service.engine.dispose()
 
 
 def _id(service: Service, tenant: str | None) -> str:

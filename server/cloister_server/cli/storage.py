@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import collection, deployment, policy, quotas
-from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, run, show
+from cloister_server import collection, policy, quotas
+from cloister_server.cli.terminal import JSON, InTenant, at_work, operator_in, run, show
 from cloister_server.errors import Invalid
 from cloister_server.service import Service
-from cloister_server.settings import load_settings
 from cloister_server.store.tables import Tenant
 
 __all__ = ["storage_cli"]
@@ -26,10 +25,8 @@ def collect(
     as_json: JSON = False,
 ) -> None:
     """Delete what nothing names: sealed bytes without a key, keys of work that is over. The worker does it every hour."""
-    with refusals(as_json):
-        service = deployment.open_service(load_settings())
+    with at_work(as_json) as service:
         collected = collection.collect(service, dry_run=dry_run)
-        service.engine.dispose()
         show({**asdict(collected), "dry_run": dry_run}, as_json)
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Annotated, Any
 
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import deployment, shredding, tenants
+from cloister_server import shredding, tenants
 from cloister_server.audit import denials_kept
-from cloister_server.cli.terminal import JSON, looking, operator_in, refusals, request_id, run, show
-from cloister_server.errors import Invalid
+from cloister_server.cli.terminal import (
+    JSON,
+    at_work,
+    looking,
+    operator_in,
+    refusals,
+    request_id,
+    require_confirmed,
+    run,
+    show,
+)
 from cloister_server.service import Service
-from cloister_server.settings import load_settings
 from cloister_server.store.session import reading
 
 __all__ = ["tenant_cli"]
@@ -69,17 +75,14 @@ def shred(
 
     What was cut short is finished by running it again.
     """
-    with refusals(as_json):
-        if dry_run:
-            with looking() as (session, _):
-                print(
-                    json.dumps(shredding.plan(session, operator_in(session, name)), default=lambda at: at.isoformat())
-                )
-            return
-        service = deployment.open_service(load_settings())
+    if dry_run:
+        with refusals(as_json), looking() as (session, _):
+            show(shredding.plan(session, operator_in(session, name)), as_json=True)
+        return
+    with at_work(as_json) as service:
         with reading(service.engine) as session:
             tenant = tenants.find_tenant(session, name)
-        _require_confirmed(tenant.name, confirm)
+        require_confirmed(tenant.name, confirm, warning="Nobody can undo a shredding.")
         with denials_kept(service.engine):
             signed = shredding.shred(service, tenants.operator_of(tenant, request_id=request_id()))
         if as_json:
@@ -93,13 +96,3 @@ def receipt(name: Named, as_json: JSON = False) -> None:
     """Print the signed receipt of a tenant that was shredded, as JSON: `cloister verify` checks it."""
     with refusals(as_json), looking() as (session, _):
         show(shredding.receipt(session, operator_in(session, name)), as_json=True)
-
-
-def _require_confirmed(name: str, confirm: str | None) -> None:
-    if confirm is None and sys.stdin.isatty():
-        confirm = typer.prompt(f"Nobody can undo this. Type the tenant's name to shred it ({name})", err=True)
-    if confirm != name:
-        raise Invalid(
-            f"nothing was changed: to shred a tenant its name must be given once more; add --confirm {name}",
-            code="not_confirmed",
-        )

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from cloister_privacy.errors import PrivacyError
 from cloister_server import deployment, tenants
 from cloister_server.audit import denials_kept
-from cloister_server.errors import LedgerRolledBack, NotFound, ServerError
+from cloister_server.errors import Invalid, LedgerRolledBack, NotFound, ServerError
 from cloister_server.grants import NoSuch
 from cloister_server.policy import Denied
 from cloister_server.principal import Principal
@@ -26,7 +26,19 @@ from cloister_server.settings import load_settings
 from cloister_server.store.queries import OPERATOR_VERBS
 from cloister_server.store.session import snapshot, writing
 
-__all__ = ["HOW_TO_MEND", "JSON", "InTenant", "looking", "operator_in", "refusals", "request_id", "run", "show"]
+__all__ = [
+    "HOW_TO_MEND",
+    "JSON",
+    "InTenant",
+    "at_work",
+    "looking",
+    "operator_in",
+    "refusals",
+    "request_id",
+    "require_confirmed",
+    "run",
+    "show",
+]
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 InTenant = Annotated[str, typer.Option("--tenant", help="The tenant, by name or id.")]
@@ -45,6 +57,25 @@ def run(work: Callable[[Session, Service], Any], as_json: bool) -> None:
         with denials_kept(service.engine), writing(service.engine) as session:
             answer = work(session, service)
         show(answer, as_json)
+
+
+@contextmanager
+def at_work(as_json: bool) -> Iterator[Service]:
+    """For a command that commits more than once, or never."""
+    with refusals(as_json):
+        service = deployment.open_service(load_settings())
+        try:
+            yield service
+        finally:
+            service.engine.dispose()
+
+
+def require_confirmed(name: str, given: str | None, *, warning: str) -> None:
+    """Ask at the terminal for the name of what is to be destroyed, where it was not given. Raises Invalid unless it is that."""
+    if given is None and sys.stdin.isatty():
+        given = typer.prompt(f"{warning} Type {name} to go on", err=True)
+    if given != name:
+        raise Invalid(f"nothing was changed: confirm it with --confirm {name}. {warning}", code="not_confirmed")
 
 
 @contextmanager
