@@ -10,6 +10,9 @@ import cloister
 SQLITE = pytest.param("sqlite", marks=pytest.mark.xdist_group("sqlite"))
 """For what is the same on every database: `@pytest.mark.parametrize("deployment", [SQLITE], indirect=True)`."""
 
+POSTGRES_LONG = pytest.param("postgres", marks=[pytest.mark.xdist_group("postgres"), pytest.mark.long])
+"""Beside SQLITE, for what takes long and must hold on both: on PostgreSQL it runs with the long tests."""
+
 COLUMNS = {
     "scan": cloister.Tensor(shape=(8, 8), low=0, high=16),
     "digit": cloister.Category(values=tuple("0123456789")),

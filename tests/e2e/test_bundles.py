@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 import cloister
 from cloister.wire.certificate import verify
 from harness import BIN, App, Deployment
-from journeys import upload
+from journeys import SQLITE, upload
+
+pytestmark = pytest.mark.parametrize("deployment", [SQLITE], indirect=True)
 
 
 def command(*arguments: str | Path, status: int = 0) -> str:

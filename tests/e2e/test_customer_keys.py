@@ -29,6 +29,8 @@ from harness import App, Deployment
 from journeys import COLUMNS, upload
 from key_providers import ACCOUNT, kms_server
 
+pytestmark = pytest.mark.long
+
 KEPT_S, PATIENCE_S = 2, 2
 """How long a key is trusted, and how long the KMS is waited for."""
 
@@ -175,7 +177,6 @@ def test_a_customer_that_disables_its_key_is_served_no_more_in_time_and_again_wh
     assert served.model.predict(served.rows[:2]).shape == (2,)
 
 
-@pytest.mark.long
 def test_a_job_whose_key_is_withdrawn_waits_for_it_and_fails_not(served: Served) -> None:
     with served.deployment.client(served.customer) as client:
         plan = client.plan(
@@ -194,7 +195,6 @@ def test_a_job_whose_key_is_withdrawn_waits_for_it_and_fails_not(served: Served)
         assert job.wait(timeout_s=120).version == 1
 
 
-@pytest.mark.long
 def test_while_the_kms_is_away_its_customer_is_told_so_and_is_served_when_it_is_back(served: Served) -> None:
     assert served.model.predict(served.rows[:2]).shape == (2,)
     with _stopped(served.kms_url):
@@ -206,7 +206,6 @@ def test_while_the_kms_is_away_its_customer_is_told_so_and_is_served_when_it_is_
     assert served.model.predict(served.rows[:2]).shape == (2,)
 
 
-@pytest.mark.long
 def test_in_strict_mode_a_certified_model_is_evaluated(served: Served, digits: dict[str, np.ndarray]) -> None:
     held = {name: column[1200:] for name, column in digits.items()}
     with served.deployment.client(served.customer) as client:

@@ -31,7 +31,7 @@ def test_no_file_holds_a_row_a_weight_an_architecture_a_secret_or_a_token(
     found = [
         f"{what} in {path}"
         for path in files
-        for contents in [path.read_bytes()]
+        for contents in [_read(path)]
         for what, needles in markers.items()
         if any(needle in contents for needle in needles)
     ]
@@ -39,6 +39,14 @@ def test_no_file_holds_a_row_a_weight_an_architecture_a_secret_or_a_token(
     sealed = list((deployment.data_dir / "objects" / app.tenant_id).iterdir())
     assert len(sealed) > 3, "the search looked at the real thing"
     assert all(path.read_bytes().startswith(b"cloister.sealed/1\n") for path in sealed)
+
+
+def _read(path: Path) -> bytes:
+    """A live database removes files while they are looked at: what is gone holds nothing."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def _journey(deployment: Deployment, app: App) -> dict[str, list[bytes]]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 
 from harness import Deployment
-from journeys import COLUMNS
+from journeys import COLUMNS, POSTGRES_LONG, SQLITE
 
 ID = re.compile(r"\b[a-z]{2,4}_[0-9a-f]{32}\b")
 CLOCK = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
@@ -25,6 +26,7 @@ _OF_THE_TRANSPORT = ("date", "content-length", "connection")
 """Headers that are not ours: clocks, what the body tells anyway, and whether the connection is kept."""
 
 
+@pytest.mark.parametrize("deployment", [SQLITE, POSTGRES_LONG], indirect=True)
 def test_half_the_rows_change_no_byte_that_others_see(deployment: Deployment, digits: dict[str, np.ndarray]) -> None:
     worlds = []
     for tenant, count in (("whole", 1600), ("half", 800)):
