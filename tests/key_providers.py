@@ -311,7 +311,7 @@ class Faulty(BaseHTTPRequestHandler):
 def _trickle(handler: Faulty) -> None:
     """A byte at a time, each well before any library's patience for one read ends."""
     handler.raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n")
-    for _ in range(200):
+    for _ in range(600):
         handler.raw(b" ")
         handler.wfile.flush()
         time.sleep(0.1)
@@ -331,7 +331,7 @@ def _wrong_fields() -> bytes:
 
 FAULTS: dict[str, Callable[[Faulty], None]] = {
     "closes": lambda handler: handler.connection.shutdown(socket.SHUT_RDWR),
-    "hangs": lambda _: time.sleep(8),
+    "hangs": lambda _: time.sleep(60),
     "trickles": _trickle,
     "speaks no HTTP": lambda handler: handler.raw(b"220 mail.example ESMTP\r\n"),
     "cuts its answer": lambda handler: handler.raw(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"),

@@ -56,10 +56,11 @@ def test_a_tenant_ends_for_good_while_another_predicts(
                 time.sleep(0.2)
             before = _objects(deployment, victim)
             begun = _begun(deployment, victim)
-            asked = time.monotonic()
+            begun_at = sent_at = time.monotonic()
             while httpx2.get(f"{deployment.url}/v1/models", headers=token).status_code != 401:
-                assert time.monotonic() - asked < 1.0, "its token is refused within a second"
+                assert sent_at - begun_at < 1.0, "what is sent a second later is refused, whatever its answer takes"
                 time.sleep(0.05)
+                sent_at = time.monotonic()
             receipt = _shredded_in_spite_of_kills(deployment, victim, kills, start_s=begun)
             many = predictor.count
             while predictor.count < many + 3:

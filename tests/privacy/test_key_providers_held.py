@@ -253,7 +253,7 @@ def test_kms_that_is_slow_or_answers_garbage_is_never_told_as_a_revocation(fault
             begun = time.monotonic()
             with pytest.raises((ProviderUnavailable, InvalidAnswer)) as refusal:
                 use()
-            assert time.monotonic() - begun < 2.2
+            assert time.monotonic() - begun < 20, "long before it would have answered"
             assert not isinstance(refusal.value, KeyWithheld) and "oops" not in str(refusal.value)
         keys.destroy_key("tn_1.a")
 

@@ -72,7 +72,7 @@ def test_a_provider_that_is_slow_or_answers_garbage_is_told_by_name_and_in_time(
             begun = time.monotonic()
             with pytest.raises((ProviderUnavailable, InvalidAnswer)) as refusal:
                 call()
-            assert time.monotonic() - begun < TIMEOUT_S + 1.5
+            assert time.monotonic() - begun < 20, "long before it would have answered"
             assert "oops" not in str(refusal.value)
 
 
@@ -101,8 +101,8 @@ def test_a_call_is_left_behind_when_its_time_is_up_and_its_own_error_comes_throu
     release = threading.Event()
     begun = time.monotonic()
     with pytest.raises(ProviderUnavailable, match="gave no answer within"):
-        call_within(0.1, lambda: release.wait(10), provider="a test")
-    assert time.monotonic() - begun < 2
+        call_within(0.1, lambda: release.wait(60), provider="a test")
+    assert time.monotonic() - begun < 20
     release.set()
     assert call_within(5, lambda: 7, provider="a test") == 7
     with pytest.raises(ZeroDivisionError):
