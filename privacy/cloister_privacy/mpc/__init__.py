@@ -3,7 +3,10 @@
 docs/private-inference.md says what that is worth, and what it is not.
 """
 
+from cloister_privacy.mpc.dealer import Dealer
+from cloister_privacy.mpc.deployment import Deployment, Limits
 from cloister_privacy.mpc.errors import (
+    CoLocated,
     IndexBurned,
     LayerNotShared,
     MaterialExhausted,
@@ -14,15 +17,25 @@ from cloister_privacy.mpc.errors import (
     ScaleRefused,
     SharesOfAnother,
 )
+from cloister_privacy.mpc.links import Identity, Peer
 from cloister_privacy.mpc.network import SharedNetwork, split_weights
+from cloister_privacy.mpc.party import Party
 from cloister_privacy.mpc.rehearsal import MeasuredError, choose_fraction_bits, measure_error
+from cloister_privacy.mpc.weights import open_shares, seal_shares
 
 __all__ = [
+    "CoLocated",
+    "Dealer",
+    "Deployment",
+    "Identity",
     "IndexBurned",
     "LayerNotShared",
+    "Limits",
     "MaterialExhausted",
     "MaterialRefused",
     "MeasuredError",
+    "Party",
+    "Peer",
     "PeerRefused",
     "PrivateInferenceError",
     "RequestDropped",
@@ -31,5 +44,7 @@ __all__ = [
     "SharesOfAnother",
     "choose_fraction_bits",
     "measure_error",
+    "open_shares",
+    "seal_shares",
     "split_weights",
 ]

@@ -240,12 +240,13 @@ class Computation:
         shares = [*(equal[:, :, k] for k in (3, 2, 1, 0)), *(less[:, :, k] for k in (2, 1, 0))]
         (opened,) = self.reveal(np.stack(shares) ^ masks)
         held = {(k,): masks[k] for k in range(7)} | dict(zip(level.subsets, products, strict=True))
-        found = [self._conjunction(term, opened, held) for term in level.terms]
-        return less[:, :, 3] ^ found[0] ^ found[1] ^ found[2], found[-1]
+        found: list[Words] = [self._conjunction(term, opened, held) for term in level.terms]
+        lesser: Words = less[:, :, 3] ^ found[0] ^ found[1] ^ found[2]
+        return lesser, found[-1]
 
     def _conjunction(self, term: tuple[int, ...], opened: Words, held: Mapping[tuple[int, ...], Words]) -> Words:
         """The product over the term of (opened ^ mask), multiplied out."""
-        total = np.zeros_like(opened[0])
+        total: Words = np.zeros_like(opened[0])
         for choice in range(2 ** len(term)):
             masked = tuple(bit for k, bit in enumerate(term) if choice >> k & 1)
             factors = [opened[bit] for bit in term if bit not in masked]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from cloister_privacy.errors import ArchitectureRefused, PrivacyError
 
 __all__ = [
+    "CoLocated",
     "IndexBurned",
     "LayerNotShared",
     "MaterialError",
@@ -32,6 +33,10 @@ __all__ = [
 
 class PrivateInferenceError(PrivacyError):
     """The root of what private inference refuses."""
+
+
+class CoLocated(PrivateInferenceError):
+    """Two roles that must not be one are, as far as they say."""
 
 
 class LayerNotShared(PrivateInferenceError, ArchitectureRefused):
