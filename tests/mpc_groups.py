@@ -40,6 +40,15 @@ class Group:
         deployment = Deployment("dep_" + "0" * 32, (peers[0], peers[1]), peers[2])
         return cls(deployment, identities, shared, split_weights(shared, network.state_dict()))
 
+    @classmethod
+    def read(cls, directory: Path, network: Network, ports: list[int]) -> Group:
+        """What `create` made, in another process; with the shares of the weights that were written beside it."""
+        identities = {name: Identity(directory / f"{name}.crt", directory / f"{name}.key") for name in ROLES}
+        peers = [identities[name].peer(name, "127.0.0.1", port) for name, port in zip(ROLES, ports, strict=True)]
+        weights = [Shares.from_bytes((directory / f"{number}.weights").read_bytes()).tensors for number in (0, 1)]
+        deployment = Deployment("dep_" + "0" * 32, (peers[0], peers[1]), peers[2])
+        return cls(deployment, identities, SharedNetwork(network.architecture), tuple(dict(each) for each in weights))
+
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as sock:

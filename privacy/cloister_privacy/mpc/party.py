@@ -105,6 +105,11 @@ class Party:
     def is_formed(self) -> bool:
         return self._group is not None
 
+    @property
+    def bytes_sent(self) -> int:
+        """To the other party in this generation."""
+        return self._group.other.bytes_sent if self._group is not None else 0
+
     # The group.
 
     def form(self) -> str:
