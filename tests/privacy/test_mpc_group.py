@@ -1,0 +1,353 @@
+"""Two parties and a dealer over TLS on loopback: answers, refusals, faults. Threads here; processes in test_mpc_processes."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from cloister_privacy.architecture import Network
+from cloister_privacy.mpc import (
+    CoLocated,
+    Deployment,
+    Identity,
+    Limits,
+    MaterialExhausted,
+    MaterialRefused,
+    Party,
+    PeerRefused,
+    RequestDropped,
+    SharesOfAnother,
+)
+from cloister_privacy.mpc.links import Deadline, Link, Listener, connect
+from mpc_groups import Group, Running, free_port, shares_of, small_network
+
+NETWORK = small_network()
+
+
+def _clear(network: Network, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    with torch.no_grad():
+        return network({"x": torch.from_numpy(x)}).numpy().astype(np.float64)
+
+
+def _images(count: int) -> NDArray[np.float32]:
+    return np.random.default_rng(count).uniform(0, 1, (count, 4, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Group:
+    return Group.create(tmp_path_factory.mktemp("identities"), NETWORK)
+
+
+@pytest.fixture
+def running(group: Group, tmp_path: Path) -> Iterator[Running]:
+    with Running(group, tmp_path) as started:
+        yield started
+
+
+def test_outputs_are_those_in_the_clear(running: Running) -> None:
+    for rows in (1, 2, 1, 5, 2, 1):
+        x = _images(rows)
+        assert np.abs(running.ask(x) - _clear(NETWORK, x)).max() < 1e-5
+
+
+def test_nothing_is_spent_on_shares_that_do_not_fit(running: Running) -> None:
+    right, _ = shares_of(running.group, _images(1))
+    for change, words in (
+        ({"deployment": "dep_1"}, "another deployment"),
+        ({"party": 1}, "another party"),
+        ({"fraction_bits": 16}, "another fraction bits"),
+        ({"tensors": {"x": np.zeros((1, 4, 5), np.uint64)}}, r"takes x \[rows, 4, 4\]"),
+        ({"tensors": {"x": np.zeros((257, 4, 4), np.uint64)}}, "256 are the most"),
+    ):
+        with pytest.raises(SharesOfAnother, match=words):
+            running.parties[0].lead(replace(right, **change))
+    assert not (running.directory / "party-0" / "burned.json").exists()
+    assert running.parties[0].is_formed
+
+
+def test_a_request_that_party_1_has_no_share_of_is_refused_and_the_group_goes_on(running: Running) -> None:
+    generation = running.parties[0]._group.generation.id
+    with pytest.raises(SharesOfAnother, match="no share of this request came"):
+        running.answer(shares_of(running.group, _images(1)), at_party_1=shares_of(running.group, _images(1))[1])
+    first, second = shares_of(running.group, _images(2))
+    fewer = replace(second, tensors={"x": second.tensors["x"][:1]})
+    with pytest.raises(SharesOfAnother, match="different numbers of rows"):
+        running.answer((first, second), at_party_1=fewer)
+    running.ask(_images(1))
+    assert running.parties[0]._group.generation.id == generation
+
+
+def test_material_that_was_changed_on_disk_is_refused_and_the_next_is_taken(running: Running) -> None:
+    running.ask(_images(1))
+    _until(lambda: len(_ready(running)) >= 2)
+    first = min(_ready(running), key=lambda path: int(path.name.split("-")[1].split(".")[0]))
+    body = bytearray(first.read_bytes())
+    body[-1] ^= 1
+    first.write_bytes(body)
+    with pytest.raises(MaterialRefused, match="was changed"):
+        running.parties[0].lead(shares_of(running.group, _images(1))[0])
+    assert not first.exists()
+    running.ask(_images(1))
+
+
+def test_material_is_dealt_ahead_up_to_its_number(running: Running) -> None:
+    _until(lambda: len(_ready(running)) == Limits().ahead)
+    running.ask(_images(1))
+    _until(lambda: len(_ready(running)) == Limits().ahead)
+    assert sorted(path.name for path in _ready(running)) == [f"1-{count}.material" for count in range(2, 6)]
+
+
+def _ready(running: Running) -> list[Path]:
+    return list((running.directory / "party-0" / "material").glob("*.material"))
+
+
+def _until(condition: Any) -> None:
+    waiting = threading.Event()
+    for _ in range(1200):
+        if condition():
+            return
+        waiting.wait(0.05)
+    raise AssertionError("this did not come about")
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [(Limits(requests=2), "at its end"), (Limits(rows=1), "1 are the most"), (Limits(disk_bytes=100), "budget of 100")],
+)
+def test_exhausted_material_refuses_by_name(group: Group, tmp_path: Path, limits: Limits, words: str) -> None:
+    with (
+        Running(group, tmp_path, limits=limits) as running,
+        pytest.raises((MaterialExhausted, SharesOfAnother), match=words),
+    ):
+        if limits.requests == 2:
+            running.ask(_images(1))
+            running.ask(_images(1))
+        running.parties[0].lead(shares_of(group, _images(2 if limits.rows == 1 else 1))[0])
+
+
+def test_a_dealer_that_went_is_told_and_the_group_forms_anew_in_another_generation(running: Running) -> None:
+    before = running.parties[0]._group.generation.id
+    running.ask(_images(1))
+    running.restart_dealer()
+    _until(lambda: running.parties[0]._group.is_over)
+    with pytest.raises(RequestDropped, match="form"):
+        running.parties[0].lead(shares_of(running.group, _images(1))[0])
+    after = running.form()
+    assert after != before
+    x = _images(3)
+    assert np.abs(running.ask(x) - _clear(NETWORK, x)).max() < 1e-5
+
+
+def test_a_party_that_went_in_the_middle_is_told_and_its_material_is_gone(running: Running) -> None:
+    def gone(request: bytes) -> None:
+        running.parties[1]._group.other.close()
+
+    follower = threading.Thread(target=_swallow, args=(lambda: running.parties[1].follow(gone, wait_s=30),))
+    follower.start()
+    with pytest.raises(RequestDropped, match="try again"):
+        running.parties[0].lead(shares_of(running.group, _images(1))[0])
+    follower.join()
+    assert not running.parties[0].is_formed
+    with pytest.raises(RequestDropped, match="not formed"):
+        running.parties[0].lead(shares_of(running.group, _images(1))[0])
+    assert _ready(running) == []
+    running.form()
+    running.ask(_images(1))
+
+
+def _swallow(act: Any) -> None:
+    try:
+        act()
+    except RequestDropped:
+        return
+
+
+def test_a_group_without_its_dealer_does_not_form_and_does_not_hang(group: Group, tmp_path: Path) -> None:
+    party = Party(
+        1,
+        group.identities["party-1"],
+        group.deployment,
+        group.network,
+        group.weights[1],
+        tmp_path,
+        limits=Limits(form_s=0.3),
+    )
+    with pytest.raises(RequestDropped, match="does not listen"):
+        party.form()
+    with pytest.raises(RequestDropped, match="not formed"):
+        party.follow(lambda request: None, wait_s=0)
+
+
+def test_a_party_of_another_network_or_deployment_is_refused_by_the_dealer(group: Group, tmp_path: Path) -> None:
+    other = replace(group.deployment, id="dep_other")
+    with Running(group, tmp_path / "running"):
+        party = Party(1, group.identities["party-1"], other, group.network, group.weights[1], tmp_path / "other")
+        with pytest.raises(PeerRefused, match="another deployment"):
+            party.form()
+
+
+# Links.
+
+
+@contextmanager
+def _listening(identity: Identity, peers: Any) -> Iterator[tuple[int, list[Link]]]:
+    links: list[Link] = []
+    listener = Listener(identity, peers, "127.0.0.1", 0, on_link=links.append)
+    try:
+        yield listener.port, links
+    finally:
+        listener.close()
+        for link in links:
+            link.close()
+
+
+def _deadline() -> Deadline:
+    return Deadline.after(30)
+
+
+def test_frames_go_both_ways_at_once_however_large(group: Group) -> None:
+    one, two = group.identities["party-0"], group.identities["party-1"]
+    with _listening(one, [group.deployment.parties[1]]) as (port, links):
+        link = connect(two, replace(group.deployment.parties[0], port=port), _deadline())
+        _until(lambda: links)
+        mine, theirs = bytes(2**23), b"\x01" * 2**23
+        answers: list[bytes] = []
+        other = threading.Thread(target=lambda: answers.append(links[0].exchange(theirs, _deadline())))
+        other.start()
+        assert link.exchange(mine, _deadline()) == theirs
+        other.join()
+        assert answers == [mine]
+        link.send(b"long", _deadline())
+        with pytest.raises(RequestDropped, match="4 bytes where 3"):
+            links[0].receive(3, _deadline())
+        link.close()
+
+
+def test_a_certificate_that_is_not_pinned_is_refused_at_either_end(group: Group, tmp_path: Path) -> None:
+    stranger = Identity.create(tmp_path, "party-1")
+    one, pinned = group.identities["party-0"], group.deployment.parties
+    with _listening(one, [pinned[1]]) as (port, links):
+        here = replace(pinned[0], port=port)
+        with pytest.raises(PeerRefused, match="pinned"), closing(connect(stranger, here, _deadline())) as link:
+            link.receive(10, _deadline())
+        with pytest.raises(PeerRefused, match="not the pinned one"):
+            connect(group.identities["party-1"], stranger.peer("party-0", "127.0.0.1", port), _deadline())
+        assert links == []
+
+
+def test_an_expired_certificate_is_refused_by_name(tmp_path: Path) -> None:
+    expired, mine = Identity.create(tmp_path, "old", days=-1), Identity.create(tmp_path, "new")
+    with (
+        _listening(expired, [mine.peer("new", "", 0)]) as (port, _),
+        pytest.raises(PeerRefused, match=r"no longer valid .*expired"),
+    ):
+        connect(mine, expired.peer("old", "127.0.0.1", port), _deadline())
+
+
+def test_whoever_speaks_no_tls_or_nothing_at_all_holds_nobody_up(group: Group) -> None:
+    one, two = group.identities["party-0"], group.identities["party-1"]
+    with _listening(one, [group.deployment.parties[1]]) as (port, links):
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        silent[0].sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        connect(two, replace(group.deployment.parties[0], port=port), _deadline()).close()
+        _until(lambda: links)
+        for each in silent:
+            each.close()
+
+
+def test_a_peer_that_accepts_and_never_answers_is_left_at_the_deadline(group: Group) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        peer = replace(group.deployment.parties[0], port=server.getsockname()[1])
+        with pytest.raises(RequestDropped, match="broke the handshake off"):
+            connect(group.identities["party-1"], peer, Deadline.after(0.2))
+
+
+def test_a_wire_between_the_roles_carries_tls_alone(group: Group, tmp_path: Path) -> None:
+    """A proxy before the dealer and one before party 0 record everything that passes, of many requests."""
+    recorded: list[bytes] = []
+    ports = [free_port(), free_port()]
+    first, dealer = group.deployment.parties[0], group.deployment.dealer
+    with _recording(ports[0], first.port, recorded), _recording(ports[1], dealer.port, recorded):
+        seen = Deployment(
+            group.deployment.id,
+            (replace(first, port=ports[0]), group.deployment.parties[1]),
+            replace(dealer, port=ports[1]),
+        )
+        with Running(group, tmp_path) as running:
+            running.parties[0]._deployment = replace(seen, parties=group.deployment.parties)
+            running.parties[1]._deployment = seen
+            running.form()
+            recorded.clear()
+            running.form()
+            x = np.full((8, 4, 4), 0.625, np.float32)
+            shares = shares_of(group, x)
+            running.answer(shares)
+    wire = b"".join(recorded)
+    # After the handshake TLS 1.3 is nothing but records of application data.
+    planted = [
+        x.tobytes(),
+        shares[0].tensors["x"].tobytes(),
+        group.weights[0]["layers.1.weight"].tobytes(),
+        b"cloister.mpc",
+        b"generation",
+    ]
+    assert len(wire) > 20_000
+    assert all(each[:16] not in wire for each in planted)
+    body = np.frombuffer(wire, np.uint8)
+    assert np.bincount(body, minlength=256).max() < 3 * len(body) / 256
+
+
+@contextmanager
+def _recording(port: int, to: int, recorded: list[bytes]) -> Iterator[None]:
+    server = socket.create_server(("127.0.0.1", port))
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                recorded.append(data)
+                sink.sendall(data)
+        except OSError:
+            return
+        finally:
+            sink.close()
+
+    def accept() -> None:
+        while True:
+            try:
+                near, _ = server.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", to))
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def test_roles_that_share_an_operator_a_host_or_a_certificate_are_refused(group: Group) -> None:
+    with pytest.raises(CoLocated, match="development=True"):
+        group.deployment.check_apart()
+    group.deployment.check_apart(development=True)
+    (one, two), dealer = group.deployment.parties, group.deployment.dealer
+    apart = [
+        replace(each, host=f"{name}.example", operator=name) for name, each in (("a", one), ("b", two), ("c", dealer))
+    ]
+    replace(group.deployment, parties=(apart[0], apart[1]), dealer=apart[2]).check_apart()
+    for same in ({"host": "b.example"}, {"operator": "b"}, {"certificate": two.certificate}):
+        with pytest.raises(CoLocated, match=next(iter(same))):
+            replace(group.deployment, parties=(apart[0], apart[1]), dealer=replace(apart[2], **same)).check_apart()

@@ -1,0 +1,239 @@
+"""Networks of the model language on shares against the same networks in the clear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cloister.wire import layers as wire
+from cloister.wire.architecture import Architecture
+from cloister.wire.columns import CategoryColumn, TensorColumn
+from cloister_privacy.architecture import build
+from cloister_privacy.mpc import (
+    LayerNotShared,
+    ScaleRefused,
+    SharedNetwork,
+    SharesOfAnother,
+    choose_fraction_bits,
+    measure_error,
+    split_weights,
+)
+from families import FAMILIES, converted
+
+NOT_SHARED = {
+    "scattering": "features on the client",
+    "audio": "features on the client",
+    "hashed text": "embedding",
+    "joined": "bins=0",
+}
+
+
+def _rows(name: str, count: int) -> dict[str, Any]:
+    return {key: each for key, each in converted(FAMILIES[name], count).items() if not key.startswith("kind")}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_SHARED])
+def test_each_family_gives_the_same_answers_on_shares(name: str) -> None:
+    measured = measure_error(build(FAMILIES[name].architecture).eval(), _rows(name, 6))
+    assert measured.max_error < 1e-4
+    assert measured.equal_argmax == 1
+
+
+@pytest.mark.parametrize("name", NOT_SHARED)
+def test_a_layer_that_cannot_be_shared_is_refused_with_the_alternative(name: str) -> None:
+    with pytest.raises(LayerNotShared, match=NOT_SHARED[name]):
+        SharedNetwork(FAMILIES[name].architecture)
+
+
+def test_every_layer_of_the_language_is_shared_or_refused_by_name() -> None:
+    from typing import get_args
+
+    from cloister_privacy.mpc.layers import RUNS
+    from cloister_privacy.mpc.network import INSTEAD
+
+    kinds = get_args(get_args(wire.Layer)[0])
+    assert {kind for kind in kinds if kind not in RUNS and kind is not wire.Encode} == {
+        kind for kind in kinds if kind.model_fields["type"].default in INSTEAD
+    }
+
+
+def _network(shape: tuple[int, ...], *layers: wire.Layer) -> Any:
+    architecture = Architecture(
+        inputs={"x": TensorColumn(shape=shape, low=-1, high=1)}, layers=layers, target="kind",
+        output=CategoryColumn(values=("a", "b")), loss="cross_entropy",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = build(architecture).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return network
+
+
+def _linear(entering: int) -> wire.Linear:
+    return wire.Linear(in_features=entering, out_features=2)
+
+
+LAYERS: dict[str, tuple[tuple[int, ...], tuple[wire.Layer, ...]]] = {
+    "convolution in groups, strided, dilated and padded": (
+        (4, 9, 9),
+        (
+            wire.Conv2d(
+                in_channels=4,
+                out_channels=6,
+                kernel_size=(3, 2),
+                stride=(2, 1),
+                padding=(1, 0),
+                dilation=(1, 2),
+                groups=2,
+            ),
+            wire.Flatten(),
+            _linear(210),
+        ),
+    ),
+    "convolution over a length": (
+        (3, 9),
+        (
+            wire.Conv1d(in_channels=3, out_channels=4, kernel_size=3, stride=2, padding=1, bias=False),
+            wire.Flatten(),
+            _linear(20),
+        ),
+    ),
+    "padded max pooling": (
+        (2, 6, 6),
+        (wire.MaxPool(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)), wire.Flatten(), _linear(18)),
+    ),
+    "max pooling over a length": ((2, 7), (wire.MaxPool(kernel_size=(2,)), wire.Flatten(), _linear(6))),
+    "max pooling behind relu": (
+        (1, 6, 6),
+        (
+            wire.Conv2d(in_channels=1, out_channels=2, kernel_size=(3, 3)),
+            wire.ReLU(name="active"),
+            wire.MaxPool(kernel_size=(2, 2), name="pooled"),
+            wire.Flatten(),
+            _linear(8),
+        ),
+    ),
+    "relu that two read": (
+        (1, 4, 4),
+        (
+            wire.Conv2d(in_channels=1, out_channels=2, kernel_size=(1, 1)),
+            wire.ReLU(name="active"),
+            wire.MaxPool(kernel_size=(2, 2)),
+            wire.Flatten(name="a"),
+            wire.AveragePool(kernel_size=(2, 2), reads=("active",)),
+            wire.Flatten(name="b"),
+            wire.Add(reads=("a", "b")),
+            _linear(8),
+        ),
+    ),
+    "padded average pooling": (
+        (2, 6, 6),
+        (wire.AveragePool(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)), wire.Flatten(), _linear(18)),
+    ),
+    "average pooling over a length": ((2, 8), (wire.AveragePool(kernel_size=(2,)), wire.Flatten(), _linear(8))),
+    "norms": (
+        (4, 6),
+        (
+            wire.GroupNorm(num_groups=2, num_channels=4),
+            wire.LayerNorm(normalized_shape=(4, 6)),
+            wire.RMSNorm(normalized_shape=(6,)),
+            wire.LayerNorm(normalized_shape=(6,), affine=False),
+            wire.Flatten(),
+            _linear(24),
+        ),
+    ),
+    "lstm of two layers": (
+        (5, 4),
+        (wire.LSTM(input_size=4, hidden_size=3, num_layers=2, bias=False), wire.SequencePool(how="last"), _linear(3)),
+    ),
+    "gru in both directions": (
+        (5, 4),
+        (wire.GRU(input_size=4, hidden_size=3, bidirectional=True, output="last"), _linear(6)),
+    ),
+    "rnn with relu": ((5, 4), (wire.RNN(input_size=4, hidden_size=3, nonlinearity="relu", output="last"), _linear(3))),
+    "transformer with gelu, norm last": (
+        (5, 8),
+        (
+            wire.PositionalEmbedding(length=6, embedding_dim=8),
+            wire.TransformerLayer(d_model=8, nhead=2, dim_feedforward=8, activation="gelu", causal=True),
+            wire.SequencePool(how="max"),
+            _linear(8),
+        ),
+    ),
+    "attention without bias": (
+        (5, 8),
+        (wire.MultiheadAttention(embed_dim=8, num_heads=4, bias=False), wire.SequencePool(how="mean"), _linear(8)),
+    ),
+    "joins": (
+        (6,),
+        (
+            wire.Rescale(low=-1, high=1, to_low=0, to_high=3, name="a"),
+            wire.Tanh(name="b"),
+            wire.Sigmoid(name="c"),
+            wire.Multiply(reads=("a", "b", "c"), name="d"),
+            wire.Concatenate(reads=("d", "a")),
+            wire.Reshape(shape=(3, 4)),
+            wire.Permute(dims=(1, 0)),
+            wire.Softmax(),
+            wire.ELU(alpha=0.5),
+            wire.LeakyReLU(),
+            wire.Dropout(),
+            wire.Flatten(),
+            _linear(12),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_on_shares_is_the_layer(name: str) -> None:
+    shape, layers = LAYERS[name]
+    network = _network(shape, *layers)
+    rows = {"x": np.random.default_rng(1).uniform(-1, 1, (5, *shape)).astype(np.float32)}
+    assert measure_error(network, rows).max_error < 2e-4
+
+
+def test_fraction_bits_follow_from_the_range_on_public_inputs() -> None:
+    network = _network((3,), _linear(3))
+    rows = {"x": np.ones((4, 3), np.float32)}
+    assert choose_fraction_bits(network, rows) == 20
+    with torch.no_grad():
+        network.layers[0].weight.fill_(2.0**19)
+    assert 12 <= choose_fraction_bits(network, rows) < 20
+    with torch.no_grad():
+        network.layers[0].weight.fill_(2.0**40)
+    with pytest.raises(ScaleRefused, match="put a norm before it"):
+        choose_fraction_bits(network, rows)
+
+
+def test_shares_of_another_network_or_shape_are_refused_by_name() -> None:
+    network, other = (_network((k,), _linear(k)) for k in (3, 4))
+    shared = SharedNetwork(network.architecture)
+    with pytest.raises(SharesOfAnother, match="another network"):
+        split_weights(shared, other.state_dict())
+    for inputs in ({"x": np.zeros((2, 4), np.uint64)}, {"y": np.zeros((2, 3), np.uint64)}):
+        with pytest.raises(SharesOfAnother, match=r"takes x \[rows, 3\]"):
+            shared.check_inputs(inputs)
+    with pytest.raises(SharesOfAnother, match="numbers of rows"):
+        shared.check_inputs({"x": np.zeros((0, 3), np.uint64)})
+
+
+def test_a_weight_share_alone_is_uniform() -> None:
+    network = _network((256,), wire.Linear(in_features=256, out_features=256), _linear(256))
+    for shares in split_weights(SharedNetwork(network.architecture), network.state_dict()):
+        counts = np.bincount(
+            np.concatenate([each.reshape(-1).view(np.uint8) for each in shares.values()]), minlength=256
+        )
+        expected = counts.sum() / 256
+        assert abs(((counts - expected) ** 2 / expected).sum() - 255) < 12 * (2 * 255) ** 0.5
+
+
+def test_the_program_and_its_digest_depend_on_public_facts_alone() -> None:
+    one, two = (SharedNetwork(FAMILIES["gru"].architecture) for _ in range(2))
+    assert (one.program(3), one.digest) == (two.program(3), two.digest)
+    assert one.program(3) != one.program(4)
+    assert one.digest != SharedNetwork(FAMILIES["gru"].architecture, fraction_bits=16).digest
