@@ -306,6 +306,20 @@ def test_a_removed_client_its_token_and_its_grants_are_of_no_use(acme: Callable[
     assert again["client_id"] != made["client_id"]
 
 
+def test_a_tenant_is_suspended_and_resumed_by_name(acme: Callable[..., Any], tmp_path: Path) -> None:
+    made = acme("client", "create", "--tenant", "acme", "--name", "app")
+    suspended = acme("tenant", "suspend", "acme")
+    assert suspended["name"] == "acme" and suspended["suspended"] and suspended["jobs_not_over"] == 0
+    assert {each["name"]: each["status"] for each in acme("tenant", "list")} == {"acme": "suspended", "other": "active"}
+    rotated = acme("client", "rotate", "app", "--tenant", "acme")
+    assert rotated["client_id"] == made["client_id"], "a stolen secret is changed before it is resumed"
+    with TestClient(create_app(deployment.open_service(load_settings()))) as http:
+        assert _token(http, rotated["client_id"], rotated["client_secret"]) is None
+        assert acme("tenant", "resume", suspended["tenant"])["suspended"] is None
+        assert _token(http, rotated["client_id"], rotated["client_secret"])
+    assert _audited(tmp_path, "tenant.suspend") == _audited(tmp_path, "tenant.resume") == [suspended["tenant"]]
+
+
 def test_a_client_of_another_tenant_is_neither_removed_nor_rotated(
     acme: Callable[..., Any], admin: Callable[..., Result]
 ) -> None:

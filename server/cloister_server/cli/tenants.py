@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import shredding, tenants
+from cloister_server import shredding, suspension, tenants
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import (
     JSON,
@@ -53,10 +54,28 @@ def listed(as_json: JSON = False) -> None:
     """List the tenants."""
     run(
         lambda session, _: [
-            {"id": t.id, "name": t.name, "created": t.created, "status": t.status} for t in tenants.tenants(session)
+            {
+                "id": t.id,
+                "name": t.name,
+                "created": t.created,
+                "status": "suspended" if t.suspended and t.status == "active" else t.status,
+            }
+            for t in tenants.tenants(session)
         ],
         as_json,
     )
+
+
+@tenant_cli.command("suspend")
+def suspend(name: Named, as_json: JSON = False) -> None:
+    """Let nobody act for a tenant or on what it has, for a while; all is kept. Its jobs stop at a chunk boundary, and wait."""
+    run(lambda session, service: asdict(suspension.suspend(session, service, operator_in(session, name))), as_json)
+
+
+@tenant_cli.command("resume")
+def resume(name: Named, as_json: JSON = False) -> None:
+    """Let a suspended tenant act again, with all that it had; its jobs go on from their last checkpoints."""
+    run(lambda session, service: asdict(suspension.resume(session, service, operator_in(session, name))), as_json)
 
 
 @tenant_cli.command("shred")
