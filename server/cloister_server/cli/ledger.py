@@ -29,7 +29,7 @@ from cloister_server.store.tables import Tenant
 
 __all__ = ["audit_cli", "ledger_cli"]
 
-audit_cli = typer.Typer(no_args_is_help=True, help="Whether anything was tampered with.")
+audit_cli = typer.Typer(no_args_is_help=True, help="Who did what, and whether anything was tampered with.")
 ledger_cli = typer.Typer(no_args_is_help=True, help="Ledgers, after a restore.")
 
 OneTenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant, by name or id.")]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,9 +16,10 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from cloister_privacy.errors import PrivacyError
+from cloister_privacy.sealing.files import write_new
 from cloister_server import deployment, tenants
 from cloister_server.audit import denials_kept
-from cloister_server.errors import Invalid, LedgerRolledBack, NotFound, ServerError
+from cloister_server.errors import Conflict, Invalid, LedgerRolledBack, NotFound, ServerError
 from cloister_server.grants import NoSuch
 from cloister_server.policy import Denied
 from cloister_server.principal import Principal
@@ -38,6 +40,7 @@ __all__ = [
     "require_confirmed",
     "run",
     "show",
+    "write_file",
 ]
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -135,6 +138,16 @@ def _show_table(rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def write_file(path: Path, pieces: Iterable[bytes]) -> int:
+    """A new file of mode 0600, whole and durable, or none; its length. Raises Conflict or Invalid."""
+    try:
+        return write_new(path, pieces)
+    except FileExistsError:
+        raise Conflict(f"{path} is there already, and nothing is overwritten; name another file") from None
+    except FileNotFoundError:
+        raise Invalid(f"{path} is in no directory that there is; name another place") from None
 
 
 def _text(value: Any) -> str:
