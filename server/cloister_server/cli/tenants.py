@@ -12,6 +12,7 @@ from cloister_server import shredding, suspension, tenants
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import (
     JSON,
+    DryRun,
     at_work,
     looking,
     operator_in,
@@ -38,15 +39,19 @@ def create(
         str | None,
         typer.Option(help="Where its key is made, by name in the key provider file; the default one otherwise."),
     ] = None,
+    dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Make a tenant, with an encryption key of its own."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
+        if dry_run:  # a key that was made in its provider could not be rolled back
+            chosen = tenants.plan_tenant(session, service.keys, name=name, provider=key_provider)
+            return {"name": name, "key_provider": chosen}
         made = tenants.create_tenant(session, service.keys, name=name, request_id=request_id(), provider=key_provider)
         return {"id": made.id, "name": made.name}
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("list")
@@ -67,15 +72,23 @@ def listed(as_json: JSON = False) -> None:
 
 
 @tenant_cli.command("suspend")
-def suspend(name: Named, as_json: JSON = False) -> None:
+def suspend(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Let nobody act for a tenant or on what it has, for a while; all is kept. Its jobs stop at a chunk boundary, and wait."""
-    run(lambda session, service: asdict(suspension.suspend(session, service, operator_in(session, name))), as_json)
+
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        return asdict(suspension.suspend(session, service, operator_in(session, name)))
+
+    run(work, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("resume")
-def resume(name: Named, as_json: JSON = False) -> None:
+def resume(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Let a suspended tenant act again, with all that it had; its jobs go on from their last checkpoints."""
-    run(lambda session, service: asdict(suspension.resume(session, service, operator_in(session, name))), as_json)
+
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        return asdict(suspension.resume(session, service, operator_in(session, name)))
+
+    run(work, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("shred")
