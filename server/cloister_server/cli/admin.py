@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from cloister.wire.sources import CreateSource
 from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
-from cloister_server.cli import audit, bundles, doctor, ledger
+from cloister_server.cli import audit, backups, bundles, doctor, ledger
 from cloister_server.cli.keys import key_cli
 from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
@@ -50,6 +50,8 @@ for name, group in {
     cli.add_typer(group, name=name)
 
 tenant_cli.command("export")(bundles.export)
+cli.command("backup")(backups.backup)
+cli.command("restore")(backups.restore)
 ledger.audit_cli.command("tail")(audit.tail)
 ledger.audit_cli.command("export")(audit.export)
 
