@@ -143,6 +143,7 @@ def test_killed_at_any_write_a_backup_is_whole_or_taken_for_none(admin: Callable
     done(admin("restore", str(tmp_path / f"b{kills + 1}")))
 
 
+@pytest.mark.long
 def test_killed_at_any_write_a_restore_is_done_again(admin: Callable[..., Result], tmp_path: Path) -> None:
     done(admin("backup", "--to", str(tmp_path / "b")))
     lose(tmp_path)
