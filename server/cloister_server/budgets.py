@@ -26,7 +26,7 @@ from cloister_privacy.queries import rdp_of_pure
 from cloister_server import ledger
 from cloister_server.errors import BudgetExceeded, Conflict, Invalid, ServerError
 from cloister_server.ledger import ALL, Account, Acts, Allowance, Used
-from cloister_server.store.queries import blocks_of
+from cloister_server.store.queries import blocks_of, is_suspended
 from cloister_server.store.tables import Job, LedgerEntry, Source
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "ChunkRefused",
     "LedgerEvent",
     "StaleAttempt",
+    "TenantSuspended",
     "allow",
     "balance",
     "least_noise",
@@ -67,6 +68,10 @@ class ChunkRefused(ServerError):
 
 class Cancelled(ServerError):
     """The job was asked to stop; it stops at this chunk boundary."""
+
+
+class TenantSuspended(ServerError):
+    """The job's tenant is suspended: an attempt stops at this chunk boundary, and none begins before the tenant is resumed."""
 
 
 def balance(session: Session, source: Source, *, viewer_id: str | None = None) -> Budget:
@@ -174,8 +179,8 @@ def open_chunk(session: Session, *, tenant_id: str, job_id: str, attempt: int, f
     """Write steps [first_step, first_step + steps) of an attempt ahead of their first read of data.
 
     Raises StaleAttempt where the attempt is not the job's newest, ChunkRefused where steps that an earlier attempt
-    already ran do not fit the budget again or it was written off, Cancelled where the job was asked to stop. Nothing is written
-    then.
+    already ran do not fit the budget again or it was written off, Cancelled where the job was asked to stop, TenantSuspended
+    where its tenant was. Nothing is written then.
     """
     if first_step < 0 or steps < 1:
         raise ValueError("a chunk begins at step 0 or later and has a step at least")
@@ -184,6 +189,8 @@ def open_chunk(session: Session, *, tenant_id: str, job_id: str, attempt: int, f
         raise StaleAttempt("a newer attempt has taken this job over, or it is over; this attempt must stop")
     if job.cancel_requested:
         raise Cancelled("the job was cancelled")
+    if is_suspended(session, tenant_id):
+        raise TenantSuspended("the tenant is suspended; the job goes on from its last checkpoint once it is resumed")
     source = lock(session, session.get_one(Source, (tenant_id, job.source_id)))
     if ledger.acts(session, source).is_written_off:
         raise ChunkRefused(

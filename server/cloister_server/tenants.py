@@ -24,6 +24,7 @@ __all__ = [
     "create_tenant",
     "find_tenant",
     "operator_of",
+    "plan_tenant",
     "remove_client",
     "rotate_client",
     "tenants",
@@ -54,6 +55,15 @@ def create_tenant(
     vault.new_tenant_key(session, keys, tenant.id, provider=provider)
     audit.allowed(session, authorized, "tenant.create", tenant.id)
     return tenant
+
+
+def plan_tenant(session: Session, keys: KeyRing, *, name: str, provider: str | None = None) -> str:
+    """The provider that the key of a new tenant of this name would be made in; refuses what `create_tenant` does. Makes nothing."""
+    if queries.tenant_of_id_or_name(session, _checked(name)) is not None:
+        raise Conflict(f"a tenant named {name!r} is already there; choose another name")
+    chosen = provider or keys.default
+    keys.of(chosen)
+    return chosen
 
 
 def create_client(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select, text
 from starlette.testclient import TestClient
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from cloister_server import budgets, deployment
@@ -294,7 +296,7 @@ def test_a_removed_client_its_token_and_its_grants_are_of_no_use(acme: Callable[
     with TestClient(create_app(deployment.open_service(load_settings()))) as http:
         bearer = {"Authorization": f"Bearer {_token(http, made['client_id'], made['client_secret'])}"}
         assert http.get("/v1/sources", headers=bearer).status_code == 200
-        removed = acme("client", "remove", "app", "--tenant", "acme")
+        removed = acme("client", "remove", "app", "--tenant", "acme", "--confirm", "app")
         assert removed == {"removed": made["client_id"], "name": "app", "sources_without_owner": ["people"]}
         assert _token(http, made["client_id"], made["client_secret"]) is None
         time.sleep(1.1)  # for how long a process may remember that the app is there
@@ -306,13 +308,106 @@ def test_a_removed_client_its_token_and_its_grants_are_of_no_use(acme: Callable[
     assert again["client_id"] != made["client_id"]
 
 
+def test_a_tenant_is_suspended_and_resumed_by_name(acme: Callable[..., Any], tmp_path: Path) -> None:
+    made = acme("client", "create", "--tenant", "acme", "--name", "app")
+    suspended = acme("tenant", "suspend", "acme")
+    assert suspended["name"] == "acme" and suspended["suspended"] and suspended["jobs_not_over"] == 0
+    assert {each["name"]: each["status"] for each in acme("tenant", "list")} == {"acme": "suspended", "other": "active"}
+    rotated = acme("client", "rotate", "app", "--tenant", "acme")
+    assert rotated["client_id"] == made["client_id"], "a stolen secret is changed before it is resumed"
+    with TestClient(create_app(deployment.open_service(load_settings()))) as http:
+        assert _token(http, rotated["client_id"], rotated["client_secret"]) is None
+        assert acme("tenant", "resume", suspended["tenant"])["suspended"] is None
+        assert _token(http, rotated["client_id"], rotated["client_secret"])
+    assert _audited(tmp_path, "tenant.suspend") == _audited(tmp_path, "tenant.resume") == [suspended["tenant"]]
+
+
+def _content(root: Path) -> list[str]:
+    """All that the database holds, and the names of all files beside it."""
+    database = sqlite3.connect(root / "data" / "cloister.db")
+    dumped = list(database.iterdump())
+    database.close()
+    return dumped + [str(path) for path in _names(root)]
+
+
+def test_a_dry_run_says_what_would_be_done_and_changes_nothing(acme: Callable[..., Any], tmp_path: Path) -> None:
+    made = acme("client", "create", "--tenant", "acme", "--name", "app")
+    declared = ("source", "create", "--tenant", "acme", "--epsilon", "3", "--delta", "1e-6", "--owner", "app", "--name")
+    acme(*declared, "people")
+    granted = acme("grant", "list", "--tenant", "acme")[0]["id"]
+    (key,) = (each["kid"] for each in acme("token-key", "list") if each["state"] == "next")
+    forced = ("--reason", "r", "--even-if-nothing-is-missing")
+    before = _content(tmp_path)
+    for words, told in (
+        (("tenant", "create", "new"), {"name": "new", "key_provider": "local"}),
+        (("tenant", "suspend", "acme"), {"name": "acme", "jobs_not_over": 0}),
+        (("tenant", "resume", "acme"), {"suspended": None}),
+        (("client", "create", "--tenant", "acme", "--name", "b"), {"name": "b", "role": "trainer"}),
+        (("client", "rotate", "app", "--tenant", "acme"), {"client_id": made["client_id"], "name": "app"}),
+        (("client", "remove", "app", "--tenant", "acme"), {"name": "app", "sources_without_owner": ["people"]}),
+        (("grant", "add", "--tenant", "acme", "--to", "app", "--verb", "model.predict"), {"to_name": "app"}),
+        (("grant", "remove", granted, "--tenant", "acme"), {"removed": granted}),
+        ((*declared, "others"), {"name": "others"}),
+        (("ledger", "write-off", "--tenant", "acme", *forced), {"sources": ["people"]}),
+        (("token-key", "revoke", key), {"state": "revoked"}),
+    ):
+        plan = acme(*words, "--dry-run")
+        assert plan["dry_run"] is True and plan.items() >= told.items(), (words, plan)
+        assert "client_secret" not in plan and "id" not in plan, words
+        assert _content(tmp_path) == before, words
+
+
+def test_a_dry_run_is_refused_what_the_command_would_be(acme: Callable[..., Any], admin: Callable[..., Result]) -> None:
+    assert "already there" in refusal(admin("tenant", "create", "acme", "--dry-run"))
+    assert "no client" in refusal(admin("client", "remove", "nobody", "--tenant", "acme", "--dry-run"))
+
+
+def test_what_destroys_wants_its_name_typed(
+    acme: Callable[..., Any], admin: Callable[..., Result], tmp_path: Path
+) -> None:
+    acme("client", "create", "--tenant", "acme", "--name", "app")
+    before = _content(tmp_path)
+    for words, name in (
+        (("client", "remove", "app", "--tenant", "acme"), "app"),
+        (("ledger", "write-off", "--tenant", "acme", "--reason", "r", "--even-if-nothing-is-missing"), "acme"),
+    ):
+        for given in ((), ("--confirm", "other")):
+            assert f"confirm it with --confirm {name}" in refusal(admin(*words, *given))
+            assert _content(tmp_path) == before
+
+
+def _commands(group: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, *path, name)
+        else:
+            yield (*path, name), command
+
+
+def test_no_command_takes_a_secret_as_an_argument_and_what_ends_something_can_be_planned() -> None:
+    commands = dict(_commands(get_command(cli)))
+    options = {path: {each.name for each in command.params} for path, command in commands.items()}
+    assert len(options) > 30
+    for path, names in options.items():
+        assert not {name for name in names if re.search("secret|passphrase$|password|^token$", name)}, path
+        if path[-1] in {"create", "rotate", "revoke", "remove", "shred", "destroy", "suspend", "resume", "write-off"}:
+            assert "dry_run" in names or path[:2] == ("key", "recipient"), path
+
+
+def test_shell_completion_knows_the_commands() -> None:
+    asked = {"_CLOISTER_ADMIN_COMPLETE": "complete_bash", "COMP_WORDS": "cloister-admin tenant su", "COMP_CWORD": "2"}
+    offered = CliRunner().invoke(cli, [], env=asked, prog_name="cloister-admin")
+    assert offered.stdout.split() == ["suspend"]
+
+
 def test_a_client_of_another_tenant_is_neither_removed_nor_rotated(
     acme: Callable[..., Any], admin: Callable[..., Result]
 ) -> None:
     made = acme("client", "create", "--tenant", "other", "--name", "app")
     for verb in ("remove", "rotate"):
         for named in ("app", "other/app", made["client_id"]):
-            assert "no client" in refusal(admin("client", verb, named, "--tenant", "acme"))
+            given = ("--confirm", "app") if verb == "remove" else ()
+            assert "no client" in refusal(admin("client", verb, named, "--tenant", "acme", *given))
     assert len(acme("client", "list", "--tenant", "other")) == 1
 
 
@@ -559,7 +654,9 @@ def test_a_restored_database_is_found_and_replayed_or_written_off(
     assert _audited(tmp_path, "ledger.replay") == [tenant]
 
     restore()
-    assert acme("ledger", "write-off", "--tenant", "acme", "--reason", "lost")["sources"] == ["people"]
+    assert acme("ledger", "write-off", "--tenant", "acme", "--reason", "lost", "--confirm", "acme")["sources"] == [
+        "people"
+    ]
     assert _audited(tmp_path, "ledger.write_off") == [tenant]
     assert acme("budget", "show", "people", "--tenant", "acme")["left"] == 0
     assert {row["problem"] for row in acme("audit", "verify", "--tenant", "acme")} == {None}
@@ -592,7 +689,7 @@ def test_the_anchor_of_a_tenant_that_a_restore_lost_is_put_aside(
     restore()
     (found,) = _rows_with_faults(admin("audit", "verify", "--json"))
     assert found["tenant"] == tenant and "ends at link 0" in found["problem"]
-    done = acme("ledger", "write-off", "--tenant", tenant, "--reason", "it is gone")
+    done = acme("ledger", "write-off", "--tenant", tenant, "--reason", "it is gone", "--confirm", tenant)
     assert Path(done["kept_anchor"]).name == f"{tenant}.json.written-off-1"
     assert {row["problem"] for row in acme("audit", "verify")} == {None}
     assert "no tenant" in refusal(admin("ledger", "write-off", "--tenant", tenant, "--reason", "it is gone"))
@@ -607,7 +704,7 @@ def test_the_anchor_of_a_tenant_that_a_restore_lost_is_put_aside(
         (("ledger", "export", "--tenant", "nobody"), "no tenant 'nobody'"),
         (("ledger", "replay", "nowhere.jsonl", "--tenant", "acme"), "cannot be read"),
         (("ledger", "replay", os.devnull, "--tenant", "acme"), "no row is missing"),
-        (("ledger", "write-off", "--tenant", "acme", "--reason", " "), "needs a reason"),
+        (("ledger", "write-off", "--tenant", "acme", "--reason", " ", "--confirm", "acme"), "needs a reason"),
     ],
 )
 def test_what_the_ledgers_commands_refuse(

@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 
 from cloister.wire.sources import CreateSource
 from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
-from cloister_server.cli import bundles, doctor, ledger
+from cloister_server.cli import audit, backups, bundles, doctor, ledger
 from cloister_server.cli.keys import key_cli
 from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
-from cloister_server.cli.terminal import JSON, InTenant, operator_in, refusals, run, show
+from cloister_server.cli.terminal import JSON, Confirm, Confirmation, DryRun, InTenant, operator_in, refusals, run, show
 from cloister_server.cli.token_keys import token_cli, token_key_cli
 from cloister_server.errors import Invalid
 from cloister_server.grants import Role
@@ -31,7 +31,7 @@ from cloister_server.store.tables import App, Grant, Source
 
 __all__ = ["main"]
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 client_cli, grant_cli, source_cli, budget_cli = (
     typer.Typer(no_args_is_help=True, help=text)
     for text in (
@@ -50,6 +50,10 @@ for name, group in {
     cli.add_typer(group, name=name)
 
 tenant_cli.command("export")(bundles.export)
+cli.command("backup")(backups.backup)
+cli.command("restore")(backups.restore)
+ledger.audit_cli.command("tail")(audit.tail)
+ledger.audit_cli.command("export")(audit.export)
 
 Client = Annotated[str, typer.Argument(metavar="NAME", help="The client, by name or client id.")]
 Effect = Annotated[Literal["allow", "deny"], typer.Option(help="A deny goes before every allow.")]
@@ -113,6 +117,7 @@ def client_create(
     dpop: Annotated[
         bool, typer.Option("--dpop", help="Its tokens are bound to a key (RFC 9449): a stolen one is worth nothing.")
     ] = False,
+    dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Make an OAuth client; its secret, where it has no public key, is printed this once and kept nowhere."""
@@ -124,7 +129,7 @@ def client_create(
         )
         return {**_credentials(app, secret), "name": app.name, "role": role, "dpop": dpop}
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run, fresh=("client_id", "client_secret"))
 
 
 @client_cli.command("list")
@@ -149,26 +154,34 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
 
 
 @client_cli.command("rotate")
-def client_rotate(client: Client, tenant: InTenant, public_key: PublicKey = None, as_json: JSON = False) -> None:
-    """Give a client a new secret, printed this once, or a public key. The old one is refused now, its tokens in ten minutes."""
+def client_rotate(
+    client: Client, tenant: InTenant, public_key: PublicKey = None, dry_run: DryRun = False, as_json: JSON = False
+) -> None:
+    """Give a client a new secret, shown this once, or a public key. The old one is refused now, its tokens in ten minutes."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
         operator, key = operator_in(session, tenant), _key_in(public_key)
         app, secret = tenants.rotate_client(session, service.keys, operator, client, public_key=key)
         return {**_credentials(app, secret), "name": app.name}
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run, fresh=("client_secret",))
 
 
 @client_cli.command("remove")
-def client_remove(client: Client, tenant: InTenant, as_json: JSON = False) -> None:
+def client_remove(
+    client: Client, tenant: InTenant, confirm: Confirm = None, dry_run: DryRun = False, as_json: JSON = False
+) -> None:
     """Remove a client with all its grants; its secret is refused from now on, its tokens within a second."""
 
     def work(session: Session, _: Service) -> dict[str, Any]:
         removed = tenants.remove_client(session, operator_in(session, tenant), client)
         return {"removed": removed.client_id, "name": removed.name, "sources_without_owner": removed.sources}
 
-    run(work, as_json)
+    def name_in(session: Session) -> str:
+        return grants.find_app(session, tenants.find_tenant(session, tenant), client).name
+
+    warning = "The client is removed with all its grants, and nobody can undo that."
+    run(work, as_json, dry_run=dry_run, confirm=Confirmation(name_in, confirm, warning))
 
 
 @grant_cli.command("add")
@@ -179,6 +192,7 @@ def grant_add(
     resource: Resource = "*",
     effect: Effect = "allow",
     until: Annotated[datetime | None, typer.Option(help="When it expires, UTC.")] = None,
+    dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Let an app do one thing, or forbid it."""
@@ -190,7 +204,7 @@ def grant_add(
         session.flush()  # its holder's name is asked for next
         return _grant_row(added, grants.names(session, operator))
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run, fresh=("id",))
 
 
 @grant_cli.command("list")
@@ -219,6 +233,7 @@ def grant_remove(
         str | None, typer.Option(help="The resource that it names, by name or id; * by default.")
     ] = None,
     effect: Annotated[Literal["allow", "deny"] | None, typer.Option(help="Allow by default.")] = None,
+    dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Take a grant away: by its id, or in the words that `grant add` was given."""
@@ -235,7 +250,7 @@ def grant_remove(
         of: dict[str, Any] = {"to": to, "verb": verb, "resource_id": resource or "*", "effect": effect or "allow"}
         return {"removed": grants.remove_all(session, operator, **of)}
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run)
 
 
 @source_cli.command("create")
@@ -247,6 +262,7 @@ def source_create(
     owner: Annotated[str, typer.Option(help="The app that owns it, by name or client id.")],
     unit: Annotated[Literal["row", "user"], typer.Option(help="Who is protected. Fixed for good.")] = "row",
     public: Annotated[bool, typer.Option("--public", help="Not about people at all. Fixed for good.")] = False,
+    dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Declare a source for an app that owns it."""
@@ -258,7 +274,7 @@ def source_create(
         made = sources.create(session, operator, body, owner_id=owner_id)
         return made.model_dump(mode="json")
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run, fresh=("id", "created"))
 
 
 @source_cli.command("list")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cloister.wire.bundles import public_key_of
-from cloister_privacy.sealing.files import write_new
 from cloister_server import bundles
 from cloister_server.audit import denials_kept
-from cloister_server.cli.terminal import JSON, at_work, operator_in, show
-from cloister_server.errors import Conflict, Invalid
+from cloister_server.cli.terminal import JSON, at_work, operator_in, show, write_file
+from cloister_server.errors import Invalid
 from cloister_server.store.session import snapshot, writing
 
 __all__ = ["export"]
@@ -37,15 +35,5 @@ def export(
             operator = operator_in(session, tenant)
             bundles.note(session, operator)
         with snapshot(service.engine) as session:
-            size = _written(to, bundles.sealed(session, operator, service, recipient=public_key))
+            size = write_file(to, bundles.sealed(session, operator, service, recipient=public_key))
         show({"tenant": operator.tenant_id, "bundle": str(to), "bytes": size}, as_json)
-
-
-def _written(path: Path, pieces: Iterator[bytes]) -> int:
-    """The whole file, durable, or none; its length."""
-    try:
-        return write_new(path, pieces)
-    except FileExistsError:
-        raise Conflict(f"{path} is there already, and nothing is overwritten; name another file") from None
-    except FileNotFoundError:
-        raise Invalid(f"{path} is in no directory that there is; name another place") from None

@@ -13,6 +13,9 @@ from cloister_server import deployment, evidence, restores, tenants
 from cloister_server.cli.terminal import (
     HOW_TO_MEND,
     JSON,
+    Confirm,
+    Confirmation,
+    DryRun,
     InTenant,
     looking,
     operator_in,
@@ -23,13 +26,14 @@ from cloister_server.cli.terminal import (
 from cloister_server.errors import Invalid, LedgerRolledBack
 from cloister_server.grants import NoSuch
 from cloister_server.service import Service
+from cloister_server.settings import load_settings
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.chain import ChainBroken
 from cloister_server.store.tables import Tenant
 
 __all__ = ["audit_cli", "ledger_cli"]
 
-audit_cli = typer.Typer(no_args_is_help=True, help="Whether anything was tampered with.")
+audit_cli = typer.Typer(no_args_is_help=True, help="Who did what, and whether anything was tampered with.")
 ledger_cli = typer.Typer(no_args_is_help=True, help="Ledgers, after a restore.")
 
 OneTenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant, by name or id.")]
@@ -85,6 +89,7 @@ def ledger_export(tenant: InTenant, as_json: JSON = False) -> None:
 def ledger_replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `ledger export` printed, before the restore.")],
     tenant: InTenant,
+    dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Put the rows back that a restored database lacks, each seen to be the one that was linked, up to the tenant's anchor."""
@@ -94,7 +99,7 @@ def ledger_replay(
             done = restores.replay(session, operator_in(session, tenant), lines, Anchors(service.settings.anchor_dir))
         return {"tenant": tenant, "links": done.links, "beyond_anchor": done.beyond_anchor}
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run)
 
 
 @ledger_cli.command("write-off")
@@ -102,14 +107,17 @@ def ledger_write_off(
     tenant: InTenant,
     reason: Annotated[str, typer.Option(help="Why; the ledger keeps it.")],
     even_if_nothing_is_missing: Annotated[bool, typer.Option(help="End the budgets of a sound ledger, too.")] = False,
+    confirm: Confirm = None,
+    dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Admit nothing more to any of a tenant's budgets, ever, since what was spent is lost; all else goes on. There is no way back."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
         anchors = Anchors(service.settings.anchor_dir)
-        if tenant in anchors.tenants() and session.get(Tenant, tenant) is None:
-            return {"tenant": tenant, "sources": [], "kept_anchor": str(anchors.set_aside(tenant))}
+        if _is_lost(session, tenant):
+            kept = None if dry_run else str(anchors.set_aside(tenant))
+            return {"tenant": tenant, "sources": [], "kept_anchor": kept}
         sources = restores.write_off(
             session,
             operator_in(session, tenant),
@@ -119,7 +127,16 @@ def ledger_write_off(
         )
         return {"tenant": tenant, "sources": [source.name for source in sources]}
 
-    run(work, as_json)
+    def name_in(session: Session) -> str:
+        return tenant if _is_lost(session, tenant) else tenants.find_tenant(session, tenant).name
+
+    warning = "None of the tenant's budgets will ever admit anything again."
+    run(work, as_json, dry_run=dry_run, confirm=Confirmation(name_in, confirm, warning))
+
+
+def _is_lost(session: Session, tenant: str) -> bool:
+    """Whether this is the id of a tenant that has an anchor, and that the database does not know."""
+    return tenant in Anchors(load_settings().anchor_dir).tenants() and session.get(Tenant, tenant) is None
 
 
 def _tenants(session: Session, named: str | None) -> list[Tenant]:

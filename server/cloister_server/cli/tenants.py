@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import shredding, tenants
+from cloister_server import shredding, suspension, tenants
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import (
     JSON,
+    DryRun,
     at_work,
     looking,
     operator_in,
@@ -37,15 +39,19 @@ def create(
         str | None,
         typer.Option(help="Where its key is made, by name in the key provider file; the default one otherwise."),
     ] = None,
+    dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Make a tenant, with an encryption key of its own."""
 
     def work(session: Session, service: Service) -> dict[str, Any]:
+        if dry_run:  # a key that was made in its provider could not be rolled back
+            chosen = tenants.plan_tenant(session, service.keys, name=name, provider=key_provider)
+            return {"name": name, "key_provider": chosen}
         made = tenants.create_tenant(session, service.keys, name=name, request_id=request_id(), provider=key_provider)
         return {"id": made.id, "name": made.name}
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("list")
@@ -53,10 +59,36 @@ def listed(as_json: JSON = False) -> None:
     """List the tenants."""
     run(
         lambda session, _: [
-            {"id": t.id, "name": t.name, "created": t.created, "status": t.status} for t in tenants.tenants(session)
+            {
+                "id": t.id,
+                "name": t.name,
+                "created": t.created,
+                "status": "suspended" if t.suspended and t.status == "active" else t.status,
+            }
+            for t in tenants.tenants(session)
         ],
         as_json,
     )
+
+
+@tenant_cli.command("suspend")
+def suspend(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
+    """Let nobody act for a tenant or on what it has, for a while; all is kept. Its jobs stop at a chunk boundary, and wait."""
+
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        return asdict(suspension.suspend(session, service, operator_in(session, name)))
+
+    run(work, as_json, dry_run=dry_run)
+
+
+@tenant_cli.command("resume")
+def resume(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
+    """Let a suspended tenant act again, with all that it had; its jobs go on from their last checkpoints."""
+
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        return asdict(suspension.resume(session, service, operator_in(session, name)))
+
+    run(work, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("shred")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,20 +17,24 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from cloister_privacy.errors import PrivacyError
+from cloister_privacy.sealing.files import write_new
 from cloister_server import deployment, tenants
 from cloister_server.audit import denials_kept
-from cloister_server.errors import Invalid, LedgerRolledBack, NotFound, ServerError
+from cloister_server.errors import Conflict, Invalid, LedgerRolledBack, NotFound, ServerError
 from cloister_server.grants import NoSuch
 from cloister_server.policy import Denied
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
 from cloister_server.store.queries import OPERATOR_VERBS
-from cloister_server.store.session import snapshot, writing
+from cloister_server.store.session import reading, snapshot, writing
 
 __all__ = [
     "HOW_TO_MEND",
     "JSON",
+    "Confirm",
+    "Confirmation",
+    "DryRun",
     "InTenant",
     "at_work",
     "looking",
@@ -38,9 +44,14 @@ __all__ = [
     "require_confirmed",
     "run",
     "show",
+    "write_file",
 ]
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
+Confirm = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Its name once more; asked for at the terminal otherwise.")
+]
 InTenant = Annotated[str, typer.Option("--tenant", help="The tenant, by name or id.")]
 
 HOW_TO_MEND = (
@@ -50,13 +61,47 @@ HOW_TO_MEND = (
 """What there is to do about a ledger that is older than its anchor."""
 
 
-def run(work: Callable[[Session, Service], Any], as_json: bool) -> None:
-    """One command, one transaction; its answer is shown."""
+def run(
+    work: Callable[[Session, Service], Any],
+    as_json: bool,
+    *,
+    dry_run: bool = False,
+    fresh: Collection[str] = (),
+    confirm: Confirmation | None = None,
+) -> None:
+    """One command, one transaction; its answer is shown.
+
+    A dry run does the work, too, and rolls it back: its plan is the answer, without what is `fresh` in it (ids and secrets that
+    another run would not give), and it is refused what the command would be. What destroys is confirmed first, in no transaction.
+    """
     with refusals(as_json):
         service = deployment.open_service(load_settings())
-        with denials_kept(service.engine), writing(service.engine) as session:
-            answer = work(session, service)
+        if confirm is not None and not dry_run:
+            with reading(service.engine) as session:
+                name = confirm.name_in(session)
+            require_confirmed(name, confirm.given, warning=confirm.warning)
+        try:
+            with denials_kept(service.engine), writing(service.engine) as session:
+                answer = work(session, service)
+                if dry_run:
+                    session.flush()  # the database's own checks, too
+                    raise _Planned
+        except _Planned:
+            answer = {"dry_run": True, **{name: value for name, value in answer.items() if name not in fresh}}
         show(answer, as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """The name of what a command destroys, as a session finds it, and what was given of it with `--confirm`."""
+
+    name_in: Callable[[Session], str]
+    given: str | None
+    warning: str
+
+
+class _Planned(Exception):
+    """Ends the transaction of a dry run."""
 
 
 @contextmanager
@@ -135,6 +180,16 @@ def _show_table(rows: list[dict[str, Any]]) -> None:
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def write_file(path: Path, pieces: Iterable[bytes]) -> int:
+    """A new file of mode 0600, whole and durable, or none; its length. Raises Conflict or Invalid."""
+    try:
+        return write_new(path, pieces)
+    except FileExistsError:
+        raise Conflict(f"{path} is there already, and nothing is overwritten; name another file") from None
+    except FileNotFoundError:
+        raise Invalid(f"{path} is in no directory that there is; name another place") from None
 
 
 def _text(value: Any) -> str:

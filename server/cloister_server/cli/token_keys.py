@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server.cli.terminal import JSON, request_id, run
+from cloister_server.cli.terminal import JSON, DryRun, request_id, run
 from cloister_server.errors import Invalid, Unauthenticated
 from cloister_server.oauth import signing_keys, tokens, verifier
 from cloister_server.oauth.verifier import AccessToken
@@ -30,17 +30,19 @@ def listed(as_json: JSON = False) -> None:
 
 
 @token_key_cli.command("rotate")
-def rotate(as_json: JSON = False) -> None:
+def rotate(dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Sign with the next key from now on. No valid token is refused: the old key retires after its last one."""
-    run(lambda session, service: _row(signing_keys.rotate(session, service)), as_json)
+    run(lambda session, service: _row(signing_keys.rotate(session, service)), as_json, dry_run=dry_run)
 
 
 @token_key_cli.command("revoke", context_settings={"ignore_unknown_options": True})  # an id may begin with -
 def revoke(
-    kid: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")], as_json: JSON = False
+    kid: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")],
+    dry_run: DryRun = False,
+    as_json: JSON = False,
 ) -> None:
     """Refuse every token of a key that may be stolen, within a second; clients get new ones by themselves."""
-    run(lambda session, service: _row(signing_keys.revoke(session, service, kid)), as_json)
+    run(lambda session, service: _row(signing_keys.revoke(session, service, kid)), as_json, dry_run=dry_run)
 
 
 @token_cli.command("inspect")
@@ -59,7 +61,7 @@ def inspect_token(as_json: JSON = False) -> None:
 
 
 @token_cli.command("revoke")
-def revoke_token(as_json: JSON = False) -> None:
+def revoke_token(dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Refuse a token from now on, within a second everywhere; its client can get another: `client rotate` ends that."""
     token = _token()
 
@@ -70,7 +72,7 @@ def revoke_token(as_json: JSON = False) -> None:
             raise _not_valid() from None
         return {"revoked": read.jti, **_told(read)}
 
-    run(work, as_json)
+    run(work, as_json, dry_run=dry_run)
 
 
 def _token() -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from authlib.oauth2.rfc6749.errors import UnauthorizedClientError
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -20,7 +21,7 @@ from cloister_server.oauth.form import TokenRequest, invalid_client
 from cloister_server.oauth.replays import Replayed, take_once
 from cloister_server.oauth.signed import InvalidSigned, read_public_key, read_signed, verify
 from cloister_server.service import Service
-from cloister_server.store.queries import app_of_id
+from cloister_server.store.queries import app_of_id, is_suspended
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App
 
@@ -33,7 +34,18 @@ _CLOCKS_APART_S = 5
 
 
 def authenticate_client(service: Service, request: TokenRequest) -> App:
-    """The app whose credentials these are. Whatever is wrong costs and reads the same: InvalidClientError."""
+    """The app whose credentials these are. Whatever is wrong costs and reads the same: InvalidClientError.
+
+    Raises UnauthorizedClientError, once it has shown who it is, where its tenant is suspended.
+    """
+    app = _authenticated(service, request)
+    with reading(service.engine) as session:
+        if is_suspended(session, app.tenant_id):
+            raise UnauthorizedClientError("this client's tenant is suspended; ask the server's operator to resume it")
+    return app
+
+
+def _authenticated(service: Service, request: TokenRequest) -> App:
     if request.assertion is not None:
         return _by_assertion(service, request.client_id, request.assertion.get_secret_value())
     return _by_secret(service, request.client_id, request.client_secret.get_secret_value())

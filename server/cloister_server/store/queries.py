@@ -42,6 +42,7 @@ __all__ = [
     "grants_of",
     "grants_on",
     "id_of_name",
+    "is_suspended",
     "names_of_holders",
     "names_of_resources",
     "public_keys",
@@ -133,8 +134,13 @@ def grants_on(principal: Principal, verb: str, *, tenant_id: str, resource_id: s
 
 
 def is_in_force(grant: Any, at: datetime) -> ColumnElement[bool]:
-    """An expired grant, allow or deny, counts for nothing."""
-    return or_(grant.expires.is_(None), grant.expires > at)
+    """An expired grant, allow or deny, counts for nothing, and so does one on what a suspended tenant has."""
+    return and_(or_(grant.expires.is_(None), grant.expires > at), ~_is_suspended(grant, grant.tenant_id))
+
+
+def is_suspended(session: Session, tenant_id: str) -> bool:
+    """Whether nobody may act for the tenant just now."""
+    return session.scalar(select(Tenant.id).where(Tenant.id == tenant_id, Tenant.suspended.is_not(None))) is not None
 
 
 def tenants() -> Select[Tenant]:
@@ -243,7 +249,8 @@ def token_keys(session: Session) -> list[SigningKey]:
 
 
 def standing_of(session: Session, client_id: str, *, key_id: str, jti: str) -> str | None:
-    """The tenant of a token's client; None where there is no such client, or the token or the key that signed it is revoked."""
+    """The tenant of a token's client; None where there is no such client, its tenant is suspended, or the token or the key that
+    signed it is revoked."""
     is_revoked = exists().where(RevokedToken.jti == jti)
     is_believed = exists().where(
         SigningKey.id == key_id,
@@ -251,7 +258,14 @@ def standing_of(session: Session, client_id: str, *, key_id: str, jti: str) -> s
         SigningKey.state.in_(("active", "retiring")),
         or_(SigningKey.until.is_(None), SigningKey.until > now()),
     )
-    return session.scalar(select(App.tenant_id).where(App.id == client_id, is_believed, ~is_revoked))
+    stands = (is_believed, ~is_revoked, ~_is_suspended(App, App.tenant_id))
+    return session.scalar(select(App.tenant_id).where(App.id == client_id, *stands))
+
+
+def _is_suspended(row: Any, tenant_id: Any) -> ColumnElement[bool]:
+    """Whether the tenant that a row of the statement is of is suspended."""
+    tenant = aliased(Tenant)
+    return exists().where(tenant.id == tenant_id, tenant.suspended.is_not(None)).correlate(row)
 
 
 def _covers(grant: Any, resource_id: Any) -> ColumnElement[bool]:

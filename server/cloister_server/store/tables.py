@@ -94,6 +94,8 @@ class Tenant(Table):
     created: Mapped[datetime] = mapped_column(default=now)
     status: Mapped[str] = mapped_column(default="active", server_default=text("'active'"))
     """'active'; 'shredding', from when its end was begun; or 'shredded': its keys are destroyed, and its receipt is signed."""
+    suspended: Mapped[datetime | None]
+    """Since when nobody acts for it or on what it has; null while it is not suspended."""
     quota_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """The most that its sealed objects may take; null is without a bound."""
     receipt: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))

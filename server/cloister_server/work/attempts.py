@@ -20,6 +20,7 @@ from cloister.wire.plans import TrainingSpec
 from cloister.wire.queries import Evaluation, QueryRequest
 from cloister_server import budgets, datasets, models, processes, vault
 from cloister_server.service import Service
+from cloister_server.store.queries import is_suspended
 from cloister_server.store.session import writing
 from cloister_server.store.tables import Attempt, Dataset, Job, ModelVersion, SealedObject, Weights
 
@@ -142,12 +143,14 @@ def _spec(session: Session, service: Service, job: Job) -> bytes:
 def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | None:
     """Take the next fencing number and mint the keys that this attempt may use; the message for its child.
 
-    None where the job was cancelled since it was last looked at.
+    None where the job was cancelled since it was last looked at. Raises TenantSuspended where nothing is to begin.
     """
     with writing(service.engine) as session:
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.cancel_requested or job.status in FINAL:
             return None
+        if is_suspended(session, tenant_id):
+            raise budgets.TenantSuspended("the tenant is suspended; the job waits until it is resumed")
         job.attempt += 1
         job.status = "running"
         session.add(Attempt(tenant_id=tenant_id, job_id=job_id, number=job.attempt, from_step=job.steps_done))

@@ -67,7 +67,7 @@ def main() -> int:
         else:
             result = attempt.train(stop_asked=lambda: bool(stop_asked))
             attempt.end("trained" if result else "cancelled", result)
-    except _Paused:
+    except (_Paused, budgets.TenantSuspended):
         attempt.end("paused")
     except budgets.Cancelled:
         attempt.end("cancelled")

@@ -25,11 +25,13 @@ from sqlalchemy.orm import Session
 from cloister.wire.jobs import FINAL
 from cloister_privacy.sealing import KeyProviderError
 from cloister_server import collection, deployment, logs, processes
+from cloister_server.budgets import TenantSuspended
 from cloister_server.errors import LedgerRolledBack, StartRefused, TenantKeyRefused, Unavailable
 from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store import chain
+from cloister_server.store.queries import is_suspended
 from cloister_server.store.session import anchors_of, reading
 from cloister_server.store.tables import Job
 from cloister_server.work.attempts import GRACE_S, abandon, run_attempt
@@ -100,7 +102,7 @@ def _run(service: Service, stopping: threading.Event) -> None:
         try:
             with running:
                 return run_attempt(service, tenant_id, job_id, stopping=stopping)
-        except LedgerRolledBack:
+        except (LedgerRolledBack, TenantSuspended):
             return "frozen"
         except (TenantKeyRefused, KeyProviderError) as error:
             # The tenant's key is withdrawn, or its provider is at fault: the job waits for it, and others have their turn.
@@ -118,7 +120,7 @@ def _run(service: Service, stopping: threading.Event) -> None:
 
     @DBOS.workflow(name="train", max_recovery_attempts=1_000_000)
     def train(tenant_id: str, job_id: str) -> str:
-        # 'frozen' ends this turn: the tenant's ledger or key keeps the job waiting, and others wait. The sweeper takes it up again.
+        # 'frozen' ends this turn: the tenant, its ledger or its key keeps the job waiting. The sweeper takes it up again.
         while (outcome := attempt(tenant_id, job_id)) == "again":
             if stopping.wait(1.0):
                 threading.Event().wait()  # never returns: the process ends, and the next worker goes on here
@@ -196,7 +198,7 @@ def _workflow_id(job_id: str) -> str:
 
 
 def _waiting(service: Service) -> list[tuple[str, str]]:
-    """The jobs that are not over, oldest first, but for those of tenants whose ledger is behind its anchor."""
+    """The jobs that are not over, oldest first, but for those of tenants that are suspended or whose ledger is behind its anchor."""
     with reading(service.engine) as session:
         rows = session.execute(
             select(Job.tenant_id, Job.id).where(Job.status.not_in(FINAL)).order_by(Job.created, Job.id)
@@ -206,6 +208,8 @@ def _waiting(service: Service) -> list[tuple[str, str]]:
 
 
 def _is_frozen(service: Service, session: Session, tenant_id: str) -> bool:
+    if is_suspended(session, tenant_id):
+        return True
     try:
         chain.require_current(session, anchors_of(service.engine), tenant_id)
     except LedgerRolledBack:
