@@ -84,7 +84,8 @@ def new_app(served: Service) -> Callable[..., Client]:
             made = found or tenants.create_tenant(session, served.keys, name=tenant, request_id="request-of-a-test")
             session.flush()
             operator = tenants.operator_of(made, request_id="request-of-a-test")
-            app, secret = tenants.create_client(session, served.keys, operator, name=name, role="steward", **more)
+            given = {"role": "steward", **more}
+            app, secret = tenants.create_client(session, served.keys, operator, name=name, **given)
             return Client(made.id, app.id, secret or "")
 
     return make
