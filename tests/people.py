@@ -156,3 +156,20 @@ def refreshed(http: Any, client_id: str, token: str, **more: Any) -> Any:
 
 def query(**parameters: str) -> str:
     return urlencode(parameters)
+
+
+def allowed(human: Human, url: str, decision: str = "allow") -> str:
+    """Where the browser ends when the person goes to an app's or a device's page, and decides on what is asked there."""
+    parts = urlsplit(url)
+    page = human.http.get(f"{parts.path}?{parts.query}")
+    if "sign-in" in forms(page.text):
+        assert human.sign_in(page).status_code == 303
+        page = human.http.get(f"{parts.path}?{parts.query}")
+    if parts.path.endswith("/device"):
+        shown = human.send("device", forms(page.text)["device"])
+        done = human.send("device", forms(shown.text)["device"] | {"decision": decision})
+        assert done.status_code == 200, done.text
+        return url
+    answer = human.send("consent", forms(page.text)["consent"] | {"decision": decision})
+    assert answer.status_code == 303, answer.text
+    return str(answer.headers["location"])

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from cloister_server.api import (
     datasets,
     discovery,
+    identities,
     jobs,
     models,
     oauth,
@@ -70,6 +71,6 @@ def _api(service: Service) -> FastAPI:
         ),
     )
     api.state.service = service
-    for each in (discovery, oauth, pages, sources, datasets, plans, jobs, models, weights, queries):
+    for each in (discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, weights, queries):
         api.include_router(each.router)
     return api

@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
+from cloister.wire.identities import Identity
 from cloister_server import audit, grants, policy, vault
 from cloister_server.errors import Conflict, Invalid
 from cloister_server.grants import NoSuch, Role
@@ -31,11 +32,11 @@ from cloister_server.store.identities import (
     user_of_name,
     users_of,
 )
-from cloister_server.store.queries import app_of_name
+from cloister_server.store.queries import app_of_id, app_of_name
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Tenant, new_id, now
 
-__all__ = ["Invitation", "create", "disable", "listed", "offer", "remove", "reset", "take_up"]
+__all__ = ["Invitation", "create", "disable", "identity", "listed", "offer", "remove", "reset", "take_up"]
 
 INVITED_S = 86_400
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
@@ -49,6 +50,14 @@ class Invitation:
     user_id: str
     account: str
     code: SecretStr
+
+
+def identity(session: Session, principal: Principal) -> Identity:
+    """What a principal may know of itself: it has shown that it is it, and there is no grant to ask for."""
+    tenant = session.get_one(Tenant, principal.tenant_id)
+    found = user_of_id(session, principal.id) if principal.kind == "user" else app_of_id(session, principal.id)
+    name = found.name if found is not None else ""
+    return Identity(id=principal.id, kind=principal.kind, name=name, tenant=tenant.name)
 
 
 def create(session: Session, service: Service, principal: Principal, *, name: str, role: Role) -> Invitation:

@@ -6,22 +6,18 @@ import json
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import httpx2
 import pytest
 from authlib.integrations.httpx_client import OAuth2Client
 from authlib.oauth2.rfc7523 import PrivateKeyJWT
 from joserfc.jwk import ECKey
 
-from cloister_server.oauth import authorizations, device_endpoint, passphrases
 from cloister_server.oauth.signed import read_public_key
 from cloister_server.service import Service
 from keys_of_clients import Signer, b64
-from people import REDIRECT, Human, forms, invited
+from people import REDIRECT, Human, allowed
 
 NODE_CLIENTS = Path(__file__).parent / "node"
 SIGNERS = {"ES256": Signer(), "Ed25519": Signer.ed25519()}
@@ -84,33 +80,6 @@ def test_authlibs_client(served: Service, apps: dict[str, Any], method: str) -> 
 
 
 @pytest.fixture
-def ada(served: Service, new_app: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Human]:
-    """A person in a browser of their own."""
-    monkeypatch.setattr(passphrases, "MEMORY_KIB", 64)
-    for module in (authorizations, device_endpoint):
-        monkeypatch.setattr(module, "INTERVAL_S", 1)
-    with httpx2.Client(base_url=served.settings.issuer) as browser:
-        yield invited(served, browser, f"ada{secrets.token_hex(4)}").enrol()
-
-
-def allowed(human: Human, url: str) -> str:
-    """Where the browser ends when the person goes to an app's or a device's page, and allows what is asked there."""
-    parts = urlsplit(url)
-    page = human.http.get(f"{parts.path}?{parts.query}")
-    if "sign-in" in forms(page.text):
-        assert human.sign_in(page).status_code == 303
-        page = human.http.get(f"{parts.path}?{parts.query}")
-    if parts.path.endswith("/device"):
-        shown = human.send("device", forms(page.text)["device"])
-        done = human.send("device", forms(shown.text)["device"] | {"decision": "allow"})
-        assert done.status_code == 200 and "Allowed" in done.text
-        return url
-    answer = human.send("consent", forms(page.text)["consent"] | {"decision": "allow"})
-    assert answer.status_code == 303, answer.text
-    return str(answer.headers["location"])
-
-
-@pytest.fixture
 def for_people(new_app: Any) -> dict[str, Any]:
     name, registered = secrets.token_hex(4), [REDIRECT]
     return {
@@ -119,8 +88,10 @@ def for_people(new_app: Any) -> dict[str, Any]:
     }
 
 
-def test_clients_from_npm_act_for_a_person(node: str, served: Service, ada: Human, for_people: dict[str, Any]) -> None:
-    given = {"issuer": served.settings.issuer, "redirect_uri": REDIRECT, "person": ada.id}
+def test_clients_from_npm_act_for_a_person(
+    node: str, served: Service, online: Human, for_people: dict[str, Any]
+) -> None:
+    given = {"issuer": served.settings.issuer, "redirect_uri": REDIRECT, "person": online.id}
     given |= {name: {"id": app.id, "secret": app.secret} for name, app in for_people.items()}
     command = [node, str(NODE_CLIENTS / "people.mjs")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
@@ -130,12 +101,12 @@ def test_clients_from_npm_act_for_a_person(node: str, served: Service, ada: Huma
         for line in process.stdout:
             said = json.loads(line)
             if "visit" in said:
-                process.stdin.write(json.dumps(allowed(ada, said["visit"])) + "\n")
+                process.stdin.write(json.dumps(allowed(online, said["visit"])) + "\n")
     assert process.returncode == 0 and len(said) == 8
     assert {name: what for name, what in said.items() if what != "ok"} == {}
 
 
-def test_authlibs_client_acts_for_a_person(served: Service, ada: Human, for_people: dict[str, Any]) -> None:
+def test_authlibs_client_acts_for_a_person(served: Service, online: Human, for_people: dict[str, Any]) -> None:
     issuer, app = served.settings.issuer, for_people["public"]
     client = OAuth2Client(
         app.id, token_endpoint_auth_method="none", code_challenge_method="S256", redirect_uri=REDIRECT
@@ -145,7 +116,7 @@ def test_authlibs_client_acts_for_a_person(served: Service, ada: Human, for_peop
         verifier = secrets.token_urlsafe(48)
         url, state = client.create_authorization_url(found["authorization_endpoint"], code_verifier=verifier)
         first = client.fetch_token(
-            found["token_endpoint"], authorization_response=allowed(ada, url), code_verifier=verifier, state=state
+            found["token_endpoint"], authorization_response=allowed(online, url), code_verifier=verifier, state=state
         )
         assert client.get(f"{issuer}/v1/sources").status_code == 200
         second = client.refresh_token(found["token_endpoint"], refresh_token=first["refresh_token"])
