@@ -273,7 +273,7 @@ def test_an_os_keyring_keeps_the_token_where_there_is_one(home: Path, monkeypatc
     keyring, fail = types.ModuleType("keyring"), types.ModuleType("keyring.backends.fail")
     fail.Keyring = type("Keyring", (), {})  # type: ignore[attr-defined]  # as the package has it
     vars(keyring).update(
-        get_keyring=lambda: object(),
+        get_keyring=object,
         set_password=lambda service, name, value: secrets.__setitem__((service, name), value),
         get_password=lambda service, name: secrets.get((service, name)),
         delete_password=lambda service, name: secrets.pop((service, name)),
