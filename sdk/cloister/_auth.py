@@ -7,6 +7,8 @@ import base64
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from typing import Any
 
 import httpx2
 from pydantic import SecretStr, TypeAdapter
@@ -49,9 +51,10 @@ class ClientCredentials(httpx2.Auth):
         for _ in range(2):
             with self._lock:
                 if self._must_renew(refused):
-                    answer = yield self._ask(request)
-                    answer.read()
-                    self._take(answer)
+                    with self._alone():
+                        answer = yield self._ask(request)
+                        answer.read()
+                        self._take(answer)
                 token = self._token
             response = yield self._signed(request, token)
             if response.status_code != 401:
@@ -67,14 +70,22 @@ class ClientCredentials(httpx2.Auth):
         for _ in range(2):
             async with self._async_lock:
                 if self._must_renew(refused):
-                    answer = yield self._ask(request)
-                    await answer.aread()
-                    self._take(answer)
+                    async with self._alone_async():
+                        answer = yield self._ask(request)
+                        await answer.aread()
+                        self._take(answer)
                 token = self._token
             response = yield self._signed(request, token)
             if response.status_code != 401:
                 return
             refused = token
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Held while a token is asked for, against other processes that do the same with what only one can use."""
+        return nullcontext()
+
+    def _alone_async(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     def _must_renew(self, refused: SecretStr | None) -> bool:
         """True near expiry, or where nobody has yet replaced the token that was refused."""
@@ -111,7 +122,8 @@ class ClientCredentials(httpx2.Auth):
             request.headers["DPoP"] = self._proves_by.proof(request.method, url, shown)
         return request
 
-    def _take(self, answer: httpx2.Response) -> None:
+    def _take(self, answer: httpx2.Response) -> dict[str, Any]:
+        """Keep the token that was given; all that the server said. Raises what it refused with."""
         try:
             body = answer.json()
         except ValueError:
@@ -126,6 +138,8 @@ class ClientCredentials(httpx2.Auth):
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UnexpectedAnswer("the token endpoint gave no token; is this the URL of a Cloister server?") from None
         self._token, self._renew_at = token, time.monotonic() + max(1.0, life_s - _RENEW_S)
+        told: dict[str, Any] = body
+        return told
 
     def _in_our_words(self, refusal: APIError) -> APIError:
         """Whoever uses the SDK has given an id and a secret or key, and knows nothing of how they are sent."""

@@ -13,10 +13,12 @@ from cloister._budgets import BudgetReport
 from cloister._errors import ConfigurationError, InvalidArgument, valid
 from cloister._handles import AsyncJob, Job
 from cloister._http import AsyncSender, Sender, check_url
+from cloister._login import LoginCredentials
 from cloister._networks import ImportedNetwork, network_of
 from cloister._operations import Operations, id_or_blank
 from cloister._plans import Plan
 from cloister._possession import PrivateKey
+from cloister._profiles import Profile, ProfileStore
 from cloister._queries import AsyncQueries, Queries
 from cloister._resources import (
     AsyncDatasets,
@@ -34,13 +36,14 @@ from cloister.wire.layers import Layer
 from cloister.wire.plans import LoRA, Optimizer, PlanRequest, Precision, Privacy
 from cloister.wire.sources import Dataset, Source
 
-__all__ = ["AsyncCloister", "Cloister"]
+__all__ = ["AsyncCloister", "Cloister", "profile_directory", "profile_name"]
 
 _TIMEOUT_S = 60.0
+_CREDENTIALS = ("CLOISTER_CLIENT_ID", "CLOISTER_CLIENT_SECRET", "CLOISTER_PRIVATE_KEY")
 
 
 class _Connection:
-    """Where a client talks to, and as whom: arguments first, then CLOISTER_* of the environment."""
+    """Where a client talks to, and as whom: arguments first, then CLOISTER_* of the environment, then who is logged in."""
 
     def __init__(
         self,
@@ -52,6 +55,13 @@ class _Connection:
         dpop: bool | None,
         allow_insecure: bool,
     ) -> None:
+        if not (client_id or client_secret or private_key) and not any(os.environ.get(name) for name in _CREDENTIALS):
+            store = ProfileStore(profile_directory(), profile_name())
+            profile = store.read()
+            if profile is not None:
+                self.url = _url_of(profile, url or os.environ.get("CLOISTER_URL"), allow_insecure=allow_insecure)
+                self.auth: ClientCredentials = LoginCredentials(store, profile)
+                return
         self.url = check_url(_given(url, "url", "CLOISTER_URL"), allow_insecure=allow_insecure)
         self.auth = ClientCredentials(
             self.url,
@@ -59,6 +69,27 @@ class _Connection:
             _credential(client_secret, private_key),
             dpop=os.environ.get("CLOISTER_DPOP") == "1" if dpop is None else dpop,
         )
+
+
+def profile_directory() -> Path:
+    """Where logins are kept (freedesktop.org base directory specification)."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "cloister" / "profiles"
+
+
+def profile_name() -> str:
+    """Which login is meant."""
+    return os.environ.get("CLOISTER_PROFILE") or "default"
+
+
+def _url_of(profile: Profile, asked_for: str | None, *, allow_insecure: bool) -> str:
+    """The server of a login, which is the one that was asked for, if any was. Raises ConfigurationError."""
+    url = check_url(profile.url, allow_insecure=allow_insecure or profile.allow_insecure)
+    if asked_for is not None and asked_for.rstrip("/") != url:
+        raise ConfigurationError(
+            f"you are logged in at {url}, and the login's token is for no other server; choose another profile by CLOISTER_PROFILE "
+            f"or run `cloister login {asked_for}`, or give a client_id and its secret or key"
+        )
+    return url
 
 
 def _credential(client_secret: str | None, private_key: str | PathLike[str] | None) -> str | PrivateKey:
@@ -78,7 +109,7 @@ def _credential(client_secret: str | None, private_key: str | PathLike[str] | No
 def _given(value: str | None, name: str, variable: str) -> str:
     found = value or os.environ.get(variable)
     if not found:
-        raise ConfigurationError(f"no {name}: pass {name}=... or set {variable}")
+        raise ConfigurationError(f"no {name}: pass {name}=... or set {variable}, or run `cloister login URL` once")
     return found
 
 

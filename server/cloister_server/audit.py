@@ -18,7 +18,7 @@ from cloister_server.principal import Principal
 from cloister_server.store.session import writing
 from cloister_server.store.tables import AuditRow, new_id
 
-__all__ = ["allowed", "denials_kept", "keep_denial"]
+__all__ = ["allowed", "denials_kept", "keep_denial", "told"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,11 @@ _NAMING = re.compile(r"[A-Za-z0-9_-]{1,64}")
 def allowed(session: Session, authorized: Authorized[Any], verb: str, resource_id: str) -> None:
     """Tell of a deed in the transaction that does it: it is in the log if, and only if, it happened."""
     session.add(_row(authorized.principal, verb, resource_id, outcome="allowed", grant_id=authorized.grant_id))
+
+
+def told(session: Session, principal: Principal, verb: str, resource_id: str) -> None:
+    """Tell of what a person did about themselves, for which no grant is asked: that they let an app act for them."""
+    session.add(_row(principal, verb, resource_id, outcome="allowed"))
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 from cloister_server import audit, policy
 from cloister_server.errors import Invalid, NotFound, ServerError
 from cloister_server.principal import Principal
-from cloister_server.store import queries
+from cloister_server.store import identities, queries
+from cloister_server.store.identities import User
 from cloister_server.store.queries import ANY, VERBS
 from cloister_server.store.tables import App, Dataset, Grant, Job, Model, Source, Table, Tenant, Weights, new_id
 
@@ -22,6 +23,7 @@ __all__ = [
     "Role",
     "add",
     "find_app",
+    "find_holder",
     "forget_holder",
     "forget_resource",
     "grant_role",
@@ -71,10 +73,10 @@ def grant_to_creator(session: Session, principal: Principal, row: Source | Datas
         session.add(_grant(row.tenant_id, holder_id, verb, row.id))
 
 
-def grant_role(session: Session, app: App, role: Role) -> None:
-    """A role's verbs on everything of the app's own tenant."""
+def grant_role(session: Session, holder: App | User, role: Role) -> None:
+    """A role's verbs on everything of the holder's own tenant."""
     for verb in ROLES[role]:
-        session.add(_grant(app.tenant_id, app.id, verb, ANY))
+        session.add(_grant(holder.tenant_id, holder.id, verb, ANY))
 
 
 def forget_resource(session: Session, row: Dataset) -> None:
@@ -82,9 +84,9 @@ def forget_resource(session: Session, row: Dataset) -> None:
     queries.forget_grants_on(session, tenant_id=row.tenant_id, resource_id=row.id)
 
 
-def forget_holder(session: Session, app: App) -> None:
-    """Delete all grants, in whatever tenant, of an app that is being removed."""
-    queries.forget_grants_to(session, app.id)
+def forget_holder(session: Session, holder: App | User) -> None:
+    """Delete all grants, in whatever tenant, of an app or a person that is being removed."""
+    queries.forget_grants_to(session, holder.id)
 
 
 def add(
@@ -97,14 +99,14 @@ def add(
     effect: Literal["allow", "deny"] = "allow",
     expires: datetime | None = None,
 ) -> Grant:
-    """Let an app, of any tenant, do one verb to one resource of this tenant (or to any, '*'); or deny it.
+    """Let an app or a person, of any tenant, do one verb to one resource of this tenant (or to any, '*'); or deny it.
 
-    `to` and `resource_id` may be names as well. Raises NoSuch or Invalid where the app, the verb or the resource is not there: a
+    `to` and `resource_id` may be names as well. Raises NoSuch or Invalid where the holder, the verb or the resource is not there: a
     grant that never matches would be a false comfort.
     """
     authorized = policy.authorize_change(session, principal, "tenant.administer")
     tenant = authorized.resource
-    holder, covered = find_app(session, tenant, to), _resource_id(session, tenant, verb, resource_id)
+    holder, covered = find_holder(session, tenant, to), _resource_id(session, tenant, verb, resource_id)
     if covered is None:
         kind = VERBS[verb].__name__.lower()
         raise Invalid(
@@ -121,7 +123,7 @@ def listed(session: Session, principal: Principal, *, to: str | None = None) -> 
     """The grants on a tenant's resources, oldest first: all, or one app's."""
     tenant = session.get_one(Tenant, principal.tenant_id)
     policy.authorize(session, principal, "tenant.administer", tenant)
-    holder_id = None if to is None else find_app(session, tenant, to).id
+    holder_id = None if to is None else find_holder(session, tenant, to).id
     return list(session.scalars(queries.grants_of(tenant.id, holder_id)))
 
 
@@ -133,6 +135,7 @@ def names(session: Session, principal: Principal) -> dict[str, str]:
         tenant.id: tenant.name,
         **queries.names_of_resources(session, tenant.id),
         **queries.names_of_holders(session, tenant.id),
+        **identities.names_of_holders(session, tenant.id),
     }
 
 
@@ -169,6 +172,17 @@ def remove_all(
     for grant_id in found:
         remove(session, principal, grant_id)
     return found
+
+
+def find_holder(session: Session, tenant: Tenant, given: str) -> App | User:
+    """The app or person of this id in any tenant, of this name in the tenant, or of `TENANT/NAME`. Raises NoSuch."""
+    if _ID.fullmatch(given):
+        user = identities.user_of_id(session, given)
+    else:
+        of, _, name = given.rpartition("/")
+        there = queries.tenant_of_id_or_name(session, of) if of else tenant
+        user = None if there is None else identities.user_of_name(session, there.id, name)
+    return user if user is not None else find_app(session, tenant, given)
 
 
 def find_app(session: Session, tenant: Tenant, given: str) -> App:

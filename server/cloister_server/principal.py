@@ -10,11 +10,11 @@ __all__ = ["Principal"]
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks: an app of a tenant, or the operator at the deployment itself, who has no token and never comes by HTTP."""
+    """Who asks: an app or a person of a tenant, or the operator at the deployment itself, who has no token and never comes by HTTP."""
 
     tenant_id: str
     id: str
-    kind: Literal["app", "operator"]
+    kind: Literal["app", "user", "operator"]
     request_id: str
 
     @classmethod

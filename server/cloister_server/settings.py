@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from cloister_server.errors import StartRefused
 
@@ -58,6 +58,8 @@ class Settings(BaseModel):
     """The most that one request to the bucket may take, and that retries of it may begin after."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8443
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses of the proxies in front, separated by commas: of theirs the last X-Forwarded-For is believed."""
     issuer: str = ""
     """The public base URL, and the `iss` of every token; by default http://host:port."""
     http_server: Literal["granian", "uvicorn"] = "granian"
@@ -68,6 +70,11 @@ class Settings(BaseModel):
     token_lifetime_s: Annotated[int, Field(ge=30, le=600)] = 600
     max_body_bytes: Annotated[int, Field(ge=2**20, le=2**30)] = 64 * 2**20
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("trusted_proxies", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fill_derived(self) -> Settings:

@@ -20,6 +20,7 @@ from cloister_server import audit, budgets, keys, policy, processes, receipts, v
 from cloister_server.errors import Conflict, StartRefused
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.identities import Authorization, BrowserSession, Login, User
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
     App,
@@ -73,6 +74,7 @@ def plan(session: Session, principal: Principal) -> dict[str, Any]:
         ],
         "jobs_under_way": _count(session, Job, Job.tenant_id == tenant.id, Job.status.not_in(FINAL)),
         "clients": _count(session, App, App.tenant_id == tenant.id),
+        "accounts": _count(session, User, User.tenant_id == tenant.id),
         "grants": _count(session, Grant, _grants_of(tenant.id)),
         **_counted(session, tenant.id),
     }
@@ -254,14 +256,18 @@ def _cancel_jobs(session: Session, tenant_id: str) -> None:
 
 
 def _withdraw(session: Session, tenant_id: str) -> dict[str, int]:
-    """Delete the tenant's clients, all that they may do anywhere, and all that anybody may do here; how many of each."""
+    """Delete the tenant's clients and accounts, all that they may do anywhere, and all that anybody may do here; how many of each."""
     grants = _deleted(session, Grant, _grants_of(tenant_id))
-    return {"clients": _deleted(session, App, App.tenant_id == tenant_id), "grants": grants}
+    for table in (Login, BrowserSession, Authorization):
+        session.execute(delete(table).where(_of(table, tenant_id)))
+    accounts = _deleted(session, User, User.tenant_id == tenant_id)
+    return {"clients": _deleted(session, App, App.tenant_id == tenant_id), "grants": grants, "accounts": accounts}
 
 
 def _grants_of(tenant_id: str) -> Any:
     apps = select(App.id).where(App.tenant_id == tenant_id)
-    return or_(Grant.tenant_id == tenant_id, Grant.principal_id.in_(apps))
+    people = select(User.id).where(User.tenant_id == tenant_id)
+    return or_(Grant.tenant_id == tenant_id, Grant.principal_id.in_(apps), Grant.principal_id.in_(people))
 
 
 def _notes(session: Session, tenant_id: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,9 +13,10 @@ from cloister_server import audit, grants, policy, vault
 from cloister_server.errors import Conflict, Invalid
 from cloister_server.grants import NoSuch, Role
 from cloister_server.keyring import KeyRing
-from cloister_server.oauth import client_secrets
+from cloister_server.oauth import client_secrets, logins, redirects
 from cloister_server.principal import Principal
 from cloister_server.store import queries
+from cloister_server.store.identities import user_of_name
 from cloister_server.store.tables import App, Tenant, new_id, now
 
 __all__ = [
@@ -75,18 +77,24 @@ def create_client(
     role: Role,
     public_key: dict[str, str] | None = None,
     dpop: bool = False,
+    public: bool = False,
+    redirect_uris: Sequence[str] = (),
 ) -> tuple[App, str | None]:
     """An app of the operator's tenant with a role's grants, and its secret, which is nowhere but in this answer.
 
     With a public key, as `oauth.signed.read_public_key` reads it, there is no secret at all. With `dpop`
-    it gets none but tokens that are bound to a key of its own.
+    it gets none but tokens that are bound to a key of its own. A `public` one has neither secret nor key, and so must be given no
+    role: it acts for people, who are taken back to one of its `redirect_uris`.
     """
     authorized = policy.authorize_change(session, principal, "tenant.administer")
     tenant = authorized.resource
-    if queries.app_of_name(session, tenant.id, _checked(name)) is not None:
-        raise Conflict(f"the tenant has a client named {name!r} already; choose another name")
-    app = App(tenant_id=tenant.id, id=new_id("ap"), name=name, dpop=dpop)
-    secret = _set_credentials(session, keys, app, public_key)
+    if queries.app_of_name(session, tenant.id, _checked(name)) or user_of_name(session, tenant.id, name):
+        raise Conflict(f"the tenant has a client or an account named {name!r} already; choose another name")
+    if public and (public_key is not None or role != "none"):
+        raise Invalid("a public client has no key and no role: it can keep nothing secret, and does what people may do")
+    app = App(tenant_id=tenant.id, id=new_id("ap"), name=name, dpop=dpop, public=public, secret_mac=b"")
+    app.redirect_uris = redirects.checked(redirect_uris) or None
+    secret = None if public else _set_credentials(session, keys, app, public_key)
     session.add(app)
     grants.grant_role(session, app, role)
     audit.allowed(session, authorized, "client.create", app.id)
@@ -108,6 +116,8 @@ def rotate_client(
     """
     authorized = policy.authorize_change(session, principal, "tenant.administer")
     app = _own_app(session, authorized.resource, id_or_name)
+    if app.public:
+        raise Invalid("a public client has no secret to rotate; remove it, and every login by it ends")
     secret = _set_credentials(session, keys, app, public_key)
     app.secret_since = now()
     audit.allowed(session, authorized, "client.rotate", app.id)
@@ -124,6 +134,7 @@ def remove_client(session: Session, principal: Principal, id_or_name: str) -> Re
     app = _own_app(session, tenant, id_or_name)
     removed = Removed(app.id, app.name, queries.sources_of(session, app.id))
     grants.forget_holder(session, app)
+    logins.forget_client(session, app.id)
     session.delete(app)
     audit.allowed(session, authorized, "client.remove", app.id)
     return removed

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import uvicorn
 
 from cloister_server import deployment, tenants
 from cloister_server.app import create_app
+from cloister_server.oauth import authorizations, device_endpoint, passphrases
 from cloister_server.service import Service
 from cloister_server.store.session import writing
 from harness import free_port
+from people import Human, invited
 from server.conftest import (  # noqa: F401 (fixtures)
     Client,
     bearer,
@@ -84,10 +88,21 @@ def new_app(served: Service) -> Callable[..., Client]:
             made = found or tenants.create_tenant(session, served.keys, name=tenant, request_id="request-of-a-test")
             session.flush()
             operator = tenants.operator_of(made, request_id="request-of-a-test")
-            app, secret = tenants.create_client(session, served.keys, operator, name=name, role="steward", **more)
+            given = {"role": "steward", **more}
+            app, secret = tenants.create_client(session, served.keys, operator, name=name, **given)
             return Client(made.id, app.id, secret or "")
 
     return make
+
+
+@pytest.fixture
+def online(served: Service, new_app: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Human]:
+    """A person in a browser of their own."""
+    monkeypatch.setattr(passphrases, "MEMORY_KIB", 64)
+    for module in (authorizations, device_endpoint):
+        monkeypatch.setattr(module, "INTERVAL_S", 1)
+    with httpx2.Client(base_url=served.settings.issuer) as browser:
+        yield invited(served, browser, f"ada{secrets.token_hex(4)}").enrol()
 
 
 NODE = Path(__file__).parent / "node"

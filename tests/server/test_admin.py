@@ -470,7 +470,8 @@ def test_a_refusal_is_in_the_operators_words(
 def test_lists_are_columns_of_names(acme: Callable[..., Any], admin: Callable[..., Result]) -> None:
     made = acme("client", "create", "--tenant", "acme", "--name", "app", "--role", "predictor")
     lines = admin("client", "list", "--tenant", "acme").stdout.splitlines()
-    assert lines[0].split() == ["name", "client_id", "created", "secret_since", "public_key", "dpop"]
+    columns = "name client_id created secret_since public_key dpop public redirect_uris"
+    assert lines[0].split() == columns.split()
     assert lines[1].split()[:2] == ["app", made["client_id"]]
     lines = admin("grant", "list", "--tenant", "acme").stdout.splitlines()
     assert lines[0].split() == ["id", "to", "effect", "verb", "resource", "expires"]

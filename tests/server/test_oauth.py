@@ -284,7 +284,15 @@ def test_what_is_no_token_is_401_with_a_bearer_challenge(http: TestClient, heade
 def test_metadata_says_what_works_and_no_more(http: TestClient, service: Service) -> None:
     found = http.get("/.well-known/oauth-authorization-server").json()
     assert found["issuer"] == service.settings.issuer
-    assert found["grant_types_supported"] == ["client_credentials"]
+    assert found["grant_types_supported"] == [
+        "client_credentials",
+        "authorization_code",
+        "refresh_token",
+        "urn:ietf:params:oauth:grant-type:device_code",
+    ]
+    assert found["response_types_supported"] == ["code"] and found["code_challenge_methods_supported"] == ["S256"]
+    assert found["authorization_response_iss_parameter_supported"] is True
+    assert "none" not in found["introspection_endpoint_auth_methods_supported"]
     assert found["token_endpoint"].endswith("/oauth/token") and found["jwks_uri"].endswith("/.well-known/jwks.json")
     keys = http.get("/.well-known/cloister-certificate-keys").json()["keys"]
     assert [sorted(key) for key in keys] == [["crv", "kid", "kty", "x"]]

@@ -337,7 +337,7 @@ def test_the_receipt_counts_what_was_deleted_and_what_stays_is_there(
         planned = shredding.plan(session, house.operator)
     receipt = shred(service, house)
     assert receipt.deleted == {
-        "wrapped_keys": objects, "uploaded_weights": 1, "clients": 1, "grants": planned["grants"],
+        "wrapped_keys": objects, "uploaded_weights": 1, "clients": 1, "accounts": 0, "grants": planned["grants"],
     }  # fmt: skip
     assert all(planned[name] == many for name, many in receipt.deleted.items() if name in planned)
     assert {table: count(service, table, table.tenant_id == house.id) for table in kept} == kept

@@ -35,6 +35,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+PAGES = frozenset(f"/oauth/{page}" for page in ("authorize", "consent", "device", "invitation", "sign-in", "sign-out"))
+"""What people see in a browser: pages say themselves what they may do, and browsers must tell us where a form came from."""
+
 PUBLIC = frozenset(
     {
         "/healthz",
@@ -43,6 +46,8 @@ PUBLIC = frozenset(
         "/oauth/token",
         "/oauth/introspect",
         "/oauth/revoke",
+        "/oauth/device_authorization",
+        *PAGES,
         "/.well-known/oauth-authorization-server",
         "/.well-known/oauth-protected-resource",
         "/.well-known/jwks.json",
@@ -70,6 +75,7 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
+_OF_PAGES = {b"content-security-policy", b"referrer-policy"}
 _TLS_HEADER = (b"strict-transport-security", b"max-age=31536000")
 
 
@@ -96,8 +102,11 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 ours = (*self._headers, (b"x-request-id", request_id.encode()))
+                theirs = list(message.get("headers", ()))
+                kept = {name.lower() for name, _ in theirs} & _OF_PAGES if scope["path"] in PAGES else set()
+                ours = tuple(pair for pair in ours if pair[0] not in kept)
                 names = {name for name, _ in ours}
-                theirs = [pair for pair in message.get("headers", ()) if pair[0].lower() not in names]
+                theirs = [pair for pair in theirs if pair[0].lower() not in names]
                 message = {**message, "headers": [*theirs, *ours]}
             await send(message)
 

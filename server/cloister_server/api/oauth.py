@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
-from cloister_server.oauth.server import issue_token
+from cloister_server.api.pages import address_of
+from cloister_server.oauth.device_endpoint import authorize_device as authorize_device_
+from cloister_server.oauth.server import GRANT_TYPES, issue_token
 from cloister_server.oauth.tokens import introspect_token, revoke_token
 
 __all__ = ["router"]
@@ -30,9 +33,15 @@ def _form(**properties: Any) -> dict[str, Any]:
 _TOKEN = _form(token={"type": "string"})
 
 
-@router.post("/oauth/token", openapi_extra=_form(grant_type={"type": "string", "const": "client_credentials"}))
+@router.post("/oauth/token", openapi_extra=_form(grant_type={"type": "string", "enum": list(GRANT_TYPES)}))
 async def get_token(request: Request) -> JSONResponse:
     return await _answered(request, issue_token)
+
+
+@router.post("/oauth/device_authorization", openapi_extra=_form())
+async def authorize_device(request: Request) -> JSONResponse:
+    address = address_of(request.app.state.service, request)
+    return await _answered(request, partial(authorize_device_, address=address))
 
 
 @router.post("/oauth/introspect", openapi_extra=_TOKEN)

@@ -20,6 +20,7 @@ from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
 from cloister_server.cli.terminal import JSON, Confirm, Confirmation, DryRun, InTenant, operator_in, refusals, run, show
 from cloister_server.cli.token_keys import token_cli, token_key_cli
+from cloister_server.cli.users import user_cli
 from cloister_server.errors import Invalid
 from cloister_server.grants import Role
 from cloister_server.oauth.signed import read_public_key, thumbprint
@@ -44,7 +45,7 @@ client_cli, grant_cli, source_cli, budget_cli = (
 for name, group in {
     "tenant": tenant_cli,
     "storage": storage_cli,
-    "key": key_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
+    "key": key_cli, "user": user_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
     "audit": ledger.audit_cli, "ledger": ledger.ledger_cli, "token": token_cli, "token-key": token_key_cli,
 }.items():  # fmt: skip
     cli.add_typer(group, name=name)
@@ -64,7 +65,7 @@ PublicKey = Annotated[
         help="The client's public key, P-256 or Ed25519, as PEM or JWK: it has no secret then, which is safer."
     ),
 ]
-_HOLDER = "The app: by name, as TENANT/NAME where it is another tenant's, or by client id."
+_HOLDER = "The app or person: by name, as TENANT/NAME where it is another tenant's, or by id."
 
 
 @cli.callback()
@@ -117,6 +118,14 @@ def client_create(
     dpop: Annotated[
         bool, typer.Option("--dpop", help="Its tokens are bound to a key (RFC 9449): a stolen one is worth nothing.")
     ] = False,
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="It runs on people's own machines, has no secret, and acts for people alone."),
+    ] = False,
+    redirect_uri: Annotated[
+        list[str] | None,
+        typer.Option(help="Where it takes people back to, as it sends it; more than once for several."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
@@ -125,9 +134,18 @@ def client_create(
     def work(session: Session, service: Service) -> dict[str, Any]:
         operator, key = operator_in(session, tenant), _key_in(public_key)
         app, secret = tenants.create_client(
-            session, service.keys, operator, name=name, role=role, public_key=key, dpop=dpop
+            session,
+            service.keys,
+            operator,
+            name=name,
+            role="none" if public else role,
+            public_key=key,
+            dpop=dpop,
+            public=public,
+            redirect_uris=redirect_uri or (),
         )
-        return {**_credentials(app, secret), "name": app.name, "role": role, "dpop": dpop}
+        kind = {"role": role, "dpop": dpop} if not public else {"public": True, "dpop": dpop}
+        return {**_credentials(app, secret), "name": app.name, **kind, "redirect_uris": app.redirect_uris or []}
 
     run(work, as_json, dry_run=dry_run, fresh=("client_id", "client_secret"))
 
@@ -146,6 +164,8 @@ def client_list(tenant: InTenant, as_json: JSON = False) -> None:
                 "secret_since": app.secret_since or app.created,
                 "public_key": None if app.public_key is None else thumbprint(app.public_key),
                 "dpop": app.dpop,
+                "public": app.public,
+                "redirect_uris": app.redirect_uris or [],
             }
             for app in apps
         ]
@@ -318,6 +338,8 @@ def _credentials(app: App, secret: str | None) -> dict[str, Any]:
     """What a client shows from now on: its secret, told this once, or its key, by thumbprint (RFC 7638)."""
     if app.public_key is not None:
         return {"client_id": app.id, "public_key": thumbprint(app.public_key)}
+    if app.public:
+        return {"client_id": app.id}
     return {"client_id": app.id, "client_secret": secret}
 
 

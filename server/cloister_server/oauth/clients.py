@@ -1,6 +1,7 @@
 """Which app asks, by the credentials that came with its request; everybody else gets one and the same refusal. Knows SQL and keys.
 
-An app has a public key (private_key_jwt: RFC 7523 as updated by rfc7523bis) or a secret, and never both.
+An app has a public key (private_key_jwt: RFC 7523 as updated by rfc7523bis) or a secret, and never both; a public client has neither,
+and says no more than its id.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cloister_server import vault
 from cloister_server.oauth import client_secrets
+from cloister_server.oauth.authorizations import client_of_id
 from cloister_server.oauth.form import TokenRequest, invalid_client
 from cloister_server.oauth.replays import Replayed, take_once
 from cloister_server.oauth.signed import InvalidSigned, read_public_key, read_signed, verify
@@ -48,7 +50,17 @@ def authenticate_client(service: Service, request: TokenRequest) -> App:
 def _authenticated(service: Service, request: TokenRequest) -> App:
     if request.assertion is not None:
         return _by_assertion(service, request.client_id, request.assertion.get_secret_value())
-    return _by_secret(service, request.client_id, request.client_secret.get_secret_value())
+    secret = request.client_secret.get_secret_value()
+    return _by_secret(service, request.client_id, secret) if secret else _public(service, request.client_id)
+
+
+def _public(service: Service, client_id: str) -> App:
+    """The public client of this id (RFC 6749, section 2.1): anybody can say that they are it."""
+    with reading(service.engine) as session:
+        app = client_of_id(session, client_id)
+    if app is None or not app.public:
+        raise invalid_client()
+    return app
 
 
 def _by_secret(service: Service, client_id: str, secret: str) -> App:

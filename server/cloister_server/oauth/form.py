@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, unquote_plus
 from authlib.oauth2.rfc6749.errors import InvalidClientError, InvalidRequestError
 from pydantic import SecretStr
 
-__all__ = ["TokenRequest", "invalid_client", "read_token_request"]
+__all__ = ["TokenRequest", "invalid_client", "read_form", "read_token_request"]
 
 _MOST_FIELDS = 16
 _MOST_BYTES = 8 * 2**10
@@ -33,6 +33,7 @@ class TokenRequest:
     client_id: str
     """What the client calls itself; '' where its assertion alone says so."""
     client_secret: SecretStr
+    """Empty where there is none: then only a public client can be meant."""
     assertion: SecretStr | None = None
 
 
@@ -40,7 +41,7 @@ def read_token_request(headers: Sequence[tuple[bytes, bytes]], query: bytes, bod
     """Read a token request. Raises InvalidRequestError, or InvalidClientError where nobody, or nobody known, asks."""
     if query:
         raise InvalidRequestError("token parameters go into the body and never into the URL")
-    fields = _fields(headers, body)
+    fields = read_form(headers, body)
     authorization = [value for name, value in headers if name.lower() == b"authorization"]
     if len(authorization) > 1:
         raise InvalidRequestError("there is more than one Authorization header; send one")
@@ -61,7 +62,7 @@ def read_token_request(headers: Sequence[tuple[bytes, bytes]], query: bytes, bod
         return TokenRequest(kept, fields.get("client_id", ""), SecretStr(""), SecretStr(fields["client_assertion"]))
     else:
         client_id, secret = fields.get("client_id", ""), fields.get("client_secret", "")
-    if not _VISIBLE.fullmatch(client_id) or not _VISIBLE.fullmatch(secret):
+    if not _VISIBLE.fullmatch(client_id) or not (secret == "" or _VISIBLE.fullmatch(secret)):
         raise invalid_client()
     return TokenRequest(kept, client_id, SecretStr(secret))
 
@@ -76,7 +77,8 @@ def invalid_client() -> InvalidClientError:
     )
 
 
-def _fields(headers: Sequence[tuple[bytes, bytes]], body: bytes) -> dict[str, str]:
+def read_form(headers: Sequence[tuple[bytes, bytes]], body: bytes) -> dict[str, str]:
+    """The parameters of a form, each once; those without a value are left out. Raises InvalidRequestError."""
     content_type = Message()
     content_type["content-type"] = b"".join(v for name, v in headers if name.lower() == b"content-type").decode(
         "latin-1"

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from cloister_server.oauth.server import GRANT_TYPES
 from cloister_server.oauth.signed import ALGORITHMS
 from cloister_server.settings import Settings
 from cloister_server.store import queries
@@ -23,13 +24,23 @@ def server_metadata(settings: Settings) -> dict[str, Any]:
         "token_endpoint": f"{settings.issuer}/oauth/token",
         "introspection_endpoint": f"{settings.issuer}/oauth/introspect",
         "revocation_endpoint": f"{settings.issuer}/oauth/revoke",
+        "authorization_endpoint": f"{settings.issuer}/oauth/authorize",
+        "device_authorization_endpoint": f"{settings.issuer}/oauth/device_authorization",
         "jwks_uri": f"{settings.issuer}/.well-known/jwks.json",
-        "grant_types_supported": ["client_credentials"],
-        "response_types_supported": [],
+        "grant_types_supported": list(GRANT_TYPES),
+        "response_types_supported": ["code"],
+        "response_modes_supported": ["query"],
+        "code_challenge_methods_supported": ["S256"],
+        "authorization_response_iss_parameter_supported": True,
         "dpop_signing_alg_values_supported": list(ALGORITHMS),
-        **{f"{endpoint}_endpoint_auth_methods_supported": _CLIENT_METHODS for endpoint in _ENDPOINTS},
+        **{f"{endpoint}_endpoint_auth_methods_supported": _methods(endpoint) for endpoint in _ENDPOINTS},
         **{f"{endpoint}_endpoint_auth_signing_alg_values_supported": list(ALGORITHMS) for endpoint in _ENDPOINTS},
     }
+
+
+def _methods(endpoint: str) -> list[str]:
+    """Public clients say no more than their id, and cannot ask what others' tokens say."""
+    return _CLIENT_METHODS if endpoint == "introspection" else [*_CLIENT_METHODS, "none"]
 
 
 def resource_metadata(settings: Settings) -> dict[str, Any]:

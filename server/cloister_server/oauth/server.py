@@ -1,12 +1,13 @@
-"""The token endpoint: Authlib's core with one grant, one token format and our own client check. Knows SQL and keys; no framework.
+"""The token endpoint: Authlib's core with one token format and our own client check. Knows SQL and keys; no framework.
 
-Only client_credentials, and no scopes: what an app may do is in its grants and never in its token.
+An app gets tokens for itself by client_credentials, which is Authlib's grant; for a person by what that person allowed, of which
+`authorizations` and `logins` say what it is good for. No scopes: what somebody may do is in their grants and never in a token.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from authlib.oauth2.rfc6749 import (
@@ -15,6 +16,7 @@ from authlib.oauth2.rfc6749 import (
     InvalidScopeError,
     OAuth2Error,
     OAuth2Request,
+    UnauthorizedClientError,
 )
 from authlib.oauth2.rfc6749.grants import ClientCredentialsGrant
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
@@ -23,15 +25,36 @@ from joserfc.jwk import ECKey, KeySet
 from sqlalchemy.orm import Session
 
 from cloister_server import vault
+from cloister_server.oauth import verifier
+from cloister_server.oauth.authorizations import redeem_code, redeem_device
 from cloister_server.oauth.clients import authenticate_client
 from cloister_server.oauth.dpop import InvalidProof, proven_key
 from cloister_server.oauth.form import TokenRequest, read_token_request
+from cloister_server.oauth.logins import Begun, refresh
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.service import Service
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App, new_id
 
-__all__ = ["issue_token"]
+__all__ = ["GRANT_TYPES", "issue_token"]
+
+DEVICE_GRANT = "urn:ietf:params:oauth:grant-type:device_code"  # RFC 8628, section 3.4
+GRANT_TYPES = ("client_credentials", "authorization_code", "refresh_token", DEVICE_GRANT)
+
+_NEEDED = {
+    "authorization_code": ("code", "redirect_uri", "code_verifier"),
+    "refresh_token": ("refresh_token",),
+    DEVICE_GRANT: ("device_code",),
+}
+_WHY = {
+    "invalid_grant": "the code or refresh token is not this client's, is over or was used before, or does not go with what was sent; "
+    "let the person sign in again",
+    "authorization_pending": "the person has not decided yet; ask again after the interval",
+    "slow_down": "this was asked too soon; wait five seconds longer from now on",
+    "access_denied": "the person has not allowed it, or may not allow it any more",
+    "expired_token": "the person has not decided in time; begin again",
+    "invalid_target": "tokens are for this server alone",
+}
 
 logging.getLogger("authlib").setLevel(logging.WARNING)  # at DEBUG its grants print the tokens that they issue
 
@@ -43,8 +66,10 @@ def issue_token(
     try:
         request = read_token_request(headers, query, body)
         client = _Client(authenticate_client(service, request))
-        _check_grant(request)
+        grant_type = _grant_type(request, client.app)
         jkt = _bound_to(service, client.app, headers)
+        if grant_type != "client_credentials":
+            return _issue_for_person(service, request, client, jkt, request_id=verifier.request_id_of(headers))
     except OAuth2Error as error:
         status, answer, more = error()
         return status, answer, dict(more)
@@ -55,17 +80,60 @@ def issue_token(
     return answered
 
 
-def _check_grant(request: TokenRequest) -> None:
+def _grant_type(request: TokenRequest, app: App) -> str:
     """RFC 6749, 5.2. Authlib says both alike, and of neither what to send."""
     if "grant_type" not in request.parameters:
         raise InvalidRequestError("there is no grant_type; send grant_type=client_credentials")
-    if request.parameters["grant_type"] != "client_credentials":
+    grant_type = request.parameters["grant_type"]
+    if grant_type not in GRANT_TYPES:
         raise _UnsupportedGrant()
+    if app.public and grant_type == "client_credentials":
+        raise UnauthorizedClientError("a public client has no secret, and gets no token but for a person")
+    return grant_type
+
+
+def _issue_for_person(
+    service: Service, request: TokenRequest, client: _Client, jkt: str | None, *, request_id: str
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """A token for the person who allowed it, and the refresh token for the next one. Raises OAuth2Error."""
+    form, app = request.parameters, client.app
+    if form.get("scope"):
+        raise InvalidScopeError("there are no scopes here; what a person may do is in their grants; ask for none")
+    if form.get("resource", service.settings.issuer) != service.settings.issuer:
+        raise _Refused("invalid_target")
+    grant_type = form["grant_type"]
+    _require(form, _NEEDED[grant_type])
+    if grant_type == "authorization_code":
+        begun: Begun | str | None = redeem_code(service, app, form, proven=jkt, request_id=request_id)
+    elif grant_type == "refresh_token":
+        begun = refresh(service, form["refresh_token"], client_id=app.id, proven=jkt, is_public=app.public)
+    else:
+        begun = redeem_device(service, app, form, proven=jkt, request_id=request_id)
+    if not isinstance(begun, Begun):
+        raise _Refused(begun or "invalid_grant")
+    with reading(service.engine) as session:
+        token = _Tokens(service, session, jkt, begun).generate(
+            grant_type, client, user=_Person(begun.user_id), scope="", include_refresh_token=False
+        )
+    token["refresh_token"] = begun.refresh_token.get_secret_value()
+    return 200, token, {"Cache-Control": "no-store", "Pragma": "no-cache"}
+
+
+def _require(form: Mapping[str, str], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in form:
+            raise InvalidRequestError(f"there is no {name}; this grant is asked for with {', '.join(names)}")
 
 
 class _UnsupportedGrant(OAuth2Error):  # type: ignore[misc]  # Authlib has no types
     error = "unsupported_grant_type"
-    description = "this grant is not given here; send grant_type=client_credentials"
+    description = f"this grant is not given here; it is one of {', '.join(GRANT_TYPES)}"
+
+
+class _Refused(OAuth2Error):  # type: ignore[misc]  # Authlib has no types
+    def __init__(self, error: str) -> None:
+        super().__init__(description=_WHY[error])
+        self.error = error
 
 
 def _bound_to(service: Service, app: App, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
@@ -102,6 +170,16 @@ class _Client:
         return ""
 
 
+class _Person:
+    """A person as Authlib asks for a user."""
+
+    def __init__(self, user_id: str) -> None:
+        self._user_id = user_id
+
+    def get_user_id(self) -> str:
+        return self._user_id
+
+
 class _Request(OAuth2Request):  # type: ignore[misc]  # Authlib has no types
     def __init__(self, read: TokenRequest) -> None:
         # The URI is nobody's: TLS ends before this process, and Authlib only wants to see the scheme.
@@ -113,9 +191,9 @@ class _Request(OAuth2Request):  # type: ignore[misc]  # Authlib has no types
 class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no types
     """RFC 9068 tokens for this very server: audience and issuer are one."""
 
-    def __init__(self, service: Service, session: Session, jkt: str | None) -> None:
+    def __init__(self, service: Service, session: Session, jkt: str | None, begun: Begun | None = None) -> None:
         super().__init__(service.settings.issuer, ALGORITHM, expires_generator=self._lifetime_s)
-        self._service, self._session, self._jkt = service, session, jkt
+        self._service, self._session, self._jkt, self._begun = service, session, jkt, begun
 
     def generate(self, *given: Any, **more: Any) -> dict[str, Any]:
         token: dict[str, Any] = super().generate(*given, **more)
@@ -133,8 +211,11 @@ class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no 
         return new_id("tok")
 
     def get_extra_claims(self, client: _Client, grant_type: str, user: object, scope: str) -> dict[str, Any]:
-        tenant = {"tenant": client.app.tenant_id}  # for people who read tokens; no verifier of ours looks at it
-        return tenant if self._jkt is None else {**tenant, "cnf": {"jkt": self._jkt}}
+        tenant_id = client.app.tenant_id if self._begun is None else self._begun.tenant_id
+        claims: dict[str, Any] = {"tenant": tenant_id}  # for people who read tokens; no verifier of ours looks at it
+        if self._begun is not None:
+            claims["sid"] = self._begun.login_id
+        return claims if self._jkt is None else {**claims, "cnf": {"jkt": self._jkt}}
 
     def _lifetime_s(self, client: _Client, grant_type: str) -> int:
         return self._service.settings.token_lifetime_s

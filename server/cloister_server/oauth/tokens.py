@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 
 from cloister_server import audit, policy
 from cloister_server.errors import Unauthenticated
-from cloister_server.oauth import verifier
+from cloister_server.oauth import logins, verifier
 from cloister_server.oauth.clients import authenticate_client
-from cloister_server.oauth.form import read_token_request
+from cloister_server.oauth.form import invalid_client, read_token_request
 from cloister_server.oauth.verifier import AccessToken
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -35,8 +35,14 @@ def introspect_token(service: Service, headers: Sequence[tuple[bytes, bytes]], *
     """Is a token of the client's own tenant valid now, and what does it say? Status, JSON body and headers."""
     try:
         app, token = _asked(service, headers, query, body)
+        if app.public:  # RFC 7662, section 2.1: whoever may ask is known
+            raise invalid_client()
     except OAuth2Error as error:
         return _refused(error)
+    login = logins.of_refresh_token(service, token)
+    if login is not None and login.client_id == app.id:
+        told = {"client_id": app.id, "sub": login.user_id, "iss": service.settings.issuer}
+        return 200, {"active": True, **told, "exp": int(login.until.timestamp())}, {}
     try:
         read, tenant_id = verifier.inspect(service, token)
     except Unauthenticated:
@@ -49,7 +55,7 @@ def introspect_token(service: Service, headers: Sequence[tuple[bytes, bytes]], *
         "token_type": "Bearer" if read.jkt is None else "DPoP",
         **({} if read.jkt is None else {"cnf": {"jkt": read.jkt}}),
         "client_id": read.client_id,
-        "sub": read.client_id,
+        "sub": read.subject,
         "iss": issuer,
         "aud": issuer,
         "iat": read.issued,
@@ -59,11 +65,16 @@ def introspect_token(service: Service, headers: Sequence[tuple[bytes, bytes]], *
 
 
 def revoke_token(service: Service, headers: Sequence[tuple[bytes, bytes]], *, query: bytes, body: bytes) -> Answer:
-    """Revoke a token of the client's own. What is no valid token of its own is as revoked as it can be: 200, too."""
+    """Revoke an access token of the client's own, or a refresh token and with it the whole login.
+
+    What is no valid token of its own is as revoked as it can be: 200, too.
+    """
     try:
         app, token = _asked(service, headers, query, body)
     except OAuth2Error as error:
         return _refused(error)
+    if logins.end_by_refresh_token(service, token, client_id=app.id):
+        return 200, {}, {}
     try:
         read, _ = verifier.inspect(service, token)
     except Unauthenticated:

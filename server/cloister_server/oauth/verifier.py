@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from joserfc import jwt
@@ -31,10 +31,11 @@ from cloister_server.oauth.dpop import InvalidProof, proven_key
 from cloister_server.oauth.signed import ALGORITHMS
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.identities import standing_of_login
 from cloister_server.store.queries import standing_of, token_keys
 from cloister_server.store.session import reading
 
-__all__ = ["ALGORITHM", "TYPE", "AccessToken", "authenticate", "forget_after", "inspect", "recall"]
+__all__ = ["ALGORITHM", "TYPE", "AccessToken", "authenticate", "forget_after", "inspect", "recall", "request_id_of"]
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -50,6 +51,8 @@ _KEY_LOADS_APART_S = 1.0
 """Tokens of keys that we do not know cannot make us look for new ones more often."""
 _MOST_KEPT = 4096
 _CLOCKS_APART_S = 5
+_USER_ID = re.compile(r"us_[0-9a-f]{32}")
+_LOGIN_ID = re.compile(r"lg_[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,10 @@ class AccessToken:
     """What a token of ours says, and who signed it."""
 
     client_id: str
+    subject: str
+    """Who acts: the client itself, or the person that it acts for."""
+    login_id: str | None
+    """The person's login (`sid`); None where the client acts for itself."""
     key_id: str
     jti: str
     issued: int
@@ -71,7 +78,7 @@ def authenticate(service: Service, headers: Headers, *, method: str, path: str) 
     Raises Unauthenticated, in one sentence whatever is wrong with the token and in another whatever is with the proof.
     """
     token, is_bound = _given(service, headers)
-    read, principal = _memory(service).authenticate(service, token, _request_id(headers))
+    read, principal = _memory(service).authenticate(service, token, request_id_of(headers))
     if is_bound != (read.jkt is not None):
         raise _refusal(service)  # a bound token as if it were a bearer's, or the other way round
     if is_bound:
@@ -86,7 +93,7 @@ def authenticate(service: Service, headers: Headers, *, method: str, path: str) 
 def recall(service: Service, headers: Headers) -> Principal | None:
     """The same from memory alone, where that is fresh enough; None where something must be verified, as a proof always must."""
     token, is_bound = _given(service, headers)
-    read, principal = (None, None) if is_bound else _memory(service).recall(token, _request_id(headers))
+    read, principal = (None, None) if is_bound else _memory(service).recall(token, request_id_of(headers))
     return principal if read is not None and read.jkt is None else None
 
 
@@ -97,7 +104,7 @@ def inspect(service: Service, token: str) -> tuple[AccessToken, str]:
         raise _refusal(service)
     read = _memory(service).verify(service, encoded)
     with reading(service.engine) as session:
-        tenant_id = standing_of(session, read.client_id, key_id=read.key_id, jti=read.jti)
+        tenant_id = _standing(session, read)
     if tenant_id is None:
         raise _refusal(service)
     return read, tenant_id
@@ -138,12 +145,12 @@ class _Memory:
             self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
         asked_at, forgotten = time.monotonic(), self._forgotten
         with reading(service.engine) as session:
-            tenant_id = standing_of(session, read.client_id, key_id=read.key_id, jti=read.jti)
+            tenant_id = _standing(session, read)
         if tenant_id is None:
             raise _refusal(service)
         if forgotten == self._forgotten:  # else this was read before something was revoked
             self._keep(self._standing, digest, (tenant_id, asked_at + _STANDING_KEPT_S))
-        return read, Principal(tenant_id=tenant_id, id=read.client_id, kind="app", request_id=request_id)
+        return read, _principal(read, tenant_id, request_id)
 
     def recall(self, token: bytes, request_id: str) -> tuple[AccessToken, Principal] | tuple[None, None]:
         digest = hashlib.sha256(token).digest()
@@ -152,7 +159,7 @@ class _Memory:
             tenant_id, until = self._standing.get(digest, ("", 0.0))
         if read is None or until <= time.monotonic():
             return None, None
-        return read, Principal(tenant_id=tenant_id, id=read.client_id, kind="app", request_id=request_id)
+        return read, _principal(read, tenant_id, request_id)
 
     def forget(self) -> None:
         with self._lock:
@@ -201,6 +208,20 @@ class _Memory:
         return keys
 
 
+def _standing(session: Session, read: AccessToken) -> str | None:
+    """The tenant of whoever acts, if they still may act at all."""
+    if read.login_id is None:
+        return standing_of(session, read.client_id, key_id=read.key_id, jti=read.jti)
+    return standing_of_login(
+        session, read.login_id, user_id=read.subject, client_id=read.client_id, key_id=read.key_id, jti=read.jti
+    )
+
+
+def _principal(read: AccessToken, tenant_id: str, request_id: str) -> Principal:
+    kind: Literal["app", "user"] = "app" if read.login_id is None else "user"
+    return Principal(tenant_id=tenant_id, id=read.subject, kind=kind, request_id=request_id)
+
+
 def _public(secret: vault.SigningSecret) -> ECKey:
     public = ECKey.import_key(secret.secret).as_dict(private=False)
     return ECKey.import_key({**public, "kid": secret.id, "alg": ALGORITHM, "use": "sig"})
@@ -223,8 +244,13 @@ def _claims(issuer: str, token: bytes, key: ECKey) -> AccessToken:
         raise ValueError("another header than ours")
     claims, at = read.claims, time.time()
     client_id, jti, issued, expires = (claims.get(name) for name in ("client_id", "jti", "iat", "exp"))
-    if claims.get("iss") != issuer or claims.get("aud") != issuer or claims.get("sub") != client_id:
+    subject, login_id = claims.get("sub"), claims.get("sid")
+    if claims.get("iss") != issuer or claims.get("aud") != issuer:
         raise ValueError("of or for somebody else")
+    if login_id is None and subject != client_id:
+        raise ValueError("of a client, for somebody else")
+    if login_id is not None and not (_is_like(_LOGIN_ID, login_id) and _is_like(_USER_ID, subject)):
+        raise ValueError("of a person, without a login")
     if type(issued) is not int or type(expires) is not int or not isinstance(client_id, str):
         raise ValueError("claims of another type")
     if not isinstance(jti, str) or not 0 < len(jti) <= 64:
@@ -234,7 +260,12 @@ def _claims(issuer: str, token: bytes, key: ECKey) -> AccessToken:
     bound = claims.get("cnf")
     if bound is not None and (not isinstance(bound, dict) or not isinstance(bound.get("jkt"), str)):
         raise ValueError("bound to something else")
-    return AccessToken(client_id, str(key.kid), jti, issued, expires, bound["jkt"] if bound else None)
+    jkt = bound["jkt"] if bound else None
+    return AccessToken(client_id, str(subject), login_id, str(key.kid), jti, issued, expires, jkt)
+
+
+def _is_like(pattern: re.Pattern[str], claim: object) -> bool:
+    return isinstance(claim, str) and pattern.fullmatch(claim) is not None
 
 
 def _given(service: Service, headers: Headers) -> tuple[bytes, bool]:
@@ -246,7 +277,7 @@ def _given(service: Service, headers: Headers) -> tuple[bytes, bool]:
     return token, scheme.lower() == b"dpop"
 
 
-def _request_id(headers: Headers) -> str:
+def request_id_of(headers: Headers) -> str:
     """The edge has put exactly one valid id there."""
     return next((value.decode("ascii") for name, value in headers if name.lower() == b"x-request-id"), "")
 

@@ -134,6 +134,10 @@ class App(Table):
     """As a JWK, P-256 or Ed25519: its assertions are signed by the private half, which nobody else ever had."""
     dpop: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
     """Whether it gets none but tokens that are bound to a key of its own."""
+    public: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    """Whether it runs where it can keep no secret, and so has none: it acts for people alone."""
+    redirect_uris: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    """Where it takes people back to; null where it takes them nowhere."""
 
 
 class Grant(Table):
