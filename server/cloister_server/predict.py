@@ -24,6 +24,7 @@ from cloister_server.errors import BadRequest, Invalid, NotFound, TooLarge
 from cloister_server.networks import Networks
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import for_principal
 from cloister_server.store.session import reading
 from cloister_server.store.tables import Model, ModelVersion
 
@@ -69,7 +70,7 @@ class PredictRoute:
         self, principal: Principal, match: re.Match[str], body: bytes
     ) -> dict[str, Any] | tuple[Future[Network], Callable[[Network], dict[str, Any]]]:
         """The answer, or, where the model is not open, what will be its network and how to answer with that."""
-        with reading(self._service.engine) as session:
+        with reading(self._service.engine, for_principal(principal)) as session:
             number = int(match["version"]) if match["version"] else None
             authorized, version = models.find_version(session, principal, match["model"], number)
         answer = partial(_answered, authorized.resource, version, match["verb"], body)

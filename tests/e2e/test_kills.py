@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 import cloister
+from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.session import new_engine, reading
 from databases import new_postgres_database
 from harness import App, Deployment
 from journeys import upload
@@ -167,10 +169,10 @@ def _charged(deployment: Deployment, job: str) -> int:
 
 def _query(deployment: Deployment, statement: str, **values: object) -> object:
     url = deployment.database_url or f"sqlite:///{deployment.data_dir}/cloister.db"
-    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+    engine = new_engine(url)
     try:
-        with engine.connect() as connection:
-            return connection.scalar(text(statement), values)
+        with reading(engine, ALL_TENANTS) as session:
+            return session.scalar(text(statement), values)
     finally:
         engine.dispose()
 

@@ -23,6 +23,7 @@ from cloister_server.policy import Denied
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.queries import OPERATOR_VERBS
 from cloister_server.store.session import snapshot, writing
 
@@ -54,7 +55,7 @@ def run(work: Callable[[Session, Service], Any], as_json: bool) -> None:
     """One command, one transaction; its answer is shown."""
     with refusals(as_json):
         service = deployment.open_service(load_settings())
-        with denials_kept(service.engine), writing(service.engine) as session:
+        with denials_kept(service.engine), writing(service.engine, ALL_TENANTS) as session:
             answer = work(session, service)
         show(answer, as_json)
 
@@ -82,7 +83,7 @@ def require_confirmed(name: str, given: str | None, *, warning: str) -> None:
 def looking() -> Iterator[tuple[Session, Service]]:
     """For a command that only reads, maybe for long: a snapshot, so that nobody waits for it."""
     service = deployment.open_service(load_settings())
-    with denials_kept(service.engine), snapshot(service.engine) as session:
+    with denials_kept(service.engine), snapshot(service.engine, ALL_TENANTS) as session:
         yield session, service
 
 

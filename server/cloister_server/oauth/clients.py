@@ -20,6 +20,7 @@ from cloister_server.oauth.form import TokenRequest, invalid_client
 from cloister_server.oauth.replays import Replayed, take_once
 from cloister_server.oauth.signed import InvalidSigned, read_public_key, read_signed, verify
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.queries import app_of_id
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App
@@ -42,7 +43,7 @@ def authenticate_client(service: Service, request: TokenRequest) -> App:
 def _by_secret(service: Service, client_id: str, secret: str) -> App:
     if not _CLIENT_ID.fullmatch(client_id) or not client_secrets.is_well_formed(secret):
         raise invalid_client()
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         app = app_of_id(session, client_id)
         pepper = vault.signing_key(session, service.keys, "pepper").secret
     # Without a secret, or without an app, it is compared with what nobody has.
@@ -62,7 +63,7 @@ def _by_assertion(service: Service, named: str, assertion: str) -> App:
         nobodys = _NOBODYS_KEYS.get(str(signed.header.get("alg")))
         if nobodys is None:
             raise InvalidSigned("another algorithm")
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             app = app_of_id(session, client_id)
         key = app.public_key if app is not None else None
         verify(signed, key if key is not None and key["kty"] == nobodys["kty"] else nobodys)

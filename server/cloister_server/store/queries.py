@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Select, and_, case, delete, exists, false,
 from sqlalchemy.orm import Session, aliased
 
 from cloister_server.principal import Principal
+from cloister_server.store.isolation import lifted
 from cloister_server.store.tables import (
     App,
     Block,
@@ -42,6 +43,8 @@ __all__ = [
     "grants_of",
     "grants_on",
     "id_of_name",
+    "jobs_not_of",
+    "names_of_clients",
     "names_of_holders",
     "names_of_resources",
     "public_keys",
@@ -146,6 +149,11 @@ def tenant_of_id_or_name(session: Session, id_or_name: str) -> Tenant | None:
     return session.scalars(select(Tenant).where(or_(Tenant.id == id_or_name, Tenant.name == id_or_name))).first()
 
 
+def jobs_not_of(statuses: Collection[str]) -> Select[str, str]:
+    """Tenant and id of the jobs, in every tenant, that have none of these statuses, oldest first: for the worker."""
+    return select(Job.tenant_id, Job.id).where(Job.status.not_in(statuses)).order_by(Job.created, Job.id)
+
+
 def apps_of(tenant_id: str) -> Select[App]:
     return select(App).where(App.tenant_id == tenant_id).order_by(App.created, App.id)
 
@@ -158,7 +166,8 @@ def grants_of(tenant_id: str, holder_id: str | None) -> Select[Grant]:
 
 def app_of_id(session: Session, client_id: str) -> App | None:
     """The app of this client id, in whatever tenant: who it is, not what it may."""
-    return session.scalars(select(App).where(App.id == client_id)).one_or_none()
+    with lifted(session):
+        return session.scalars(select(App).where(App.id == client_id)).one_or_none()
 
 
 def blocks_of(session: Session, source: Source) -> list[tuple[int, str]]:
@@ -190,13 +199,21 @@ def names_of_resources(session: Session, tenant_id: str) -> dict[str, str]:
 
 def names_of_holders(session: Session, tenant_id: str) -> dict[str, str]:
     """Client id -> name of all who hold grants in this tenant; `TENANT/NAME` for the apps of another."""
-    holders = select(Grant.principal_id).where(Grant.tenant_id == tenant_id)
-    rows = session.execute(
+    return names_of_clients(
+        session, select(Grant.principal_id).where(Grant.tenant_id == tenant_id), seen_from=tenant_id
+    )
+
+
+def names_of_clients(session: Session, client_ids: Any, *, seen_from: str) -> dict[str, str]:
+    """Client id -> name; `TENANT/NAME` for the apps of another tenant than the one that they are seen from."""
+    named = (
         select(App.id, App.name, App.tenant_id, Tenant.name.label("tenant"))
         .join(Tenant, Tenant.id == App.tenant_id)
-        .where(App.id.in_(holders))
+        .where(App.id.in_(client_ids))
     )
-    return {row.id: row.name if row.tenant_id == tenant_id else f"{row.tenant}/{row.name}" for row in rows}
+    with lifted(session):
+        rows = session.execute(named).all()
+    return {row.id: row.name if row.tenant_id == seen_from else f"{row.tenant}/{row.name}" for row in rows}
 
 
 def app_of_name(session: Session, tenant_id: str, name: str) -> App | None:

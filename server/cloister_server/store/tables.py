@@ -22,6 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 __all__ = [
+    "SYSTEM",
     "App",
     "Attempt",
     "AuditRow",
@@ -36,6 +37,7 @@ __all__ = [
     "Link",
     "Model",
     "ModelVersion",
+    "Owned",
     "Part",
     "RevokedToken",
     "SealedObject",
@@ -50,6 +52,10 @@ __all__ = [
     "new_id",
     "now",
 ]
+
+
+SYSTEM = "system"
+"""Stands for a tenant where the keys are the service's own: its KEK wraps the signing keys."""
 
 
 def new_id(prefix: str) -> str:
@@ -87,6 +93,12 @@ def _id(*, primary: bool = True) -> Mapped[str]:
     return mapped_column(String(40), primary_key=primary)
 
 
+class Owned:
+    """A table whose every row is some tenant's: the mixin by which the gates of `isolation` know it."""
+
+    tenant_id: Mapped[str] = mapped_column(String(40), primary_key=True, sort_order=-1)
+
+
 class Tenant(Table):
     __tablename__ = "tenants"
     id: Mapped[str] = _id()
@@ -100,11 +112,10 @@ class Tenant(Table):
     """What was signed of its shredding; while that is under way, what is to be said of the steps that are done."""
 
 
-class TenantKey(Table):
+class TenantKey(Owned, Table):
     """One version of a key-encryption key (KEK), a tenant's or, as 'system', the service's: an id in a provider, never the key."""
 
     __tablename__ = "tenant_keys"
-    tenant_id: Mapped[str] = _id()
     version: Mapped[int] = mapped_column(primary_key=True)
     provider: Mapped[str] = mapped_column(String(64), default="local", server_default=text("'local'"))
     """Which of the deployment's key providers has it, by name."""
@@ -115,12 +126,11 @@ class TenantKey(Table):
     destroyed: Mapped[datetime | None]
 
 
-class App(Table):
+class App(Owned, Table):
     """An OAuth client of a tenant, with a secret, kept as an HMAC, or with a public key."""
 
     __tablename__ = "apps"
     __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_apps_id", "id"))
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     name: Mapped[str]
     secret_mac: Mapped[bytes]
@@ -134,12 +144,11 @@ class App(Table):
     """Whether it gets none but tokens that are bound to a key of its own."""
 
 
-class Grant(Table):
+class Grant(Owned, Table):
     """May (or may not: effect 'deny') a principal do a verb to a resource of this tenant; `resource_id` '*' is any."""
 
     __tablename__ = "grants"
     __table_args__ = (Index("ix_grants_principal", "principal_id", "tenant_id", "verb"),)
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     principal_id: Mapped[str] = _id(primary=False)
     effect: Mapped[str]
@@ -149,12 +158,11 @@ class Grant(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Source(Table):
+class Source(Owned, Table):
     """The people behind datasets. Only `epsilon` may ever change, and never below what is used."""
 
     __tablename__ = "sources"
     __table_args__ = (UniqueConstraint("tenant_id", "name"),)
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     name: Mapped[str]
     unit: Mapped[str]
@@ -166,7 +174,7 @@ class Source(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Block(Table):
+class Block(Owned, Table):
     """People who came to a source later than those of its earlier blocks, disjoint from them, with a budget of their own.
 
     Every source has a block 0 without a row here.
@@ -177,14 +185,13 @@ class Block(Table):
         UniqueConstraint("tenant_id", "source_id", "name"),
         ForeignKeyConstraint(["tenant_id", "source_id"], ["sources.tenant_id", "sources.id"]),
     )
-    tenant_id: Mapped[str] = _id()
     source_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class LedgerEntry(Table):
+class LedgerEntry(Owned, Table):
     """One append-only row of a source's ledger; the database itself refuses to update or delete it.
 
     kind 'block': a block was opened, with the owner's reason;
@@ -212,7 +219,6 @@ class LedgerEntry(Table):
         Index("ux_ledger_chunk", "tenant_id", "job_id", "attempt", "first_step", unique=True,
               sqlite_where=text("kind = 'chunk'"), postgresql_where=text("kind = 'chunk'")),
     )  # fmt: skip
-    tenant_id: Mapped[str] = _id()
     source_id: Mapped[str] = _id()
     revision: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[str]
@@ -228,7 +234,7 @@ class LedgerEntry(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Balance(Table):
+class Balance(Owned, Table):
     """What one holder, or '*' all together, has used of a block after a ledger row: append-only, and derived from the rows
     up to that one, so that admission reads one row however many there are."""
 
@@ -238,7 +244,6 @@ class Balance(Table):
             ["tenant_id", "source_id", "revision"], ["ledger.tenant_id", "ledger.source_id", "ledger.revision"]
         ),
     )
-    tenant_id: Mapped[str] = _id()
     source_id: Mapped[str] = _id()
     block: Mapped[int] = mapped_column(primary_key=True)
     holder_id: Mapped[str] = _id()
@@ -248,12 +253,11 @@ class Balance(Table):
     units (`ledger`), whose sums are exact in whatever order."""
 
 
-class Link(Table):
+class Link(Owned, Table):
     """One link of a tenant's chain: the digest of a ledger or audit row and of the link before. Append-only."""
 
     __tablename__ = "links"
     __table_args__ = (UniqueConstraint("tenant_id", "kind", "row_id"),)
-    tenant_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     """1, 2, 3, ... without a gap."""
     kind: Mapped[str]
@@ -263,7 +267,7 @@ class Link(Table):
     digest: Mapped[bytes]
 
 
-class Unit(Table):
+class Unit(Owned, Table):
     """A user whose rows are in a dataset, as an HMAC under the tenant's key: tells in which source and block that user is."""
 
     __tablename__ = "units"
@@ -271,20 +275,18 @@ class Unit(Table):
         ForeignKeyConstraint(["tenant_id", "dataset_id"], ["datasets.tenant_id", "datasets.id"]),
         Index("ix_units_dataset", "tenant_id", "dataset_id"),
     )
-    tenant_id: Mapped[str] = _id()
     mac: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
     dataset_id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
     block: Mapped[int]
 
 
-class Dataset(Table):
+class Dataset(Owned, Table):
     __tablename__ = "datasets"
     __table_args__ = (
         UniqueConstraint("tenant_id", "name"),
         ForeignKeyConstraint(["tenant_id", "source_id"], ["sources.tenant_id", "sources.id"]),
     )
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
     block: Mapped[int] = mapped_column(default=0, server_default=text("0"))
@@ -300,12 +302,11 @@ class Dataset(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Part(Table):
+class Part(Owned, Table):
     """One uploaded part: a number and a sealed object. How many rows it holds is sealed inside."""
 
     __tablename__ = "parts"
     __table_args__ = (ForeignKeyConstraint(["tenant_id", "dataset_id"], ["datasets.tenant_id", "datasets.id"]),)
-    tenant_id: Mapped[str] = _id()
     dataset_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     object_id: Mapped[str] = _id(primary=False)
@@ -314,12 +315,11 @@ class Part(Table):
     """What was sealed, under a key of this part's alone: no two parts have a digest in common, empty ones neither."""
 
 
-class SealedObject(Table):
+class SealedObject(Owned, Table):
     """A wrapped data key. What it sealed, if it came to that, lies in the blob store under the same id."""
 
     __tablename__ = "sealed_objects"
     __table_args__ = (Index("ix_sealed_objects_key", "tenant_id", "key_version"),)
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     kind: Mapped[str]
     key_version: Mapped[int]
@@ -332,7 +332,7 @@ class SealedObject(Table):
     """Bytes that it takes sealed, where that is known."""
 
 
-class Job(Table):
+class Job(Owned, Table):
     """A training run, or a query on a dataset. Its spec (with the architecture) is sealed: `spec_id` names the object."""
 
     __tablename__ = "jobs"
@@ -341,7 +341,6 @@ class Job(Table):
         ForeignKeyConstraint(["tenant_id", "model_id"], ["models.tenant_id", "models.id"]),
         Index("ix_jobs_status", "status"),
     )
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
     dataset_id: Mapped[str] = _id(primary=False)
@@ -368,12 +367,11 @@ class Job(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Attempt(Table):
+class Attempt(Owned, Table):
     """One start of a job's child process."""
 
     __tablename__ = "attempts"
     __table_args__ = (ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),)
-    tenant_id: Mapped[str] = _id()
     job_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     started: Mapped[datetime] = mapped_column(default=now)
@@ -384,23 +382,21 @@ class Attempt(Table):
     """What 'trained' left: the weights' object id and the digests that the certificate states; of 'answered' the answer's id."""
 
 
-class Model(Table):
+class Model(Owned, Table):
     __tablename__ = "models"
     __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_models_id", "id"))
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     name: Mapped[str]
     champion: Mapped[int]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class ModelVersion(Table):
+class ModelVersion(Owned, Table):
     __tablename__ = "model_versions"
     __table_args__ = (
         UniqueConstraint("tenant_id", "job_id"),
         ForeignKeyConstraint(["tenant_id", "model_id"], ["models.tenant_id", "models.id"]),
     )
-    tenant_id: Mapped[str] = _id()
     model_id: Mapped[str] = _id()
     version: Mapped[int] = mapped_column(primary_key=True)
     job_id: Mapped[str] = _id(primary=False)
@@ -409,23 +405,21 @@ class ModelVersion(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Weights(Table):
+class Weights(Owned, Table):
     """Uploaded weights to start training from: a sealed object and its digest."""
 
     __tablename__ = "weights"
     __table_args__ = (Index("ix_weights_id", "id"),)
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     object_id: Mapped[str] = _id(primary=False)
     digest: Mapped[str] = mapped_column(String(64))
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class AuditRow(Table):
+class AuditRow(Owned, Table):
     """Who did what to what, allowed or denied and by which grant. Never a secret, never a row of data."""
 
     __tablename__ = "audit"
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     time: Mapped[datetime] = mapped_column(default=now)
     principal_id: Mapped[str] = _id(primary=False)
@@ -437,11 +431,10 @@ class AuditRow(Table):
     request_id: Mapped[str]
 
 
-class IdempotencyKey(Table):
+class IdempotencyKey(Owned, Table):
     """A write that was answered: the same key with the same body gets the same answer."""
 
     __tablename__ = "idempotency_keys"
-    tenant_id: Mapped[str] = _id()
     principal_id: Mapped[str] = _id()
     route: Mapped[str] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(String(128), primary_key=True)
