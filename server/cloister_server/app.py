@@ -11,7 +11,19 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from cloister_server.api import datasets, discovery, jobs, models, oauth, plans, problems, queries, sources, weights
+from cloister_server.api import (
+    datasets,
+    discovery,
+    jobs,
+    models,
+    oauth,
+    plans,
+    policy,
+    problems,
+    queries,
+    sources,
+    weights,
+)
 from cloister_server.api.edge import Edge, Guard, Limits, StrictJSON
 from cloister_server.errors import ServerError
 from cloister_server.predict import PredictRoute
@@ -58,6 +70,6 @@ def _api(service: Service) -> FastAPI:
         ),
     )
     api.state.service = service
-    for each in (discovery, oauth, sources, datasets, plans, jobs, models, weights, queries):
+    for each in (discovery, oauth, sources, datasets, plans, jobs, models, weights, queries, policy):
         api.include_router(each.router)
     return api

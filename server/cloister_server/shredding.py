@@ -25,9 +25,11 @@ from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
     App,
     Grant,
+    Group,
     IdempotencyKey,
     Job,
     KeystoreBackup,
+    Member,
     Part,
     SealedObject,
     Table,
@@ -257,12 +259,15 @@ def _cancel_jobs(session: Session, tenant_id: str) -> None:
 def _withdraw(session: Session, tenant_id: str) -> dict[str, int]:
     """Delete the tenant's clients, all that they may do anywhere, and all that anybody may do here; how many of each."""
     grants = _deleted(session, Grant, _grants_of(tenant_id))
+    for table in (Member, Group):
+        session.execute(delete(table).where(_of(table, tenant_id)))
     return {"clients": _deleted(session, App, App.tenant_id == tenant_id), "grants": grants}
 
 
 def _grants_of(tenant_id: str) -> Any:
     apps = select(App.id).where(App.tenant_id == tenant_id)
-    return or_(Grant.tenant_id == tenant_id, Grant.principal_id.in_(apps))
+    groups = select(Group.id).where(Group.tenant_id == tenant_id)
+    return or_(Grant.tenant_id == tenant_id, Grant.principal_id.in_(apps), Grant.principal_id.in_(groups))
 
 
 def _notes(session: Session, tenant_id: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, event, inspect, or_, select, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,14 +17,23 @@ from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, with_lo
 
 from cloister_server.errors import ServerError, Unavailable
 from cloister_server.store.acting import Acting
-from cloister_server.store.tables import SYSTEM, Grant, Owned, Tenant, now
+from cloister_server.store.tables import SYSTEM, Grant, Member, Owned, Tenant, now
 
-__all__ = ["GATES", "OtherTenant", "acting_for", "gated", "lifted"]
+__all__ = ["DRIVER", "GATES", "OtherTenant", "acting_for", "acts_for", "gated", "lifted"]
+
+DRIVER = "driver"
+"""Under this name a session's `info` has the driver's connection of the transaction that is open, with what may be asked of it."""
 
 _ACTING, _TENANTS, _LIFTED = "acting", "tenants", "lifted"
 _TELL = text(
     "SELECT set_config('cloister.tenants', :tenants, true), set_config('cloister.principal', :principal, true)"
 )
+
+
+class _Driver(NamedTuple):
+    connection: Any
+    error: type[Exception]
+    revision: str
 
 
 class OtherTenant(ServerError):
@@ -50,6 +59,14 @@ def lifted(session: Session) -> Iterator[None]:
         _tell(session.connection(), before, _acting(session))
 
 
+def acts_for(session: Session, *tenant_ids: str) -> bool:
+    """Whether the session's transaction, which begins here at the latest, sees all of these tenants."""
+    if DRIVER not in session.info:
+        session.connection()
+    seen = session.info.get(_TENANTS, ())
+    return seen is None or all(each in seen for each in tenant_ids)
+
+
 def _acting(session: Session) -> Acting:
     """Unless it was told, a session acts for nobody."""
     acting: Acting = session.info.get(_ACTING, Acting(()))
@@ -72,6 +89,19 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
     except SQLAlchemyError:
         raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment") from None
     session.info[_TENANTS] = tenant_ids
+    mark = "?" if connection.dialect.name == "sqlite" else "%s"
+    session.info[DRIVER] = _Driver(
+        connection.connection.driver_connection,
+        connection.dialect.loaded_dbapi.Error,
+        f"SELECT revision FROM policy_revisions WHERE tenant_id = {mark}",  # noqa: S608 (the driver's own mark)
+    )
+
+
+def end(session: Session, transaction: SessionTransaction) -> None:
+    """The connection goes back to the pool: nothing is known of its next transaction."""
+    if transaction.parent is None:
+        session.info.pop(_TENANTS, None)
+        session.info.pop(DRIVER, None)
 
 
 def keep_to_tenants(state: ORMExecuteState) -> None:
@@ -109,7 +139,12 @@ def refuse_others(session: Session, *_: object) -> None:
                 raise OtherTenant(f"a {type(row).__name__} of a tenant that this transaction does not act for")
 
 
-GATES = (("after_begin", begin), ("do_orm_execute", keep_to_tenants), ("before_flush", refuse_others))
+GATES = (
+    ("after_begin", begin),
+    ("after_transaction_end", end),
+    ("do_orm_execute", keep_to_tenants),
+    ("before_flush", refuse_others),
+)
 """Session events and what is done at each."""
 
 
@@ -139,12 +174,13 @@ def _tell(connection: Connection, tenant_ids: tuple[str, ...] | None, acting: Ac
 
 def _sharing_with(tenant_id: str, principal_id: str) -> Any:
     """The tenants that granted the principal something. On the tables themselves, past the ORM's gate."""
-    grant, at = Grant.__table__.c, now()
+    grant, member, at = Grant.__table__.c, Member.__table__.c, now()
+    groups = select(member.group_id).where(member.tenant_id == tenant_id, member.principal_id == principal_id)
     return (
         select(grant.tenant_id)
         .distinct()
         .where(
-            grant.principal_id == principal_id,
+            or_(grant.principal_id == principal_id, grant.principal_id.in_(groups)),
             grant.tenant_id != tenant_id,
             grant.effect == "allow",
             or_(grant.expires.is_(None), grant.expires > at),

@@ -6,18 +6,21 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, case, delete, exists, false, or_, select
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, false, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from cloister_server.principal import Principal
+from cloister_server.store.conditions import is_from, restrictions
 from cloister_server.store.isolation import lifted
 from cloister_server.store.tables import (
     App,
     Block,
     Dataset,
     Grant,
+    Group,
     IdempotencyKey,
     Job,
+    Member,
     Model,
     RevokedToken,
     SigningKey,
@@ -36,12 +39,16 @@ __all__ = [
     "app_of_id",
     "app_of_name",
     "apps_of",
+    "bearing",
     "blocks_of",
+    "deciding",
     "forget_answers",
     "forget_grants_on",
     "forget_grants_to",
     "grants_of",
-    "grants_on",
+    "group_of",
+    "groups_of",
+    "holders_on",
     "id_of_name",
     "jobs_not_of",
     "names_of_clients",
@@ -75,6 +82,7 @@ VERBS: Mapping[str, type[Table]] = {
     "model.read": Model,
     "model.predict": Model,
     "model.publish": Model,
+    "policy.read": Tenant,
     "weights.create": Tenant,
     "weights.use": Weights,
 }
@@ -100,39 +108,54 @@ def visible_to(principal: Principal, table: type[R]) -> Select[R]:
     at = now()
     is_denied = exists().where(
         deny.tenant_id == allow.tenant_id,
-        deny.principal_id == allow.principal_id,
         deny.verb == allow.verb,
         _covers(deny, row.id),
+        _is_held_by(deny, principal),
         is_in_force(deny, at),
+        is_from(deny, principal.address),
         deny.effect != "allow",
     )
     is_allowed = exists().where(
         allow.tenant_id == row.tenant_id,
-        allow.principal_id == principal.id,
         allow.verb.in_([verb for verb, decided_on in VERBS.items() if decided_on is table]),
         _covers(allow, row.id),
+        _is_held_by(allow, principal),
         is_in_force(allow, at),
+        is_from(allow, principal.address),
         allow.effect == "allow",
         ~is_denied.correlate(table, allow),
     )
-    granting = select(Grant.tenant_id).where(Grant.principal_id == principal.id)
+    granting = select(Grant.tenant_id).where(_is_held_by(Grant, principal))
     return select(table).where(row.tenant_id.in_(granting), is_allowed.correlate(table))
 
 
-def grants_on(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[str, str]:
-    """Id and effect of the one grant that decides: a deny, where there is one, goes before every allow."""
+def deciding(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[Any]:
+    """The one grant that decides, if any does: the definition of a decision.
+
+    It is one on this verb and resource, or on any, that the principal or a group of its tenant with it as a member holds, in force
+    now and for where the request comes from. A deny goes before every allow; of several allows the one that is bound least does.
+    """
+    on_this = bearing(principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+    return on_this.where(is_in_force(Grant, now()), is_from(Grant, principal.address)).limit(1)
+
+
+def bearing(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[Any]:
+    """The grants on this that the principal or a group of its holds, in the order in which they decide, in force or not."""
     return (
-        select(Grant.id, Grant.effect)
+        select(Grant)
         .where(
             Grant.tenant_id == tenant_id,
-            Grant.principal_id == principal.id,
             Grant.verb == verb,
             _covers(Grant, resource_id),
-            is_in_force(Grant, now()),
+            _is_held_by(Grant, principal),
         )
-        .order_by(case((Grant.effect == "allow", 1), else_=0), Grant.id)
-        .limit(1)
+        .order_by(*restrictions(Grant))
     )
+
+
+def _is_held_by(grant: Any, principal: Principal) -> ColumnElement[bool]:
+    groups = select(Member.group_id).where(Member.tenant_id == principal.tenant_id, Member.principal_id == principal.id)
+    return or_(grant.principal_id == principal.id, grant.principal_id.in_(groups))
 
 
 def is_in_force(grant: Any, at: datetime) -> ColumnElement[bool]:
@@ -211,8 +234,11 @@ def names_of_clients(session: Session, client_ids: Any, *, seen_from: str) -> di
         .join(Tenant, Tenant.id == App.tenant_id)
         .where(App.id.in_(client_ids))
     )
+    of_groups = select(Group.id, Group.name, Group.tenant_id, Tenant.name.label("tenant")).join(
+        Tenant, Tenant.id == Group.tenant_id
+    )
     with lifted(session):
-        rows = session.execute(named).all()
+        rows = [*session.execute(named), *session.execute(of_groups.where(Group.id.in_(client_ids)))]
     return {row.id: row.name if row.tenant_id == seen_from else f"{row.tenant}/{row.name}" for row in rows}
 
 
@@ -220,9 +246,41 @@ def app_of_name(session: Session, tenant_id: str, name: str) -> App | None:
     return session.scalars(select(App).where(and_(App.tenant_id == tenant_id, App.name == name))).one_or_none()
 
 
+def group_of(session: Session, tenant_id: str | None, id_or_name: str) -> Group | None:
+    """The group of this id in any tenant, or of this name in one: who it is, not what its members may."""
+    named = Group.id == id_or_name
+    if tenant_id is not None:
+        named = or_(named, and_(Group.tenant_id == tenant_id, Group.name == id_or_name))
+    with lifted(session):
+        return session.scalars(select(Group).where(named)).first()
+
+
+def groups_of(session: Session, tenant_id: str) -> list[tuple[Group, list[str]]]:
+    """A tenant's groups, oldest first, each with the ids of its members."""
+    members: dict[str, list[str]] = {}
+    for group_id, principal_id in session.execute(
+        select(Member.group_id, Member.principal_id)
+        .where(Member.tenant_id == tenant_id)
+        .order_by(Member.created, Member.principal_id)
+    ):
+        members.setdefault(group_id, []).append(principal_id)
+    groups = session.scalars(select(Group).where(Group.tenant_id == tenant_id).order_by(Group.created, Group.id))
+    return [(group, members.get(group.id, [])) for group in groups]
+
+
+def holders_on(session: Session, verb: str, *, tenant_id: str, resource_id: str) -> list[tuple[str, str]]:
+    """Tenant and id of every app that a grant on this may be about, itself or by a group, in whatever tenant."""
+    of = select(Grant.principal_id).where(Grant.tenant_id == tenant_id, Grant.verb == verb, _covers(Grant, resource_id))
+    in_groups = select(Member.principal_id).where(Member.group_id.in_(of))
+    with lifted(session):
+        apps = select(App.tenant_id, App.id).where(or_(App.id.in_(of), App.id.in_(in_groups)))
+        return [(row.tenant_id, row.id) for row in session.execute(apps.order_by(App.created, App.id))]
+
+
 def forget_grants_to(session: Session, holder_id: str) -> None:
-    """Delete every grant that a principal holds, in whatever tenant: for one that is no more."""
+    """Delete every grant that a principal or group holds, in whatever tenant, and its memberships: for one that is no more."""
     session.execute(delete(Grant).where(Grant.principal_id == holder_id))
+    session.execute(delete(Member).where(or_(Member.principal_id == holder_id, Member.group_id == holder_id)))
 
 
 def forget_grants_on(session: Session, *, tenant_id: str, resource_id: str) -> None:

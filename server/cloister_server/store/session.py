@@ -14,7 +14,9 @@ from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.store import chain
 from cloister_server.store.acting import Acting
 from cloister_server.store.anchors import Anchors, Draft
+from cloister_server.store.decisions import SNAPSHOTS, Snapshots
 from cloister_server.store.isolation import acting_for, gated
+from cloister_server.store.rates import RATES, Rates
 
 __all__ = ["anchors_of", "check_durability", "new_engine", "reading", "snapshot", "writing"]
 
@@ -40,7 +42,7 @@ def new_engine(url: str, *, anchors: Anchors | None = None) -> Engine:
 
     What is written through it is held to `anchors`, and moves them; without them, chains are linked and anchored nowhere.
     """
-    options = {_ANCHORS: anchors}
+    options = {_ANCHORS: anchors, SNAPSHOTS: Snapshots(), RATES: Rates()}
     if not url.startswith("sqlite"):
         of_psycopg = url.replace("postgresql://", "postgresql+psycopg://", 1)
         return create_engine(of_psycopg, pool_pre_ping=True, execution_options=options)
@@ -65,7 +67,8 @@ def _begin(connection: Connection) -> None:
 @contextmanager
 def reading(engine: Engine, acting: Acting) -> Iterator[Session]:
     """A transaction that only reads, for whom it says; rolled back at the end."""
-    with _Reading(engine, expire_on_commit=False, info=acting_for(acting)) as session:
+    known = {name: engine.get_execution_options().get(name) for name in (SNAPSHOTS, RATES)}
+    with _Reading(engine, expire_on_commit=False, info=acting_for(acting) | known) as session:
         yield session
 
 
@@ -85,7 +88,8 @@ def writing(engine: Engine, acting: Acting) -> Iterator[Session]:
     """
     drafts: list[Draft] = []
     bound = engine.execution_options(**{_WRITES: True})
-    with _Writing(bound, expire_on_commit=False, info=acting_for(acting)) as session:
+    known = {RATES: engine.get_execution_options().get(RATES)}
+    with _Writing(bound, expire_on_commit=False, info=acting_for(acting) | known) as session:
         try:
             with session.begin():
                 yield session

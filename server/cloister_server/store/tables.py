@@ -30,15 +30,18 @@ __all__ = [
     "Block",
     "Dataset",
     "Grant",
+    "Group",
     "IdempotencyKey",
     "Job",
     "KeystoreBackup",
     "LedgerEntry",
     "Link",
+    "Member",
     "Model",
     "ModelVersion",
     "Owned",
     "Part",
+    "PolicyRevision",
     "RevokedToken",
     "SealedObject",
     "SeenProof",
@@ -145,7 +148,7 @@ class App(Owned, Table):
 
 
 class Grant(Owned, Table):
-    """May (or may not: effect 'deny') a principal do a verb to a resource of this tenant; `resource_id` '*' is any."""
+    """May (or may not: effect 'deny') a principal, or a group, do a verb to a resource of this tenant; `resource_id` '*' is any."""
 
     __tablename__ = "grants"
     __table_args__ = (Index("ix_grants_principal", "principal_id", "tenant_id", "verb"),)
@@ -156,6 +159,43 @@ class Grant(Owned, Table):
     resource_id: Mapped[str]
     expires: Mapped[datetime | None]
     created: Mapped[datetime] = mapped_column(default=now)
+    address_first: Mapped[str | None] = mapped_column(String(32))
+    """It counts for requests from here to `address_last` (`conditions.address_key`) alone; null is from anywhere."""
+    address_last: Mapped[str | None] = mapped_column(String(32))
+    max_epsilon: Mapped[float | None]
+    requests_per_minute: Mapped[int | None]
+    outputs: Mapped[str | None] = mapped_column(String(16))
+    """These three as in `conditions.Conditions`; null is without a bound."""
+
+
+class Group(Owned, Table):
+    """Principals of a tenant that grants are given to together, in that tenant or another."""
+
+    __tablename__ = "groups"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_groups_id", "id"))
+    id: Mapped[str] = _id()
+    name: Mapped[str]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Member(Owned, Table):
+    """A principal is in a group of its own tenant."""
+
+    __tablename__ = "members"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "group_id"], ["groups.tenant_id", "groups.id"]),
+        Index("ix_members_principal", "tenant_id", "principal_id"),
+    )
+    group_id: Mapped[str] = _id()
+    principal_id: Mapped[str] = _id()
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class PolicyRevision(Owned, Table):
+    """Counts the changes of a tenant's grants and members: the database itself does, by triggers, as such a change commits."""
+
+    __tablename__ = "policy_revisions"
+    revision: Mapped[int] = mapped_column(BigInteger)
 
 
 class Source(Owned, Table):

@@ -1,0 +1,192 @@
+"""Which grant decides: by the one query that defines it, or by a snapshot of the tenant's grants that agrees with it.
+
+A snapshot holds for one revision of the tenant's policy, which the database counts and which is read anew for every decision. Only
+transactions that read use one: what another has changed and not committed is no revision yet, and so it asks the query.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cloister_server.errors import Unavailable
+from cloister_server.principal import Principal
+from cloister_server.store.conditions import Conditions, address_key
+from cloister_server.store.isolation import DRIVER, acts_for, lifted
+from cloister_server.store.queries import ANY, bearing, deciding
+from cloister_server.store.tables import Grant, Member, now
+
+__all__ = ["SNAPSHOTS", "Decisive", "Snapshots", "bearing_on", "decisive", "decisive_by_query", "decisive_of"]
+
+SNAPSHOTS = "snapshots"
+"""Under this name a session's `info` has the engine's snapshots, where it may use them."""
+
+_MOST_TENANTS, _MOST_MEMOS = 2000, 20_000
+
+
+class Decisive(NamedTuple):
+    """The grant that decides."""
+
+    grant_id: str
+    effect: str
+    conditions: Conditions
+    holder_id: str
+    resource_id: str
+
+
+class _Entry(NamedTuple):
+    """A grant, in the order in which grants decide."""
+
+    is_allow: bool
+    outputs: int
+    epsilon: tuple[bool, float]
+    rate: tuple[bool, int]
+    grant_id: str
+    expires: datetime | None
+    network: tuple[str, str] | None
+    decisive: Decisive
+
+    def counts(self, at: datetime, address: str | None) -> bool:
+        if self.expires is not None and self.expires <= at:
+            return False
+        if self.network is None:
+            return True
+        return not self.is_allow if address is None else self.network[0] <= address <= self.network[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """A tenant's grants and members at one revision. Memos are decisions that hold as long as it does, or until a time."""
+
+    revision: int | None
+    entries: Mapping[tuple[str, str, str], tuple[_Entry, ...]]
+    """By holder, verb and resource."""
+    groups: Mapping[str, tuple[str, ...]]
+    """By principal of the tenant."""
+    memos: dict[tuple[str, str, str], tuple[Decisive | None, datetime | None]] = field(default_factory=dict)
+
+
+class Snapshots:
+    """One process' snapshots, by tenant."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, _Snapshot] = {}
+        self._lock = threading.Lock()
+
+    def of(self, session: Session, tenant_id: str) -> _Snapshot:
+        """The one of the tenant's revision as this transaction sees it."""
+        revision = _revision(session, tenant_id)
+        kept = self._kept.get(tenant_id)
+        if kept is not None and kept.revision == revision:
+            return kept
+        fresh = _Snapshot(revision, _entries(session, tenant_id), _groups(session, tenant_id))
+        with self._lock:
+            while len(self._kept) >= _MOST_TENANTS:
+                del self._kept[next(iter(self._kept))]
+            self._kept[tenant_id] = fresh
+        return fresh
+
+
+def decisive(session: Session, principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Decisive | None:
+    """What `decisive_by_query` says, sooner. Raises SQLAlchemyError or Unavailable where the store cannot be asked."""
+    snapshots: Snapshots | None = session.info.get(SNAPSHOTS)
+    if snapshots is None or not acts_for(session, tenant_id, principal.tenant_id):
+        return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+    snapshot = snapshots.of(session, tenant_id)
+    is_own = principal.tenant_id == tenant_id
+    place = (principal.id, verb, resource_id)
+    if is_own:
+        memo = snapshot.memos.get(place)
+        if memo is not None and (memo[1] is None or now() < memo[1]):
+            return memo[0]
+    groups = (snapshot if is_own else snapshots.of(session, principal.tenant_id)).groups.get(principal.id, ())
+    at, found = now(), _found(snapshot, (principal.id, *groups), verb, resource_id)
+    address = address_key(principal.address) if any(each.network for each in found) else None
+    decided = min((each for each in found if each.counts(at, address)), default=None)
+    answer = None if decided is None else decided.decisive
+    if is_own and not any(each.network for each in found):
+        if len(snapshot.memos) >= _MOST_MEMOS:
+            snapshot.memos.clear()
+        until = min((each.expires for each in found if each.expires is not None and each.expires > at), default=None)
+        snapshot.memos[place] = (answer, until)
+    return answer
+
+
+def decisive_by_query(
+    session: Session, principal: Principal, verb: str, *, tenant_id: str, resource_id: str
+) -> Decisive | None:
+    """The grant that decides, as `queries.deciding` defines it; None where there is none."""
+    asked = deciding(principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+    row = session.execute(asked).scalar_one_or_none()
+    return None if row is None else _decisive(row)
+
+
+def decisive_of(session: Session, who: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Decisive | None:
+    """What decides for somebody else than the session acts for, of whatever tenant: to be told, and never to be acted upon."""
+    with lifted(session):
+        return decisive_by_query(session, who, verb, tenant_id=tenant_id, resource_id=resource_id)
+
+
+def bearing_on(session: Session, who: Principal, verb: str, *, tenant_id: str, resource_id: str) -> list[Grant]:
+    """All grants of the tenant that somebody holds on this, itself or by a group, whether they count now or not."""
+    with lifted(session):
+        return list(session.scalars(bearing(who, verb, tenant_id=tenant_id, resource_id=resource_id)))
+
+
+def _found(snapshot: _Snapshot, holders: Iterable[str], verb: str, resource_id: str) -> list[_Entry]:
+    resources = (resource_id,) if resource_id == ANY else (resource_id, ANY)
+    places = ((holder, verb, resource) for holder in holders for resource in resources)
+    return [entry for place in places for entry in snapshot.entries.get(place, ())]
+
+
+def _revision(session: Session, tenant_id: str) -> int | None:
+    """Asked of the driver itself: this is all that a warm decision costs."""
+    if DRIVER not in session.info:
+        session.connection()
+    driver = session.info[DRIVER]
+    try:
+        row = driver.connection.execute(driver.revision, (tenant_id,)).fetchone()
+    except driver.error:
+        raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment") from None
+    return None if row is None else row[0]
+
+
+def _entries(session: Session, tenant_id: str) -> dict[tuple[str, str, str], tuple[_Entry, ...]]:
+    entries: dict[tuple[str, str, str], list[_Entry]] = {}
+    for row in session.scalars(select(Grant).where(Grant.tenant_id == tenant_id)):
+        entries.setdefault((row.principal_id, row.verb, row.resource_id), []).append(_entry(row))
+    return {place: tuple(found) for place, found in entries.items()}
+
+
+def _groups(session: Session, tenant_id: str) -> dict[str, tuple[str, ...]]:
+    members = select(Member.principal_id, Member.group_id).where(Member.tenant_id == tenant_id)
+    groups: dict[str, list[str]] = {}
+    for principal_id, group_id in session.execute(members):
+        groups.setdefault(principal_id, []).append(group_id)
+    return {principal_id: tuple(found) for principal_id, found in groups.items()}
+
+
+def _entry(row: Grant) -> _Entry:
+    outputs = {None: 0, "rounded": 1}.get(row.outputs, 2)
+    network = None if row.address_first is None else (row.address_first, row.address_last or row.address_first)
+    return _Entry(
+        row.effect == "allow",
+        outputs,
+        (row.max_epsilon is not None, -(row.max_epsilon or 0.0)),
+        (row.requests_per_minute is not None, -(row.requests_per_minute or 0)),
+        row.id,
+        row.expires,
+        network,
+        _decisive(row),
+    )
+
+
+def _decisive(row: Any) -> Decisive:
+    conditions = Conditions(row.max_epsilon, row.requests_per_minute, row.outputs)
+    return Decisive(row.id, row.effect, conditions, row.principal_id, row.resource_id)
