@@ -106,7 +106,12 @@ def decisive(session: Session, principal: Principal, verb: str, *, tenant_id: st
         if memo is not None and (memo[1] is None or now() < memo[1]):
             return memo[0]
     groups = (snapshot if is_own else snapshots.of(session, principal.tenant_id)).groups.get(principal.id, ())
-    at, found = now(), _found(snapshot, (principal.id, *groups), verb, resource_id)
+    found = _found(snapshot, (principal.id, *groups), verb, resource_id)
+    if not found:
+        if is_own and len(snapshot.memos) < _MOST_MEMOS:
+            snapshot.memos[place] = (None, None)
+        return None
+    at = now()
     address = address_key(principal.address) if any(each.network for each in found) else None
     decided = min((each for each in found if each.counts(at, address)), default=None)
     answer = None if decided is None else decided.decisive
@@ -140,9 +145,13 @@ def bearing_on(session: Session, who: Principal, verb: str, *, tenant_id: str, r
 
 
 def _found(snapshot: _Snapshot, holders: Iterable[str], verb: str, resource_id: str) -> list[_Entry]:
-    resources = (resource_id,) if resource_id == ANY else (resource_id, ANY)
-    places = ((holder, verb, resource) for holder in holders for resource in resources)
-    return [entry for place in places for entry in snapshot.entries.get(place, ())]
+    found: list[_Entry] = []
+    entries = snapshot.entries
+    for holder in holders:
+        found += entries.get((holder, verb, resource_id), ())
+        if resource_id != ANY:
+            found += entries.get((holder, verb, ANY), ())
+    return found
 
 
 def _revision(session: Session, tenant_id: str) -> int | None:
