@@ -10,7 +10,7 @@ import typer
 
 from cloister.wire.bundles import public_key_of
 from cloister_privacy.sealing.files import write_new
-from cloister_server import bundles
+from cloister_server import asking, bundles
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import JSON, at_work, operator_in, show
 from cloister_server.errors import Conflict, Invalid
@@ -36,8 +36,11 @@ def export(
         with denials_kept(service.engine), writing(service.engine) as session:
             operator = operator_in(session, tenant)
             bundles.note(session, operator)
-        with snapshot(service.engine) as session:
-            size = _written(to, bundles.sealed(session, operator, service, recipient=public_key))
+        size = asking.run(
+            lambda: snapshot(service.engine),
+            service.keys,
+            lambda session: _written(to, bundles.sealed(session, operator, service, recipient=public_key)),
+        )
         show({"tenant": operator.tenant_id, "bundle": str(to), "bytes": size}, as_json)
 
 

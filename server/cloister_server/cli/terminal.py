@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from cloister_privacy.errors import PrivacyError
-from cloister_server import deployment, tenants
+from cloister_server import asking, deployment, tenants
 from cloister_server.audit import denials_kept
 from cloister_server.errors import Invalid, LedgerRolledBack, NotFound, ServerError
 from cloister_server.grants import NoSuch
@@ -24,14 +24,14 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
 from cloister_server.store.queries import OPERATOR_VERBS
-from cloister_server.store.session import snapshot, writing
+from cloister_server.store.session import snapshot
 
 __all__ = [
     "HOW_TO_MEND",
     "JSON",
     "InTenant",
     "at_work",
-    "looking",
+    "look",
     "operator_in",
     "refusals",
     "request_id",
@@ -39,6 +39,8 @@ __all__ = [
     "run",
     "show",
 ]
+
+T = TypeVar("T")
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 InTenant = Annotated[str, typer.Option("--tenant", help="The tenant, by name or id.")]
@@ -54,8 +56,8 @@ def run(work: Callable[[Session, Service], Any], as_json: bool) -> None:
     """One command, one transaction; its answer is shown."""
     with refusals(as_json):
         service = deployment.open_service(load_settings())
-        with denials_kept(service.engine), writing(service.engine) as session:
-            answer = work(session, service)
+        with denials_kept(service.engine):
+            answer = service.write(lambda session: work(session, service))
         show(answer, as_json)
 
 
@@ -78,12 +80,11 @@ def require_confirmed(name: str, given: str | None, *, warning: str) -> None:
         raise Invalid(f"nothing was changed: confirm it with --confirm {name}. {warning}", code="not_confirmed")
 
 
-@contextmanager
-def looking() -> Iterator[tuple[Session, Service]]:
+def look(work: Callable[[Session, Service], T]) -> T:
     """For a command that only reads, maybe for long: a snapshot, so that nobody waits for it."""
     service = deployment.open_service(load_settings())
-    with denials_kept(service.engine), snapshot(service.engine) as session:
-        yield session, service
+    with denials_kept(service.engine):
+        return asking.run(lambda: snapshot(service.engine), service.keys, lambda session: work(session, service))
 
 
 @contextmanager
