@@ -37,7 +37,7 @@ def test_a_running_job_stops_at_a_chunk_boundary_and_goes_on_from_there_without_
     deployment.extra_env = {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "tracing"), os.environ.get("PYTHONPATH", "")]),
         "STEP_TRACE": str(tmp_path / "steps"),
-        "STEP_SLEEP_S": "0.05",
+        "STEP_SLEEP_S": "0.3",  # the job outlives a command that is slow to start
     }
     deployment.init().start()
     engine = new_engine(f"sqlite:///{deployment.data_dir}/cloister.db")
