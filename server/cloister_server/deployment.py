@@ -12,9 +12,10 @@ from typing import Any
 
 from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from cloister_privacy.sealing import InvalidWrap, KeyMissing, KeyProviderError, LocalKeyProvider
-from cloister_server import vault
+from cloister_server import asking, vault
 from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
 from cloister_server.keyring import LOCAL, KeyRing, read_provider_file
 from cloister_server.oauth import signing_keys
@@ -48,17 +49,9 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         migrate.upgrade(settings)
         engine = new_engine(settings.database_url.get_secret_value(), anchors=anchors)
         check_durability(engine)
-        with writing(engine) as session:
-            made = [purpose for purpose in _PURPOSES if not public_keys(session, purpose)]
-            if vault.active_key(session, vault.SYSTEM) is None:
-                vault.new_tenant_key(session, keys, vault.SYSTEM)
-                session.flush()  # it wraps the keys that follow
-            for purpose in made:
-                vault.new_signing_key(session, keys, purpose)
-            session.flush()
-            signing_keys.complete(session, keys)
-        with reading(engine) as session:
-            _check_keys(session, keys, settings)
+        asking.run(lambda: writing(engine), keys, lambda session: _make_system_key(session, keys))
+        asking.run(lambda: writing(engine), keys, _make_own_keys)
+        _check_keys(engine, keys, settings)
         with writing(engine) as session:
             drafts = chain.link_rows_from_before(session, anchors)
         for draft in drafts:
@@ -126,8 +119,7 @@ def check_ready(service: Service) -> None:
     """Raise Unavailable unless the database answers, is at this release's migration, and the service's keys open."""
     try:
         migrate.check_current(service.engine)
-        with reading(service.engine) as session:
-            _check_keys(session, service.keys, service.settings)
+        _check_keys(service.engine, service.keys, service.settings)
     except (SQLAlchemyError, StartRefused):
         raise Unavailable(
             "not ready: the database, its migration or the keys; the log of the start says more"
@@ -138,8 +130,8 @@ def _check_database(engine: Engine, keys: KeyRing, settings: Settings) -> None:
     try:
         check_durability(engine)
         migrate.check_current(engine)
+        _check_keys(engine, keys, settings)
         with reading(engine) as session:
-            _check_keys(session, keys, settings)
             chain.require_linked(session)
         _rolled_back(engine, settings)
     except (SQLAlchemyError, ImportError) as error:
@@ -218,12 +210,29 @@ def _has_keystore(settings: Settings) -> bool:
     return settings.key_dir.is_dir() and any(place != settings.anchor_dir for place in settings.key_dir.iterdir())
 
 
-def _check_keys(session: Any, keys: KeyRing, settings: Settings) -> None:
+def _make_system_key(session: Session, keys: KeyRing) -> None:
+    if vault.active_key(session, vault.SYSTEM) is None:
+        vault.new_tenant_key(session, provider=keys.default, tenant_id=vault.SYSTEM)
+
+
+def _make_own_keys(session: Session) -> None:
+    for purpose in _PURPOSES:
+        if not public_keys(session, purpose):
+            vault.new_signing_key(session, purpose)
+    session.flush()
+    signing_keys.complete(session)
+
+
+def _check_keys(engine: Engine, keys: KeyRing, settings: Settings) -> None:
     """The service's own keys open: these providers have the keys that this database was made with."""
-    try:
+
+    def opened(session: Session) -> None:
         for purpose in _PURPOSES:
             vault.signing_key(session, keys, purpose)
-        vault.require_system_key(session, keys)  # what opened just now may have been remembered
+        vault.require_system_key(session)  # what opened just now may have been remembered
+
+    try:
+        asking.run(lambda: reading(engine), keys, opened)
     except (KeyMissing, InvalidWrap):
         raise StartRefused(
             f"the keystore {settings.key_dir} (or the key provider that CLOISTER_KEY_PROVIDERS names) is not the one that the "

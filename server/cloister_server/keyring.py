@@ -10,15 +10,18 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Any, get_args
 
-from cloister_privacy.sealing import Context, KeyProvider, KeyProviderError, ProviderKind, open_provider
+from cloister_privacy.sealing import Context, Destruction, KeyProvider, KeyProviderError, ProviderKind, open_provider
 from cloister_privacy.sealing.files import read_private
-from cloister_server.errors import StartRefused
+from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.store.session import in_transaction
 
-__all__ = ["LOCAL", "KeyRing", "read_provider_file"]
+__all__ = ["LOCAL", "AskedInTransaction", "KeyProviderBusy", "KeyRing", "read_provider_file"]
 
 LOCAL = "local"
 """The name of the deployment's own keystore."""
@@ -31,9 +34,85 @@ _PATHS = {"directory", "library", "ca_file", "key_file"}
 
 _MOST_REMEMBERED = 64
 
+_MOST_WAITING = 24
+"""Threads of one process that wait for one provider. The API has 40, and others' requests to answer with them."""
+
+
+class AskedInTransaction(RuntimeError):
+    """A key provider was about to be asked while this thread has a transaction open: a fault of ours, whatever the provider."""
+
+
+class KeyProviderBusy(Unavailable):
+    """As many wait for this provider as may: another would only keep a thread from those whose keys are elsewhere."""
+
+    default_code = "key_provider_busy"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "too many requests wait for the key provider of this tenant, which is slow; nothing was changed; retry in a moment"
+        )
+
+
+class _Turns:
+    """Who may ask one provider now. The service's own keystore is in this process: nobody waits for it, and all may."""
+
+    def __init__(self, most: int | None) -> None:
+        self._free = None if most is None else BoundedSemaphore(most)
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Raises AskedInTransaction, always, where this thread has a transaction open, and KeyProviderBusy at once."""
+        if in_transaction():
+            raise AskedInTransaction("a key provider is asked in no transaction: end it, ask, and begin another")
+        if self._free is None:
+            yield
+            return
+        if not self._free.acquire(blocking=False):
+            raise KeyProviderBusy
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
+@dataclass(frozen=True, slots=True)
+class _InTurn:
+    """A provider whose every call is a turn."""
+
+    provider: KeyProvider
+    turns: _Turns
+
+    @property
+    def destruction(self) -> Destruction:
+        return self.provider.destruction
+
+    def create_key(self, key_id: str) -> None:
+        with self.turns.one():
+            self.provider.create_key(key_id)
+
+    def has_key(self, key_id: str) -> bool:
+        with self.turns.one():
+            return self.provider.has_key(key_id)
+
+    def wrap(self, key_id: str, key: bytes, *, context: Context) -> bytes:
+        with self.turns.one():
+            return self.provider.wrap(key_id, key, context=context)
+
+    def unwrap(self, key_id: str, wrapped: bytes, *, context: Context) -> bytes:
+        with self.turns.one():
+            return self.provider.unwrap(key_id, wrapped, context=context)
+
+    def destroy_key(self, key_id: str) -> None:
+        with self.turns.one():
+            self.provider.destroy_key(key_id)
+
 
 class KeyRing:
-    """Named key providers, one of which takes new keys. What opens them is secret: there is no repr of it."""
+    """Named key providers, one of which takes new keys. What opens them is secret: there is no repr of it.
+
+    None is ever asked, nor opened, by a thread that has a transaction open (AskedInTransaction), and at most 24 threads wait
+    for one that is not the service's own keystore (KeyProviderBusy).
+    """
 
     def __init__(
         self,
@@ -52,6 +131,7 @@ class KeyRing:
         self._settings = {name: dict(each) for name, each in providers.items()}
         self._opened: dict[str, KeyProvider] = {}
         self._openings: dict[str, Lock] = {}
+        self._turns: dict[str, _Turns] = {}
         self._remembers_s = remembers_s
         self._remembered: dict[tuple[str, str, bytes], tuple[float, bytes]] = {}
         self._lock = Lock()
@@ -69,9 +149,10 @@ class KeyRing:
             return opened
         with self._lock:
             opening = self._openings.setdefault(name, Lock())
-        with opening:  # of this name alone: to open a provider may take as long as its network does
+            turns = self._turns.setdefault(name, _Turns(None if name == LOCAL else _MOST_WAITING))
+        with turns.one(), opening:  # of this name alone: to open a provider may take as long as its network does
             if name not in self._opened:
-                self._opened[name] = self._open(name)
+                self._opened[name] = _InTurn(self._open(name), turns)
             return self._opened[name]
 
     def kind_of(self, name: str) -> str | None:
@@ -98,12 +179,17 @@ class KeyRing:
                 "CLOISTER_KEY_PROVIDERS names"
             ) from None
 
+    def remembered(self, name: str, key_id: str, wrapped: bytes) -> bytes | None:
+        """What `unwrap_often` got lately; None where the provider must be asked."""
+        known = self._remembered.get((name, key_id, wrapped))
+        return known[1] if known is not None and time.monotonic() - known[0] < self._remembers_s else None
+
     def unwrap_often(self, name: str, key_id: str, wrapped: bytes, *, context: Context) -> bytes:
         """A secret of the service itself that every request needs: asked of the provider once in a while."""
         place, now = (name, key_id, wrapped), time.monotonic()
-        known = self._remembered.get(place)
-        if known is not None and now - known[0] < self._remembers_s:
-            return known[1]
+        known = self.remembered(name, key_id, wrapped)
+        if known is not None:
+            return known
         secret = self.of(name).unwrap(key_id, wrapped, context=context)
         self._remembered[place] = (now, secret)
         while len(self._remembered) > _MOST_REMEMBERED:

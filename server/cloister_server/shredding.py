@@ -219,7 +219,8 @@ def _delete_blobs(service: Service, tenant_id: str) -> None:
 def _conclude(service: Service, principal: Principal) -> dict[str, Any]:
     """Delete the rows and sign the receipt: there is one if, and only if, all of it is done."""
     tenant_id = principal.tenant_id
-    with writing(service.engine) as session:
+
+    def concluded(session: Session) -> dict[str, Any]:
         gone = _counted(session, tenant_id)
         for table in _DELETED:
             session.execute(delete(table).where(_of(table, tenant_id)))
@@ -236,6 +237,8 @@ def _conclude(service: Service, principal: Principal) -> dict[str, Any]:
         tenant.status = "shredded"
         audit.allowed(session, authorized, "tenant.shredded", tenant_id)
         return tenant.receipt
+
+    return service.write(concluded)
 
 
 def _counted(session: Session, tenant_id: str) -> dict[str, int]:

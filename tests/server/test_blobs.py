@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from asked import asked_reading
 from cloister_server import vault
 from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.service import Service
 from cloister_server.settings import Settings, load_settings
 from cloister_server.store.blobs import Blobs
-from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import SealedObject, new_id
 from key_providers import ACCOUNT, FAULTS, Faulty, kms_server, served
 
@@ -205,18 +205,16 @@ def test_a_full_disk_refuses_an_upload_by_name_and_keeps_neither_row_nor_bytes(
     tenant_id = make_client().tenant_id
 
     def seal(size: int) -> str:
-        with writing(service.engine) as session:
-            return vault.seal_object(
-                session, service.keys, service.blobs, b"x" * size, tenant_id=tenant_id, kind="initial"
-            )
+        content, of = b"x" * size, {"tenant_id": tenant_id, "kind": "initial"}
+        return service.write(lambda session: vault.seal_object(session, service.blobs, content, **of))  # type: ignore[arg-type]  # mypy widens the values to str
 
     kept = seal(300_000)
     for _ in range(3):
         assert code_of(lambda: seal(2_000_000)) == "storage_full"
     assert [path.name for path in (small_disk / tenant_id).iterdir()] == [kept]
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         assert {row.id for row in session.query(SealedObject).filter_by(tenant_id=tenant_id)} == {kept}
-        opened = vault.open_object(session, service.keys, service.blobs, tenant_id=tenant_id, object_id=kept)
+        opened = vault.open_object(session, service.blobs, tenant_id=tenant_id, object_id=kept)
     assert opened == b"x" * 300_000
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     assert code_of(lambda: seal(10)) == "storage_unavailable"

@@ -17,6 +17,7 @@ from sqlalchemy import Engine, func, select
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from asked import asked_reading, asked_writing
 from cloister_privacy.sealing import KeyMissing, KeyProviderError, LocalKeyProvider, ProviderUnavailable
 from cloister_server import deployment, keys, keystore_backups, rewrapping, tenants, vault
 from cloister_server.cli.keys import key_cli
@@ -66,11 +67,11 @@ def service(engine: Engine, tmp_path: Path) -> Service:
         database_url=SecretStr(engine.url.render_as_string(hide_password=False)),
     )
     made = Service(settings, engine, deployment.open_keys(settings), Blobs.open_at(settings))
-    with writing(engine) as session:
-        vault.new_tenant_key(session, made.keys, SYSTEM)
+    with asked_writing(made) as session:
+        vault.new_tenant_key(session, provider="local", tenant_id=SYSTEM)
         session.flush()
         for purpose in PURPOSES:
-            vault.new_signing_key(session, made.keys, purpose)
+            vault.new_signing_key(session, purpose)
     return made
 
 
@@ -89,7 +90,7 @@ class Sealed:
 
     def __init__(self, service: Service, tenant: str = "acme", *, count: int = OBJECTS, provider: str | None = None):
         self.service, self.name, self.contents = service, tenant, dict[str, bytes]()
-        with writing(service.engine) as session:
+        with asked_writing(service) as session:
             made = tenants.create_tenant(
                 session, service.keys, name=tenant, request_id="request-of-a-test", provider=provider
             )
@@ -99,16 +100,15 @@ class Sealed:
 
     def seal(self) -> None:
         content, service = secrets.token_bytes(40), self.service
-        with writing(service.engine) as session:
-            made = vault.seal_object(session, service.keys, service.blobs, content, tenant_id=self.id, kind="part")
+        with asked_writing(service) as session:
+            made = vault.seal_object(session, service.blobs, content, tenant_id=self.id, kind="part")
         self.contents[made] = content
 
     def require_all_open(self, keys: KeyRing | None = None) -> None:
         for object_id, content in list(self.contents.items()):
-            with reading(self.service.engine) as session:
+            with asked_reading(self.service, keys) as session:
                 opened = vault.open_object(
                     session,
-                    keys or self.service.keys,
                     self.service.blobs,
                     tenant_id=self.id,
                     object_id=object_id,
@@ -145,8 +145,9 @@ def files(service: Service) -> dict[Path, bytes]:
 
 
 def secrets_of(service: Service, ring: KeyRing | None = None) -> list[vault.SigningSecret]:
-    with reading(service.engine) as session:
-        return [vault.signing_key(session, ring or service.keys, purpose) for purpose in PURPOSES]
+    return service.read(
+        lambda session: [vault.signing_key(session, ring or service.keys, purpose) for purpose in PURPOSES]
+    )
 
 
 def test_a_rotation_rewraps_every_data_key_and_touches_no_object(acme: Sealed, service: Service) -> None:
@@ -183,8 +184,8 @@ def test_the_systems_key_moves_and_the_services_keys_stay_the_same(service: Serv
     assert states(service, SYSTEM) == [(1, "local", "decrypt-only", 0), (2, "second", "active", len(PURPOSES))]
     keys.destroy(service, SYSTEM, version=1, request_id="request-of-a-test")
     assert secrets_of(service) == secrets_of(service, deployment.open_keys(service.settings)) == before
-    with writing(service.engine) as session:
-        made = vault.new_signing_key(session, service.keys, "token")
+    with asked_writing(service) as session:
+        made = vault.new_signing_key(session, "token")
     assert secrets_of(service)[0].id == made.id
 
 
@@ -372,8 +373,8 @@ def test_a_destroyed_version_opens_nothing_from_before_the_rotation(acme: Sealed
     with writing(service.engine) as session:
         row = session.get_one(SealedObject, (acme.id, backup[0].id))
         row.key_version, row.wrapped_key = backup[0].key_version, backup[0].wrapped_key
-    with reading(service.engine) as session, pytest.raises(TenantKeyRefused):
-        vault.data_key(session, service.keys, tenant_id=acme.id, object_id=backup[0].id)
+    with asked_reading(service) as session, pytest.raises(TenantKeyRefused):
+        vault.data_key(session, tenant_id=acme.id, object_id=backup[0].id)
     assert acme.rotate().unopened == [backup[0].id]
 
 

@@ -21,6 +21,7 @@ from sqlalchemy import create_engine, func, make_url, select, text
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from asked import asked_reading, asked_writing
 from cloister.cli import main
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, NumberColumn, Schema
@@ -156,12 +157,12 @@ def furnish(
 
 
 def publish(service: Service, house: House, weights: bytes) -> None:
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         model = Model(tenant_id=house.id, id=new_id("mdl"), name="kinds", champion=1)
         session.add(model)
         session.flush()
         of = {"tenant_id": house.id, "kind": "weights"}
-        sealed = vault.seal_object(session, service.keys, service.blobs, weights, **of)  # type: ignore[arg-type]
+        sealed = vault.seal_object(session, service.blobs, weights, **of)  # type: ignore[arg-type]
         session.add(
             ModelVersion(tenant_id=house.id, model_id=model.id, version=1, job_id=new_id("job"), weights_id=sealed,
                          certificate={})
@@ -207,14 +208,14 @@ def counted(service: Service, house: House) -> int:
 def opened(service: Service, house: House) -> dict[str, bytes | str]:
     """What each of a tenant's sealed objects opens to, or the code of the refusal."""
     found: dict[str, bytes | str] = {}
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         for row in session.scalars(select(SealedObject).where(SealedObject.tenant_id == house.id)):
             of: dict[str, Any] = {"tenant_id": house.id, "object_id": row.id}
             try:
                 found[row.id] = (
-                    vault.data_key(session, service.keys, **of).secret
+                    vault.data_key(session, **of).secret
                     if row.kind == "units"
-                    else vault.open_object(session, service.keys, service.blobs, **of)
+                    else vault.open_object(session, service.blobs, **of)
                 )
             except (ServerError, InvalidSeal) as error:
                 found[row.id] = str(getattr(error, "code", type(error).__name__))
@@ -385,13 +386,13 @@ def test_a_shredded_tenant_takes_nothing_new_from_the_operator_either(
         ),
     ]
     for act in acts:
-        with pytest.raises(Conflict) as refused, writing(service.engine) as session:
-            act(session)
+        with pytest.raises(Conflict) as refused:
+            service.write(act)
         assert refused.value.code == "tenant_shredded"
     with pytest.raises(Conflict):
         keys.rotate(service, house.id, request_id="request-of-a-test")
-    with pytest.raises(TenantKeyRefused), writing(service.engine) as session:
-        vault.seal_object(session, service.keys, service.blobs, b"x", tenant_id=house.id, kind="part")
+    with pytest.raises(TenantKeyRefused), asked_writing(service) as session:
+        vault.seal_object(session, service.blobs, b"x", tenant_id=house.id, kind="part")
     assert_nothing_is_left(service, house)
 
 
@@ -461,8 +462,8 @@ def test_a_provider_that_is_away_leaves_the_tenant_closed_and_the_next_run_goes_
     with pytest.raises(Conflict, match="no key provider 'second'") as refused:
         shredding.shred(service, house.operator)
     assert refused.value.code == "shredding_unfinished" and "run the command again" in refused.value.message
-    with pytest.raises(TenantKeyRefused), writing(both.engine) as session:
-        vault.seal_object(session, both.keys, both.blobs, b"x", tenant_id=house.id, kind="part")
+    with pytest.raises(TenantKeyRefused), asked_writing(both) as session:
+        vault.seal_object(session, both.blobs, b"x", tenant_id=house.id, kind="part")
     with reading(service.engine) as session:
         assert session.get_one(Tenant, house.id).status == "shredding"
         with pytest.raises(Conflict, match="not shredded yet"):

@@ -33,7 +33,6 @@ from cloister_server.oauth.form import TokenRequest, read_token_request
 from cloister_server.oauth.logins import Begun, refresh
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.service import Service
-from cloister_server.store.session import reading
 from cloister_server.store.tables import App, new_id
 
 __all__ = ["GRANT_TYPES", "issue_token"]
@@ -73,10 +72,9 @@ def issue_token(
     except OAuth2Error as error:
         status, answer, more = error()
         return status, answer, dict(more)
-    with reading(service.engine) as session:
-        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(
-            service, session, client, jkt
-        ).create_token_response(request)
+    answered: tuple[int, dict[str, Any], dict[str, str]] = service.read(
+        lambda session: _Server(service, session, client, jkt).create_token_response(request)
+    )
     return answered
 
 
