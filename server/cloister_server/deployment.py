@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import getpass
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine, make_url, select
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -24,8 +25,10 @@ from cloister_server.settings import Settings
 from cloister_server.store import chain, migrate
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import check_durability, new_engine, reading, writing
+from cloister_server.store.tables import TenantKey
 
 __all__ = ["check_initialised", "check_ready", "initialise", "open_keys", "open_service", "rolled_back"]
 
@@ -52,6 +55,7 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         asking.run(lambda: writing(engine), keys, lambda session: _make_system_key(session, keys))
         asking.run(lambda: writing(engine), keys, _make_own_keys)
         _check_keys(engine, keys, settings)
+        _record_keys(engine, settings)
         with writing(engine) as session:
             drafts = chain.link_rows_from_before(session, anchors)
         for draft in drafts:
@@ -82,12 +86,8 @@ def open_keys(settings: Settings) -> KeyRing:
                 f"there is no keystore in {settings.key_dir}: not initialised; run `cloister-admin init`"
             )
         passphrase = None if settings.key_file else _ask_passphrase("Passphrase of the keystore: ")
-        try:
-            opened = LocalKeyProvider.open(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
-        except KeyProviderError as error:
-            raise StartRefused(str(error)) from None
-        providers[LOCAL] = _local(settings, opened)
-    return KeyRing(default, providers, file=settings.key_providers, remembers_s=settings.key_cache_s)
+        providers[LOCAL] = _local(settings, LocalKeyProvider.open, passphrase)
+    return _ring(settings, default, providers)
 
 
 def open_service(settings: Settings, *, keys: KeyRing | None = None) -> Service:
@@ -173,12 +173,13 @@ def _open_or_create_keys(settings: Settings, passphrase: str | None) -> KeyRing:
         elif passphrase is None:
             passphrase = _new_passphrase() if is_new else _ask_passphrase("Passphrase of the keystore: ")
         make = LocalKeyProvider.create if is_new else LocalKeyProvider.open
-        try:
-            opened = make(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
-        except KeyProviderError as error:
-            raise StartRefused(str(error)) from None
-        providers[LOCAL] = _local(settings, opened)
-    return KeyRing(default, providers, file=settings.key_providers, remembers_s=settings.key_cache_s)
+        providers[LOCAL] = _local(settings, make, passphrase)
+    return _ring(settings, default, providers)
+
+
+def _ring(settings: Settings, default: str, providers: dict[str, dict[str, Any]]) -> KeyRing:
+    record = KeyRecord(settings.key_record_dir)
+    return KeyRing(default, providers, record=record, file=settings.key_providers, remembers_s=settings.key_cache_s)
 
 
 def _providers(settings: Settings) -> tuple[str, dict[str, dict[str, Any]]]:
@@ -201,7 +202,11 @@ def _providers(settings: Settings) -> tuple[str, dict[str, dict[str, Any]]]:
     return default, providers
 
 
-def _local(settings: Settings, opened: LocalKeyProvider) -> dict[str, Any]:
+def _local(settings: Settings, make: Callable[..., LocalKeyProvider], passphrase: str | None) -> dict[str, Any]:
+    try:
+        opened = make(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
+    except KeyProviderError as error:
+        raise StartRefused(str(error)) from None
     return {"kind": "local", "directory": settings.key_dir, "root_key": opened.root_key}
 
 
@@ -221,6 +226,15 @@ def _make_own_keys(session: Session) -> None:
             vault.new_signing_key(session, purpose)
     session.flush()
     signing_keys.complete(session)
+
+
+def _record_keys(engine: Engine, settings: Settings) -> None:
+    """Put on record the keys from before there was a record."""
+    record = KeyRecord(settings.key_record_dir)
+    with reading(engine) as session:
+        rows = session.execute(select(TenantKey.key_id, TenantKey.provider).where(TenantKey.state != "destroyed")).all()
+    for key_id, provider in rows:
+        record.note(key_id, provider=provider)
 
 
 def _check_keys(engine: Engine, keys: KeyRing, settings: Settings) -> None:

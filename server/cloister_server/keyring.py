@@ -19,6 +19,7 @@ from typing import Any, get_args
 from cloister_privacy.sealing import Context, Destruction, KeyProvider, KeyProviderError, ProviderKind, open_provider
 from cloister_privacy.sealing.files import read_private
 from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.session import in_transaction
 
 __all__ = ["LOCAL", "AskedInTransaction", "KeyProviderBusy", "KeyRing", "read_provider_file"]
@@ -31,6 +32,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LARGEST_FILE = 2**20
 _PATHS = {"directory", "library", "ca_file", "key_file"}
 """Settings of providers that are paths."""
+
+_CUSTOMER = "customer"
 
 _MOST_REMEMBERED = 64
 
@@ -77,10 +80,12 @@ class _Turns:
 
 @dataclass(frozen=True, slots=True)
 class _InTurn:
-    """A provider whose every call is a turn."""
+    """A provider whose every call is a turn, and whose every key is on record before it is made."""
 
     provider: KeyProvider
     turns: _Turns
+    name: str
+    record: KeyRecord
 
     @property
     def destruction(self) -> Destruction:
@@ -88,6 +93,7 @@ class _InTurn:
 
     def create_key(self, key_id: str) -> None:
         with self.turns.one():
+            self.record.note(key_id, provider=self.name)
             self.provider.create_key(key_id)
 
     def has_key(self, key_id: str) -> bool:
@@ -119,15 +125,18 @@ class KeyRing:
         default: str,
         providers: Mapping[str, Mapping[str, Any]],
         *,
+        record: KeyRecord,
         file: Path | None = None,
         remembers_s: float = 60.0,
     ) -> None:
         """`providers`: name -> `kind` and the settings that `open_provider` takes. Opens none of them.
 
+        `record`: where every key is written down before it is made.
+
         `file`: the provider file, which is read again when a name is asked for that was not in it: keys move to a new
         provider while processes run that were started before it.
         """
-        self.default, self._file = default, file
+        self.default, self._file, self._record = default, file, record
         self._settings = {name: dict(each) for name, each in providers.items()}
         self._opened: dict[str, KeyProvider] = {}
         self._openings: dict[str, Lock] = {}
@@ -152,13 +161,17 @@ class KeyRing:
             turns = self._turns.setdefault(name, _Turns(None if name == LOCAL else _MOST_WAITING))
         with turns.one(), opening:  # of this name alone: to open a provider may take as long as its network does
             if name not in self._opened:
-                self._opened[name] = _InTurn(self._open(name), turns)
+                self._opened[name] = _InTurn(self._open(name), turns, name, self._record)
             return self._opened[name]
 
     def kind_of(self, name: str) -> str | None:
         """Of which kind the provider of this name is; None where the deployment has none of the name."""
         kind: str | None = self._settings.get(name, {}).get("kind")
         return kind
+
+    def is_customers(self, name: str) -> bool:
+        """Whether the provider file says that a customer holds this provider, and may have taken it away."""
+        return self._settings.get(name, {}).get("holder") == _CUSTOMER
 
     def _open(self, name: str) -> KeyProvider:
         if name not in self._settings and self._file is not None:
@@ -172,7 +185,7 @@ class KeyRing:
                 "the file that CLOISTER_KEY_PROVIDERS names"
             )
         try:
-            return open_provider(**self._settings[name])
+            return open_provider(**{key: value for key, value in self._settings[name].items() if key != "holder"})
         except (TypeError, ValueError):
             raise KeyProviderError(
                 f"key provider {name!r} lacks a setting, or has one that cannot be; see docs/keys.md, and mend the file that "
@@ -201,6 +214,7 @@ class KeyRing:
         return {
             "default": self.default,
             "file": None if self._file is None else str(self._file),
+            "record": str(self._record.directory),
             "remembers_s": self._remembers_s,
             "providers": {
                 name: {key: _told(value) for key, value in each.items()} for name, each in self._settings.items()
@@ -211,7 +225,8 @@ class KeyRing:
     def from_message(cls, message: Mapping[str, Any]) -> KeyRing:
         providers = {name: _heard(each) for name, each in message["providers"].items()}
         file = None if message["file"] is None else Path(message["file"])
-        return cls(message["default"], providers, file=file, remembers_s=message["remembers_s"])
+        record = KeyRecord(Path(message["record"]))
+        return cls(message["default"], providers, record=record, file=file, remembers_s=message["remembers_s"])
 
 
 def read_provider_file(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
@@ -244,6 +259,11 @@ def read_provider_file(path: Path) -> tuple[str, dict[str, dict[str, Any]]]:
             )
         if each.get("kind") not in get_args(ProviderKind) or "root_key" in each:
             raise _refused(path, f"provider {name!r} is of no kind there is: {', '.join(get_args(ProviderKind))}")
+        if each.get("holder", _CUSTOMER) != _CUSTOMER:
+            raise _refused(
+                path,
+                f"the holder of provider {name!r} is not {_CUSTOMER!r}; leave it out where it is the service's own",
+            )
     if default != LOCAL and default not in providers:
         raise _refused(path, "its default names none of its providers")
     return default, {name: _heard(each) for name, each in providers.items()}

@@ -29,6 +29,7 @@ from cloister_server.settings import Settings
 from cloister_server.store import chain
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, KeystoreBackup, SealedObject, Tenant, TenantKey
 from cloister_server.vault import SYSTEM
@@ -115,8 +116,13 @@ class Sealed:
                 )
             assert opened == content
 
-    def rotate(self, **more: Any) -> Rotation:
-        return keys.rotate(self.service, self.id, request_id="request-of-a-test", **more)
+    def rotate(self, *, to: str | None = None, **more: Any) -> Rotation:
+        """Where its key is, or into another provider."""
+        if to is None:
+            return keys.rotate(self.service, self.id, request_id="request-of-a-test", **more)
+        done = self.migrate(to, **more)
+        assert not done.refused, done.refused
+        return done.rotated[0]
 
     def migrate(self, to: str = "second", **more: Any) -> Outcome:
         return keys.migrate(self.service, to=to, tenant_id=self.id, request_id="request-of-a-test", **more)
@@ -179,7 +185,7 @@ def test_a_rotation_is_in_the_tenants_audit_log(acme: Sealed, service: Service) 
 
 def test_the_systems_key_moves_and_the_services_keys_stay_the_same(service: Service) -> None:
     before = secrets_of(service)
-    done = keys.rotate(service, SYSTEM, provider="second", request_id="request-of-a-test")
+    done = keys.migrate(service, to="second", tenant_id=SYSTEM, request_id="request-of-a-test").rotated[0]
     assert done.rewrapped == len(PURPOSES)
     assert states(service, SYSTEM) == [(1, "local", "decrypt-only", 0), (2, "second", "active", len(PURPOSES))]
     keys.destroy(service, SYSTEM, version=1, request_id="request-of-a-test")
@@ -204,10 +210,10 @@ def test_a_rotation_that_dies_after_any_step_leaves_all_open_and_the_next_finish
                 raise Killed
 
         if instant == 7:
-            acme.rotate(provider=to, on_progress=die)
+            acme.rotate(to=None if to == "local" else to, on_progress=die)
         else:
             with pytest.raises(Killed):
-                acme.rotate(provider=to, on_progress=die)
+                acme.rotate(to=None if to == "local" else to, on_progress=die)
         acme.seal()
         acme.require_all_open()
         acme.require_all_open(KeyRing.from_message(service.keys.to_message()))
@@ -215,7 +221,7 @@ def test_a_rotation_that_dies_after_any_step_leaves_all_open_and_the_next_finish
         if to == "second":
             acme.migrate(to)
         else:
-            acme.rotate(provider=to)
+            acme.rotate(to=None if to == "local" else to)
         acme.seal()
         acme.require_all_open()
         left = states(service, acme.id)
@@ -443,7 +449,7 @@ def test_what_is_sealed_and_opened_amid_rotations_is_never_refused(acme: Sealed,
         each.start()
     try:
         for turn in range(6):
-            acme.rotate(provider=("local", "second")[turn % 2])
+            acme.rotate(to=("second", "local")[turn % 2])
     finally:
         over.set()
         for each in threads:
@@ -561,6 +567,34 @@ def test_a_rotation_gives_way_to_a_tenants_end(acme: Sealed, service: Service) -
 
 
 @ON_SQLITE
+def test_a_tenant_may_be_shredded_between_two_that_are_rotated(acme: Sealed, service: Service) -> None:
+    other, ended = Sealed(service, "other", count=1), []
+
+    def end_other(tenant_id: str, step: str, _: int) -> None:
+        if tenant_id == acme.id and step == "begun":  # in a turn: nobody else has one
+            with writing(service.engine) as session:
+                session.get_one(Tenant, other.id).status = "shredding"
+            ended.append(other.id)
+
+    done = keys.rotate_all(service, request_id="request-of-a-test", on_progress=end_other)
+    assert ended == [each.tenant for each in done.left] == [other.id] and done.refused == []
+    assert [each.tenant for each in done.rotated] == [SYSTEM, acme.id]
+
+
+@ON_SQLITE
+def test_the_lock_is_free_between_two_tenants(acme: Sealed, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    Sealed(service, "other", count=1)
+    turns, alone = [], keys.alone
+
+    def counted(service: Service) -> Any:
+        turns.append(service)
+        return alone(service)
+
+    monkeypatch.setattr(keys, "alone", counted)
+    assert len(keys.rotate_all(service, request_id="request-of-a-test").rotated) == len(turns) == 3
+
+
+@ON_SQLITE
 def test_two_operators_do_not_rotate_at_once(acme: Sealed, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     def another(*_: Any) -> None:
         with keys.alone(service):
@@ -593,7 +627,7 @@ def test_a_keystore_is_copied_without_its_root_and_is_on_record(acme: Sealed, se
     root = LocalKeyProvider.open(service.settings.key_dir, key_file=service.settings.key_file).root_key
     assert root not in place.read_bytes()
     restored = {"kind": "local", "directory": tmp_path / "restored", "key_file": service.settings.key_file}
-    acme.require_all_open(KeyRing("local", {"local": restored}))
+    acme.require_all_open(KeyRing("local", {"local": restored}, record=KeyRecord(tmp_path / "record")))
     before = place.read_bytes()
     with pytest.raises(Invalid, match="nothing is overwritten"):
         keystore_backups.backup(service, place)
@@ -645,7 +679,7 @@ def test_a_provider_file_that_was_broken_since_refuses_the_new_name_alone(
     (tmp_path / "providers.json").write_text("{")
     with pytest.raises(KeyProviderError, match="cannot be read as JSON"):
         service.keys.of("third")
-    acme.rotate(provider="second")
+    acme.rotate(to="second")
     acme.require_all_open()
 
 

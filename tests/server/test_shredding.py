@@ -34,10 +34,11 @@ from cloister_privacy.sealing import InvalidSeal, LocalKeyProvider
 from cloister_server import deployment, grants, keys, keystore_backups, processes, shredding, sources, tenants, vault
 from cloister_server.app import create_app
 from cloister_server.cli.admin import cli
-from cloister_server.errors import Conflict, ServerError, TenantKeyRefused
+from cloister_server.errors import Conflict, ServerError, TenantKeyRefused, Unavailable
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store import chain
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
@@ -471,6 +472,58 @@ def test_a_provider_that_is_away_leaves_the_tenant_closed_and_the_next_run_goes_
     receipt = shred(both, house)
     assert [(key.provider, key.outcome) for key in receipt.keys] == [("local", "destroyed"), ("second", "destroyed")]
     assert list((tmp_path / "second").glob("*.kek")) == []
+    assert_nothing_is_left(service, house)
+
+
+def test_keys_that_a_restored_database_does_not_know_are_destroyed_with_the_others(
+    service: Service, furnish: Callable[[str], House], backed_up: Callable[..., Any]
+) -> None:
+    house = furnish("acme")
+    restore = backed_up(service)
+    keys.rotate(service, house.id, request_id="request-of-a-test")
+    with reading(service.engine) as session:
+        older, newer = session.scalars(
+            select(TenantKey.key_id).where(TenantKey.tenant_id == house.id).order_by(TenantKey.version)
+        )
+    with restore() as restored:
+        receipt = shred(restored, house)
+        assert_nothing_is_left(restored, house)
+    assert [(key.key_id, key.outcome) for key in receipt.keys] == [(older, "destroyed"), (newer, "destroyed")]
+    assert not any(service.keys.of("local").has_key(each) for each in (older, newer))
+
+
+def test_no_key_is_made_that_cannot_be_put_on_record(service: Service) -> None:
+    directory = service.settings.key_record_dir
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    shutil.rmtree(directory)
+    directory.write_text("in the way")
+    with pytest.raises(Unavailable, match="on no record is not made"):
+        service.keys.of("local").create_key("tn_1.first")
+    directory.unlink()
+    assert not service.keys.of("local").has_key("tn_1.first")
+    deployment.initialise(service.settings).engine.dispose()
+    again = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert again.keys() == before.keys() and before, "an upgrade puts the keys on record that there are"
+    (directory / next(iter(before))).write_text("{")
+    with pytest.raises(Unavailable, match="damaged"):
+        KeyRecord(directory).of("system")
+
+
+def test_a_provider_that_its_customer_took_away_holds_up_no_shredding_and_the_receipt_says_so(
+    service: Service, furnish: Callable[[str], House], with_providers: Callable[..., Service], tmp_path: Path
+) -> None:
+    house = furnish("acme")
+    both = with_providers(second={**second_keystore(tmp_path), "holder": "customer"})
+    keys.migrate(both, to="second", tenant_id=house.id, request_id="request-of-a-test")
+    (tmp_path / "second").rename(tmp_path / "withdrawn")
+    without = deployment.open_service(both.settings)
+    local, withdrawn = shred(without, house).keys
+    without.engine.dispose()
+    assert (local.outcome, withdrawn.outcome, withdrawn.waiting_days, withdrawn.gone) == (
+        "destroyed", "unreached", None, None,
+    )  # fmt: skip
+    assert "could not be reached" in withdrawn.claim and "the customer's to see to" in withdrawn.claim
+    assert list((tmp_path / "withdrawn").glob("*.kek")), "nothing is claimed that was not done"
     assert_nothing_is_left(service, house)
 
 

@@ -26,6 +26,7 @@ from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store.blobs import Blobs
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Dataset, Grant, IdempotencyKey, Part, SealedObject
 
@@ -38,7 +39,8 @@ SCHEMA = TypeAdapter(Schema).validate_python(COLUMNS)
 def service(engine: Engine, tmp_path: Path) -> Service:
     """A deployment on either database."""
     keys = LocalKeyProvider.create(tmp_path / "keystore", key_file=tmp_path / "root.key")
-    ring = KeyRing("local", {"local": {"kind": "local", "directory": tmp_path / "keystore", "root_key": keys.root_key}})
+    given = {"kind": "local", "directory": tmp_path / "keystore", "root_key": keys.root_key}
+    ring = KeyRing("local", {"local": given}, record=KeyRecord(tmp_path / "record"))
     with asked_writing(None, engine=engine, keys=ring) as session:
         vault.new_tenant_key(session, provider="local", tenant_id=vault.SYSTEM)
         session.flush()
