@@ -16,7 +16,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloister_privacy.sealing import InvalidWrap, KeyMissing, KeyProviderError, LocalKeyProvider
-from cloister_server import asking, vault
+from cloister_server import asking, marking, vault
 from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
 from cloister_server.keyring import LOCAL, KeyRing, read_provider_file
 from cloister_server.oauth import signing_keys
@@ -65,7 +65,13 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         raise _unreachable(settings, error) from None
     except KeyProviderError as error:
         raise StartRefused(str(error)) from None
-    return open_service(settings, keys=keys)
+    service = open_service(settings, keys=keys)
+    try:
+        marking.mark_new(service)
+    except Unavailable as refusal:
+        service.engine.dispose()
+        raise StartRefused(f"{refusal.message} ({refusal.cause})") from None
+    return service
 
 
 def check_initialised(settings: Settings) -> None:

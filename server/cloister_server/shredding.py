@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from cloister.wire.jobs import FINAL
 from cloister.wire.receipts import sign_receipt
 from cloister_privacy.sealing import KeyMissing, KeyProvider, KeyProviderError, KeystoreDamaged
-from cloister_server import audit, budgets, keys, policy, processes, receipts, vault
+from cloister_server import audit, budgets, keys, marking, policy, processes, receipts, vault
 from cloister_server.errors import Conflict, StartRefused
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -102,6 +102,7 @@ def shred(service: Service, principal: Principal) -> dict[str, Any]:
             is_done = session.get_one(Tenant, principal.tenant_id).status == "shredded"
             if is_done:
                 return receipt(session, principal)
+        marking.require_ours(service)
         _close(service, principal)
         _end_work(service, principal.tenant_id)
         _list_recorded(service, principal.tenant_id)

@@ -42,7 +42,7 @@ from cloister_privacy.sealing import (
     seal,
 )
 from cloister_server import asking
-from cloister_server.errors import StartRefused, TenantKeyRefused, Unavailable
+from cloister_server.errors import ServerError, StartRefused, TenantKeyRefused, Unavailable
 from cloister_server.keyring import KeyRing
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.tables import Job, SealedObject, SigningKey, TenantKey, new_id
@@ -339,13 +339,17 @@ def _asking() -> Iterator[None]:
     """What a provider refuses, as what a caller may be told: a key that was taken away, or no answer. All else is our fault."""
     try:
         yield
-    except KeyWithheld:
-        raise TenantKeyRefused(
+    except KeyWithheld as error:
+        refusal: ServerError = TenantKeyRefused(
             "the tenant's key is not to be had: whoever holds it has disabled, withdrawn or destroyed it. Nothing of the tenant "
             "opens before it is given back; ask the tenant's key holder, or the server's operator"
-        ) from None
-    except ProviderUnavailable:
-        raise Unavailable("the key provider does not answer, so nothing can be opened now; retry in a moment") from None
+        )
+        refusal.cause = str(error)
+        raise refusal from None
+    except ProviderUnavailable as error:
+        refusal = Unavailable("the key provider does not answer, so nothing can be opened now; retry in a moment")
+        refusal.cause = str(error)
+        raise refusal from None
 
 
 def _active_key(tenant_id: str) -> Select[TenantKey]:

@@ -153,6 +153,8 @@ def refusals(as_json: bool) -> Iterator[None]:
     except (ServerError, PrivacyError) as refusal:
         code = refusal.code if isinstance(refusal, ServerError) else "refused"
         message = refusal.message if isinstance(refusal, ServerError) else str(refusal)
+        if isinstance(refusal, ServerError) and refusal.cause:
+            message = f"{message} (it was told: {refusal.cause})"
     except ValidationError as refusal:
         code = "invalid_request"
         message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in refusal.errors())
