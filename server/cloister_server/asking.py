@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy.orm import Session
 
 from cloister_server.keyring import AskedInTransaction, KeyRing
+from cloister_server.store.session import in_transaction
 
 __all__ = ["Question", "answered", "note", "run", "taken"]
 
@@ -33,8 +34,11 @@ class Question(Protocol[A_co]):
 def run(within: Callable[[], AbstractContextManager[Session]], keys: KeyRing, work: Callable[[Session], T]) -> T:
     """What `work` gives in a transaction of `within`; rolled back and run anew as often as it asks for what is not answered yet.
 
-    So `work` writes to its session alone until its last question is answered. Raises what the providers raise, in no transaction.
+    So `work` writes to its session alone until its last question is answered. Raises what the providers raise, in no transaction,
+    and AskedInTransaction where this thread has one open.
     """
+    if in_transaction():
+        raise AskedInTransaction("a transaction that may ask a key provider is begun in no other one")
     answers = _Answers()
     while True:
         try:

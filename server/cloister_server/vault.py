@@ -44,6 +44,7 @@ from cloister_privacy.sealing import (
 from cloister_server import asking
 from cloister_server.errors import ServerError, StartRefused, TenantKeyRefused, Unavailable
 from cloister_server.keyring import KeyRing
+from cloister_server.service import Service
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.tables import Job, SealedObject, SigningKey, TenantKey, new_id
 
@@ -67,8 +68,10 @@ __all__ = [
     "new_tenant_key",
     "open_object",
     "open_signing_key",
+    "pepper",
     "require_system_key",
     "seal_object",
+    "service_key",
     "signing_context",
     "signing_key",
     "unit_macs",
@@ -302,6 +305,16 @@ def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSec
     if row is None:
         raise StartRefused(f"there is no {purpose} key: this deployment is not initialised; run `cloister-admin init`")
     return open_signing_key(session, keys, row)
+
+
+def service_key(service: Service, purpose: Purpose) -> SigningSecret:
+    """The same key, read in a transaction of its own: to be called in none."""
+    return service.read(lambda session: signing_key(session, service.keys, purpose))
+
+
+def pepper(service: Service) -> bytes:
+    """What MACs of secrets, codes and cookies are keyed with, that are not stored themselves. To be called in no transaction."""
+    return service_key(service, "pepper").secret
 
 
 def open_signing_key(session: Session, keys: KeyRing, row: SigningKey) -> SigningSecret:

@@ -87,7 +87,7 @@ def init(
         passphrase = None if passphrase_fd is None else _read_line(passphrase_fd)
         settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
         service = deployment.initialise(settings, passphrase=passphrase)
-        keys = [service.read(lambda session: vault.signing_key(session, service.keys, "certificate")).public]
+        keys = [vault.service_key(service, "certificate").public]
         show({"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}, as_json)
 
 

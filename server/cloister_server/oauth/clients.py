@@ -66,7 +66,7 @@ def _public(service: Service, client_id: str) -> App:
 def _by_secret(service: Service, client_id: str, secret: str) -> App:
     if not _CLIENT_ID.fullmatch(client_id) or not client_secrets.is_well_formed(secret):
         raise invalid_client()
-    pepper = service.read(lambda session: vault.signing_key(session, service.keys, "pepper")).secret
+    pepper = vault.pepper(service)
     with reading(service.engine) as session:
         app = app_of_id(session, client_id)
     # Without a secret, or without an app, it is compared with what nobody has.
