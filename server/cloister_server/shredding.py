@@ -7,10 +7,10 @@ shredding that died, or that a provider held up, is finished by running it again
 from __future__ import annotations
 
 import logging
-from contextlib import closing, suppress
+from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Engine, case, delete, func, or_, select, update
+from sqlalchemy import case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
@@ -22,7 +22,7 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.identities import Authorization, BrowserSession, Login, User
 from cloister_server.store.key_record import KeyRecord
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import empty_log, reading, writing
 from cloister_server.store.tables import (
     App,
     Grant,
@@ -109,7 +109,8 @@ def shred(service: Service, principal: Principal) -> dict[str, Any]:
         _destroy_keys(service, principal.tenant_id)
         _delete_blobs(service, principal.tenant_id)
         signed = _conclude(service, principal)
-        _empty_log(service.engine)
+        if not empty_log(service.engine):
+            log.warning("database.log_not_emptied")
     log.info("tenant.shredded", extra={"tenant_id": principal.tenant_id})
     return signed
 
@@ -348,15 +349,3 @@ def _unfinished(why: str) -> Conflict:
         f"the tenant is closed, and not shredded yet: {why}; see to that and run the command again, which goes on from there",
         code="shredding_unfinished",
     )
-
-
-def _empty_log(engine: Engine) -> None:
-    """On SQLite: take the deleted rows out of the write-ahead log, too, where no reader is in the way. (Deleted pages are zeroed.)"""
-    if engine.dialect.name != "sqlite":
-        return
-    with closing(engine.raw_connection()) as connection:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA busy_timeout=2000")
-        (is_busy, *_) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    if is_busy:
-        log.warning("database.log_not_emptied")
