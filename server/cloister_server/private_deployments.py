@@ -105,7 +105,7 @@ def opened(session: Session, principal: Principal, service: Service, id_or_name:
             "send 1 to 64 rows that are nobody's secret, synthetic ones for instance",
             code="public_rows_needed",
         )
-    key = vault.data_key(session, service.keys, tenant_id=row.tenant_id, object_id=row.weights_id)
+    key = vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)
     certificate = models.certified(session, service.settings, row)
     return Opened(row.tenant_id, model.resource.id, row.version, row.weights_id, key, certificate)
 
@@ -183,7 +183,7 @@ def deploy(
     )
     envelope = sign_private_deployment(statement, private_key=private, key_id=key_id)
     files = _role_files(statement, envelope, made)
-    files_id = vault.seal_object(session, service.keys, service.blobs, files, tenant_id=row.tenant_id, kind="roles")
+    files_id = vault.seal_object(session, service.blobs, files, tenant_id=row.tenant_id, kind="roles")
     session.add(
         PrivateDeployment(
             tenant_id=row.tenant_id,
@@ -217,9 +217,7 @@ def permissions(session: Session, principal: Principal, service: Service, id_or_
     """One for each party, for a minute: whoever loses the grant, or the tenant its key, gets none from then on."""
     _, row = models.find_version(session, principal, id_or_name, number)
     found = _standing(session, row)
-    vault.data_key(
-        session, service.keys, tenant_id=row.tenant_id, object_id=row.weights_id
-    )  # it must be to be had still
+    vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)  # it must be to be had still
     signer = vault.signing_key(session, service.keys, "token")
     key = ECKey.import_key(signer.secret, {"kid": signer.id, "use": "sig", "alg": ALGORITHM})
     header = {"alg": ALGORITHM, "typ": PERMISSION_TYPE, "kid": signer.id}
@@ -240,7 +238,7 @@ def role_file(
     found = _standing(session, row)
     if found.files_id is None:
         raise NotFound("role file")
-    files = vault.open_object(session, service.keys, service.blobs, tenant_id=row.tenant_id, object_id=found.files_id)
+    files = vault.open_object(session, service.blobs, tenant_id=row.tenant_id, object_id=found.files_id)
     body = _split(files)[ROLES.index(name)]
     return RoleFile(role=name, deployment=found.id, file=base64.b64encode(body).decode())
 

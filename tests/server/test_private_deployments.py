@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from certificates import signed
@@ -43,13 +44,11 @@ def weights() -> bytes:
 
 @pytest.fixture
 def model_id(service: Service, steward: Any, weights: bytes) -> str:
-    with writing(service.engine) as session:
+    def publish(session: Session) -> str:
         model = Model(tenant_id=steward.tenant_id, id=new_id("mdl"), name="images", champion=1)
         session.add(model)
         session.flush()
-        sealed = vault.seal_object(
-            session, service.keys, service.blobs, weights, tenant_id=steward.tenant_id, kind="weights"
-        )
+        sealed = vault.seal_object(session, service.blobs, weights, tenant_id=steward.tenant_id, kind="weights")
         session.add(
             ModelVersion(
                 tenant_id=steward.tenant_id, model_id=model.id, version=1, job_id=new_id("job"), weights_id=sealed,
@@ -57,6 +56,8 @@ def model_id(service: Service, steward: Any, weights: bytes) -> str:
             )
         )  # fmt: skip
         return model.id
+
+    return service.write(publish)
 
 
 @pytest.fixture
