@@ -23,16 +23,12 @@ HOSTS = {"party-0": "127.0.0.1", "party-1": "127.0.0.2", "dealer": "127.0.0.3"}
 
 
 class PrivateRoles:
-    """Identities from the documented command; processes that a test starts, kills and starts again."""
+    """Three identities, and processes that a test starts, kills and starts again."""
 
     def __init__(self, deployment: Deployment, directory: Path, *, days: int = 1) -> None:
         self.deployment, self.directory = deployment, directory
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.records = {"party-0": cloister.Role(**self._identity("party-0", days))}
-        for role in ("party-1", "dealer"):  # as the command does it, without a process for each
-            given = {"operator": OPERATORS[role], "host": HOSTS[role], "port": free_port(), "days": days}
-            clients = None if role == "dealer" else free_port()
-            self.records[role] = identity.create(directory / role, client_port=clients, **given).record
+        self.records = {role: self._identity(role, days) for role in ROLES}
 
     def __enter__(self) -> PrivateRoles:
         return self
@@ -45,18 +41,11 @@ class PrivateRoles:
     def env(self) -> dict[str, str]:
         return {name: value for name, value in self.deployment.env.items() if not name.startswith("CLOISTER_")}
 
-    def _identity(self, role: str, days: int) -> dict[str, Any]:
-        given = ["--role", "party", "--operator", OPERATORS[role], "--host", HOSTS[role], "--days", str(days)]
-        ports = ["--port", str(free_port()), "--client-port", str(free_port())]
-        place = ["--directory", str(self.directory / role)]
-        done = subprocess.run(
-            [BIN / "cloister-server", "identity", "--init", *given, *ports, *place],
-            env=self.env, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        key = (self.directory / role / "role.key").read_text()
-        assert key.splitlines()[1] not in done.stdout + done.stderr, "no key is printed"
-        return dict(json.loads(done.stdout))
+    def _identity(self, role: str, days: int) -> cloister.Role:
+        """As `cloister-server identity --init`, without a process for each."""
+        given = {"operator": OPERATORS[role], "host": HOSTS[role], "port": free_port(), "days": days}
+        clients = None if role == "dealer" else free_port()
+        return identity.create(self.directory / role, client_port=clients, **given).record
 
     def deploy(self, model: cloister.Model, public_rows: Any, **more: Any) -> None:
         """As the model's owner; each role's operator gets its file, and the platform's keys."""

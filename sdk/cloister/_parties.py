@@ -171,9 +171,10 @@ class _Link:
             raise PartyRefused(
                 f"{self._who} shows another certificate than the pinned one, or it expired ({exc.verify_message}); nothing was sent"
             ) from None
-        except OSError:
+        except OSError as exc:
             raw.close()
-            raise PartyUnavailable(f"{self._who} broke the handshake off; try again") from None
+            how = "did not answer in time" if isinstance(exc, TimeoutError) else "broke the handshake off"
+            raise PartyUnavailable(f"{self._who} {how}; try again") from None
         if sha256(self._sock.getpeercert(binary_form=True) or b"").hexdigest() != role.digest:
             self._sock.close()
             raise PartyRefused(f"{self._who} shows another certificate than the pinned one; nothing was sent")

