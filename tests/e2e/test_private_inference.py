@@ -9,6 +9,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +160,21 @@ def test_roles_killed_at_any_instant_leave_an_error_or_a_right_answer_and_come_b
         held = b"".join(p.read_bytes() for p in (roles.directory / role).rglob("*") if p.is_file())
         assert rows[0].tobytes() not in held and json.dumps(clear[0].tolist()).encode() not in held
         assert roles.kill(role, signal.SIGTERM) == 0
+
+
+@pytest.mark.long
+def test_the_example_runs_three_roles_on_one_machine_and_says_that_nothing_is_private(
+    deployment: Deployment, app: App, model: cloister.Model
+) -> None:
+    given = {"URL": deployment.url, "CLIENT_ID": app.client_id, "CLIENT_SECRET": app.client_secret}
+    clean = {name: value for name, value in deployment.env.items() if not name.startswith("CLOISTER_")}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parents[2] / "examples" / "private_inference.py", model.name],
+        env=clean | {f"CLOISTER_{name}": value for name, value in given.items()},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["equal"] is True
 
 
 def _right_or_unavailable_soon(private: cloister.PrivateModel, clear: np.ndarray, rows: np.ndarray) -> None:
