@@ -16,6 +16,7 @@ from sqlalchemy import event, func, select
 from starlette.testclient import TestClient
 
 from accounts import COLUMNS, Person, grant
+from asked import asked_writing
 from cloister.wire.answers import Answer
 from cloister.wire.columns import Schema
 from cloister.wire.jobs import StartJob
@@ -98,7 +99,7 @@ def test_a_dataset_counts_from_its_declaration_on_what_it_will_take_however_many
     assert declared > 0 and on_disk(service, tenant_id) == 0
     schema = TypeAdapter(Schema).validate_python(columns)
     rows = {name: np.zeros((3, *shape), dtype) for name, dtype, shape in arrays_of(schema)}
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         datasets.add_part(
             session, person.client.principal, service, dataset_id=dataset, number=0, rows=rows
         )  # three rows, of which nobody learns
@@ -233,10 +234,9 @@ def test_jobs_started_at_the_same_moment_never_exceed_a_quota(
     before = charged(service)
 
     def start(_: int) -> None:
-        with reading(service.engine) as session:
-            room = jobs.require_start(session, person.client.principal, service, body)
-        with writing(service.engine) as session:
-            jobs.start(session, person.client.principal, service, body, reserved_bytes=room)
+        principal = person.client.principal
+        room = service.read(lambda session: jobs.require_start(session, principal, service, body))
+        service.write(lambda session: jobs.start(session, principal, service, body, reserved_bytes=room))
 
     assert at_once(8, start) == 3
     with reading(service.engine) as session:
