@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from sqlalchemy import event, func, select
 from starlette.testclient import TestClient
 
-from accounts import COLUMNS, Person, grant
+from accounts import COLUMNS, Person, grant, requests_passed
 from asked import asked_writing
 from cloister.wire.answers import Answer
 from cloister.wire.columns import Schema
@@ -25,7 +25,7 @@ from cloister.wire.rows import arrays_of, encode_rows
 from cloister.wire.sources import CreateDataset
 from cloister.wire.weights import WEIGHTS_TYPE
 from cloister_privacy.queries import QueryPlan, release
-from cloister_server import answers, datasets, jobs, quotas
+from cloister_server import answers, datasets, deployment, jobs, quotas, request_rate
 from cloister_server.errors import Conflict, Invalid
 from cloister_server.policy import Denied
 from cloister_server.principal import Principal
@@ -244,6 +244,27 @@ def test_jobs_started_at_the_same_moment_never_exceed_a_quota(
     assert now.jobs.used == 4 and now.storage.used == empty + 4 * one
     assert charged(service) == before + 3, "one reservation each, and nothing of those that were refused"
     assert on_disk(service, tenant_id) < empty + 4 * one, "what is reserved is not stored yet"
+
+
+@pytest.mark.parametrize("allowed", [0, 300])
+def test_processes_that_ask_at_once_pass_just_as_many_requests_as_are_allowed(
+    service: Service, steward: Any, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    monkeypatch.setattr(request_rate, "_now", lambda: 1.8e9)  # within one minute
+    tenant_id, barrier = steward.tenant_id, Barrier(6)
+    bound(service, tenant_id, {"requests_per_minute": allowed})
+    others = [deployment.open_service(service.settings) for _ in range(2)]
+
+    def ask(process: Service) -> int:
+        barrier.wait()
+        return requests_passed(process, tenant_id)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(ask, [service, *others] * 2)) == allowed
+    with reading(service.engine) as session:
+        assert quotas.usage(session, tenant_id).requests_per_minute == quotas.Quota(allowed, allowed)
+    for each in others:
+        each.engine.dispose()
 
 
 def test_a_job_reserves_what_it_will_store_and_so_ends_within_the_quota(service: Service, person: Person) -> None:

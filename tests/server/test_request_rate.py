@@ -1,21 +1,23 @@
-"""A tenant's requests a minute: counted over its principals and all processes, refused with the time to wait."""
+"""A tenant's requests a minute: counted over its principals and all processes, refused with the time to wait.
+
+That processes which ask at once pass no more than is allowed is in `test_quotas`, on both databases.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import pytest
 from sqlalchemy import event
 from starlette.testclient import TestClient
 
+from accounts import requests_passed
 from cloister_server import deployment, quotas, request_rate
 from cloister_server.errors import RateLimited
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import writing
 from cloister_server.store.tables import RequestCount
 
 MINUTE = 30_000_000
@@ -43,23 +45,6 @@ def bound(service: Service, tenant_id: str, allowed: int | None) -> None:
     with writing(service.engine) as session:
         operator = Principal.operator(tenant_id, request_id="r")
         quotas.set_quotas(session, operator, {"requests_per_minute": allowed})
-
-
-def taken(service: Service, tenant_id: str) -> int:
-    with reading(service.engine) as session:
-        return quotas.usage(session, tenant_id).requests_per_minute.used
-
-
-def passed(service: Service, tenant_id: str) -> int:
-    """How many requests pass before one is refused."""
-    number = 0
-    while True:
-        try:
-            if not request_rate.admit_from_memory(service, tenant_id):
-                request_rate.admit(service, tenant_id)
-        except RateLimited:
-            return number
-        number += 1
 
 
 def test_a_tenant_is_refused_with_the_time_to_wait_and_others_are_not(
@@ -99,25 +84,6 @@ def test_a_tenant_is_refused_with_the_time_to_wait_and_others_are_not(
     assert {ask(0).status_code for _ in range(20)} == {200}, "lifted within a second"
 
 
-@pytest.mark.parametrize("allowed", [0, 300])
-def test_processes_that_ask_at_once_pass_just_as_many_as_are_allowed(
-    service: Service, make_client: Callable[..., Any], clock: Clock, allowed: int
-) -> None:
-    tenant_id, barrier = make_client().tenant_id, Barrier(6)
-    bound(service, tenant_id, allowed)
-    others = [deployment.open_service(service.settings) for _ in range(2)]
-
-    def ask(process: Service) -> int:
-        barrier.wait()
-        return passed(process, tenant_id)
-
-    with ThreadPoolExecutor(6) as pool:
-        assert sum(pool.map(ask, [service, *others] * 2)) == allowed
-    assert taken(service, tenant_id) == allowed
-    for each in others:
-        each.engine.dispose()
-
-
 def test_counting_writes_seldom_and_a_tenant_without_a_quota_never(
     service: Service, make_client: Callable[..., Any], clock: Clock
 ) -> None:
@@ -136,7 +102,7 @@ def test_counting_writes_seldom_and_a_tenant_without_a_quota_never(
         clock.at += 0.1
     assert writes == []
     clock.at = (MINUTE + 1) * 60.0
-    assert passed(service, bounded) == 1000
+    assert requests_passed(service, bounded) == 1000
     assert 0 < len(writes) < 100
 
 
@@ -147,11 +113,11 @@ def test_what_an_idle_process_has_taken_is_a_small_part_and_comes_back_with_the_
     bound(service, tenant_id, 160)
     idle = deployment.open_service(service.settings)
     request_rate.admit(idle, tenant_id)
-    assert passed(service, tenant_id) == 150, "nine are left to the idle one"
+    assert requests_passed(service, tenant_id) == 150, "nine are left to the idle one"
     assert [request_rate.admit_from_memory(idle, tenant_id) for _ in range(10)] == [True] * 9 + [False]
     clock.at += 60
     assert not request_rate.admit_from_memory(service, tenant_id), "a refusal ends with its minute"
-    assert passed(service, tenant_id) == 160
+    assert requests_passed(service, tenant_id) == 160
     idle.engine.dispose()
 
 
@@ -162,7 +128,7 @@ def test_clocks_that_are_apart_count_one_minute_and_one_that_was_wrong_blocks_no
     bound(service, tenant_id, 3)
     ahead = deployment.open_service(service.settings)
     clock.at += 60.5
-    assert passed(ahead, tenant_id) == 3
+    assert requests_passed(ahead, tenant_id) == 3
     clock.at -= 1
     with pytest.raises(RateLimited) as told:
         request_rate.admit(service, tenant_id)
@@ -170,7 +136,7 @@ def test_clocks_that_are_apart_count_one_minute_and_one_that_was_wrong_blocks_no
     with writing(service.engine) as session:
         session.get_one(RequestCount, tenant_id).minute = MINUTE + 10_000
     clock.at += 1.5
-    assert passed(service, tenant_id) == 3
+    assert requests_passed(service, tenant_id) == 3
     clock.at -= 3600
-    assert passed(service, tenant_id) == 3, "nor does a clock that is put back"
+    assert requests_passed(service, tenant_id) == 3, "nor does a clock that is put back"
     ahead.engine.dispose()
