@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from cloister.wire.errors import ErrorBody
 from cloister_server.api import (
     datasets,
     discovery,
@@ -42,6 +43,13 @@ ASGIApp = Callable[
     Awaitable[None],
 ]
 
+_TOO_MANY: dict[str, Any] = {
+    "model": ErrorBody,
+    "description": "The tenant has sent as many requests in this minute as its quota allows.",
+    "headers": {"Retry-After": {"description": "Seconds until the next minute.", "schema": {"type": "integer"}}},
+}
+"""What the edge answers in the place of every route that wants a token."""
+
 
 def create_app(service: Service) -> ASGIApp:
     """The whole API of one opened deployment."""
@@ -72,19 +80,8 @@ def _api(service: Service) -> FastAPI:
         ),
     )
     api.state.service = service
-    for each in (
-        discovery,
-        oauth,
-        pages,
-        identities,
-        sources,
-        datasets,
-        plans,
-        jobs,
-        models,
-        private_deployments,
-        weights,
-        queries,
-    ):
-        api.include_router(each.router)
+    for public in (discovery, oauth, pages):
+        api.include_router(public.router)
+    for each in (identities, sources, datasets, plans, jobs, models, private_deployments, weights, queries):
+        api.include_router(each.router, responses={429: _TOO_MANY})
     return api
