@@ -200,21 +200,19 @@ def test_a_permission_ends_and_nobody_is_permitted_where_the_platform_cannot_be_
         there.subject(found["permissions"][0])
 
 
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
+def test_what_cannot_be_deployed_is_refused_by_name(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any
+) -> None:
+    many, large = np.zeros((65, 4, 4), np.float32), np.full((1, 4, 4), 1e15, np.float32)
+    for change, code in (
         ({"public_rows": []}, "public_rows_needed"),
-        ({"public_rows": encode_request({"x": np.zeros((65, 4, 4), np.float32)})["inputs"]}, "public_rows_needed"),
-        ({"public_rows": encode_request({"x": np.full((1, 4, 4), 1e15, np.float32)})["inputs"]}, "not_shared"),
+        ({"public_rows": encode_request({"x": many})["inputs"]}, "public_rows_needed"),
+        ({"public_rows": encode_request({"x": large})["inputs"]}, "not_shared"),
         ({"public_rows": encode_request({"y": ROWS})["inputs"]}, "invalid_request"),
         ({"version": 2}, "not_found"),
         ({"unknown": 1}, "invalid_request"),
-    ],
-)
-def test_what_cannot_be_deployed_is_refused_by_name(
-    change: dict[str, Any], code: str, http: TestClient, bearer: dict[str, str], model_id: str, identities: Any
-) -> None:
-    assert deploy(http, bearer, asked(identities, **change)).json()["code"] == code
+    ):
+        assert deploy(http, bearer, asked(identities, **change)).json()["code"] == code
 
 
 def test_roles_that_are_one_or_expired_or_of_the_wrong_kind_are_refused(
