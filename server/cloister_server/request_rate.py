@@ -91,7 +91,8 @@ class _Memory:
     def keep(self, tenant_id: str, share: _Share) -> None:
         with self._lock:
             before = self._shares.get(tenant_id)
-            if before is not None and before.left and before.minute_ends == share.minute_ends:
+            is_same = before is not None and before.minute_ends == share.minute_ends and share.since < before.until
+            if before is not None and before.left and is_same:
                 # Another request asked at the same moment: both shares are one, and not refused before they are used up.
                 share.left, share.until, share.is_refused = share.left + before.left, before.until, False
             self._shares[tenant_id] = share

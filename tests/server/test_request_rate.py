@@ -106,6 +106,20 @@ def test_counting_writes_seldom_and_a_tenant_without_a_quota_never(
     assert 0 < len(writes) < 100
 
 
+def test_a_tenant_without_a_quota_is_looked_up_once_a_second_however_long_it_goes_on(
+    service: Service, make_client: Callable[..., Any], clock: Clock
+) -> None:
+    free = make_client().tenant_id
+    looked_up: list[int] = []
+    for second in range(5):
+        for _ in range(10):
+            if not request_rate.admit_from_memory(service, free):
+                request_rate.admit(service, free)
+                looked_up.append(second)
+        clock.at += 1.5
+    assert looked_up == [0, 1, 2, 3, 4]
+
+
 def test_what_an_idle_process_has_taken_is_a_small_part_and_comes_back_with_the_next_minute(
     service: Service, make_client: Callable[..., Any], clock: Clock
 ) -> None:
