@@ -7,6 +7,7 @@ weights to share them is this process, which knows them anyway; no share is ever
 from __future__ import annotations
 
 import base64
+import hashlib
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -176,6 +177,7 @@ def deploy(
         equal_argmax=made.measured.equal_argmax,
         parties=body.parties,
         dealer=body.dealer,
+        share_digests=(_sha256(made.sealed[0]), _sha256(made.sealed[1])),
         issuer=service.settings.issuer,
         development=body.development,
         server=installed("cloister"),
@@ -305,6 +307,10 @@ def _split(files: bytes) -> list[bytes]:
         found.append(files[at + 8 : at + 8 + length])
         at += 8 + length
     return found
+
+
+def _sha256(sealed: bytes) -> str:
+    return hashlib.sha256(sealed).hexdigest()
 
 
 def _public(seal_to: str) -> X25519PublicKey:

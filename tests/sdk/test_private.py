@@ -83,6 +83,7 @@ def deployment(*roles: Role, **more: Any) -> PrivateDeployment:
     given: dict[str, Any] = {
         "id": ID, "tenant": "tn_" + "0" * 32, "model": "mdl_" + "0" * 32, "version": 1, "generation": 1,
         "certificate_digest": "0" * 64, "network_digest": "0" * 64, "fraction_bits": 20, "rows_at_once": 8, "rows_measured": 1,
+        "share_digests": ("0" * 64, "0" * 64),
         "max_error": 0.0, "equal_argmax": 1.0, "parties": roles, "dealer": roles[0], "issuer": "https://x", "development": True,
         "server": "1", "since": datetime(2026, 1, 1, tzinfo=UTC), **more,
     }  # fmt: skip

@@ -22,7 +22,15 @@ from cloister.wire.private_deployments import ROLES, Role, verify_private_deploy
 from cloister.wire.private_requests import audience
 from cloister.wire.shares import decode, join
 from cloister_privacy.architecture.weights import from_bytes, to_bytes
-from cloister_privacy.mpc import CoLocated, RoleFileRefused, open_role_file
+from cloister_privacy.mpc import (
+    CoLocated,
+    RoleFileRefused,
+    SharedNetwork,
+    open_role_file,
+    seal_role_file,
+    seal_shares,
+    split_weights,
+)
 from cloister_server import grants, vault
 from cloister_server.principal import Principal
 from cloister_server.roles import identity
@@ -125,6 +133,26 @@ def test_what_is_stated_is_signed_and_each_role_opens_its_own_file_alone(
     joined = decode(join([each["layers.1.weight"] for each in opened[:2]]), fraction_bits=stated.fraction_bits)
     assert np.abs(joined - clear).max() < 1e-5
     assert np.abs(decode(opened[0]["layers.1.weight"]) - clear).min() > 1, "one share alone is noise"
+
+
+def test_a_share_that_somebody_else_sealed_for_a_party_is_no_share_of_the_deployment(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any
+) -> None:
+    """The statement, the architecture and the keys that files are sealed for are all public."""
+    envelope = deploy(http, bearer, asked(identities)).json()["statement"]
+    keys = certificate_keys(http)
+    stated = verify_private_deployment(envelope, keys)
+    network = small_network()
+    shape = SharedNetwork(network.architecture, fraction_bits=stated.fraction_bits)
+    others = split_weights(shape, small_network().state_dict())
+    for party, mine in enumerate(identities[:2]):
+        public = mine.opens.public_key()
+        share = seal_shares(others[party], public, network=shape, deployment=stated.id, party=party)
+        forged = seal_role_file(
+            ROLES[party], seal_to=public, statement=envelope, architecture=network.architecture, sealed_shares=share
+        )
+        with pytest.raises(RoleFileRefused, match="not the stated one"):
+            open_role_file(forged, mine.opens, certificate_digest=mine.record.digest, keys=keys)
 
 
 def test_only_whoever_is_granted_it_deploys_and_only_a_predictor_is_permitted(

@@ -6,6 +6,7 @@ sealed as `weights` has it. Whoever opens one verifies the statement by keys tha
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +120,11 @@ def open_role_file(body: bytes, private: X25519PrivateKey, *, certificate_digest
         )
     weights = None
     if head.role != "dealer":
-        weights = open_shares(
-            rest[length:], private, network=network, deployment=stated.id, party=ROLES.index(head.role)
-        )
+        number = ROLES.index(head.role)
+        if hashlib.sha256(rest[length:]).hexdigest() != stated.share_digests[number]:
+            raise RoleFileRefused(
+                "the role file's share of the weights is not the stated one: it was changed, or is another deployment's; get the file "
+                "from the deployment's owner again"
+            )
+        weights = open_shares(rest[length:], private, network=network, deployment=stated.id, party=number)
     return OpenedRole(head.role, stated, network, weights)

@@ -126,6 +126,8 @@ class PrivateDeployment(Response):
     """The share of those rows with the same largest output."""
     parties: tuple[Role, Role]
     dealer: Role
+    share_digests: tuple[Digest, Digest]
+    """SHA-256 of each party's share of the weights, as it is sealed for that party: anybody can seal another for the same key."""
     issuer: Annotated[str, StringConstraints(min_length=1, max_length=500)]
     """Whose permissions the parties take."""
     development: bool
