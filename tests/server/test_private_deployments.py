@@ -35,7 +35,9 @@ from cloister_server import grants, vault
 from cloister_server.principal import Principal
 from cloister_server.roles import identity
 from cloister_server.roles.permissions import NotPermitted, Permissions
+from cloister_server.roles.serving import limits_of
 from cloister_server.service import Service
+from cloister_server.settings import RoleSettings
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Model, ModelVersion, SealedObject, new_id
 from mpc_groups import small_network
@@ -153,6 +155,17 @@ def test_a_share_that_somebody_else_sealed_for_a_party_is_no_share_of_the_deploy
         )
         with pytest.raises(RoleFileRefused, match="not the stated one"):
             open_role_file(forged, mine.opens, certificate_digest=mine.record.digest, keys=keys)
+
+
+def test_a_role_takes_no_more_rows_at_once_than_is_stated(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any
+) -> None:
+    stated = verify_private_deployment(
+        deploy(http, bearer, asked(identities)).json()["statement"], certificate_keys(http)
+    )
+    settings = RoleSettings(file=Path("role"), certificate_keys=Path("keys"), request_s=7)
+    limits = limits_of(settings, stated.model_copy(update={"rows_at_once": 3}))
+    assert (limits.rows, limits.request_s) == (3, 7)
 
 
 def test_only_whoever_is_granted_it_deploys_and_only_a_predictor_is_permitted(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cloister.wire._errors import InvalidArgument
-from cloister.wire.private_deployments import ROLES
+from cloister.wire.private_deployments import ROLES, PrivateDeployment
 from cloister.wire.private_requests import audience
 from cloister.wire.shares import Shares
 from cloister_privacy.mpc import (
@@ -34,7 +34,7 @@ from cloister_server.roles.permissions import Permissions, fetched_keys
 from cloister_server.roles.waiting import Held, Queue, Request
 from cloister_server.settings import RoleSettings
 
-__all__ = ["run"]
+__all__ = ["limits_of", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,9 @@ def _keys(path: Path) -> Any:
 
 
 def _deal(settings: RoleSettings, me: identity.RoleIdentity, opened: OpenedRole, stopping: threading.Event) -> None:
-    dealer = Dealer(me.tls, opened.deployment(listen=settings.listen), opened.network, limits=_limits(settings))
+    dealer = Dealer(
+        me.tls, opened.deployment(listen=settings.listen), opened.network, limits=limits_of(settings, opened.statement)
+    )
     log.info("role.ready", extra=_told(opened))
     stopping.wait()
     dealer.close()
@@ -96,7 +98,7 @@ def _serve(settings: RoleSettings, me: identity.RoleIdentity, opened: OpenedRole
     number, stated = ROLES.index(opened.name), opened.statement
     permissions = Permissions(stated.issuer, audience(stated.id, number), fetched_keys(stated.issuer))
     assert opened.weights is not None  # noqa: S101 (a party's file has its share)
-    deployment, limits = opened.deployment(listen=settings.listen), _limits(settings)
+    deployment, limits = opened.deployment(listen=settings.listen), limits_of(settings, stated)
     state = settings.directory / stated.id
     party = Party(number, me.tls, deployment, opened.network, opened.weights, state, limits=limits)
     queue = Queue(most=_MOST_WAITING, most_each=_MOST_WAITING_EACH)
@@ -181,8 +183,14 @@ def _gone() -> RequestDropped:
     return RequestDropped("the request is gone with its randomness; ask again")
 
 
-def _limits(settings: RoleSettings) -> Limits:
-    return Limits(form_s=settings.form_s, request_s=settings.request_s, disk_bytes=settings.disk_bytes)
+def limits_of(settings: RoleSettings, stated: PrivateDeployment) -> Limits:
+    """Those of the settings, and no more rows at once than is stated: what more would take is memory of all three roles."""
+    return Limits(
+        form_s=settings.form_s,
+        request_s=settings.request_s,
+        disk_bytes=settings.disk_bytes,
+        rows=stated.rows_at_once,
+    )
 
 
 def _told(opened: OpenedRole) -> dict[str, str]:
