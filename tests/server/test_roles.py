@@ -97,6 +97,24 @@ def test_an_identity_is_made_once_with_keys_that_nobody_else_reads(tmp_path: Pat
         identity.read(place)
 
 
+def test_an_identity_that_is_refused_leaves_nothing_and_no_directory_of_others_is_taken(tmp_path: Path) -> None:
+    place = tmp_path / "role"
+    with pytest.raises(StartRefused, match="host"):
+        identity.create(place, operator="A", host="https://a.example", port=1, client_port=2)
+    assert list(place.iterdir()) == []
+    made = identity.create(place, operator="A", host="a.example", port=1, client_port=2)
+    assert identity.read(place).record == made.record
+    (place / "role.json").unlink()
+    with pytest.raises(StartRefused, match="parts of an identity"):
+        identity.create(place, operator="A", host="a.example", port=1, client_port=2)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o755)
+    with pytest.raises(StartRefused, match="mode 0755"):
+        identity.create(shared, operator="A", host="a.example", port=1, client_port=2)
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o755 and list(shared.iterdir()) == []
+
+
 def test_a_start_without_identity_file_or_keys_is_refused_by_name(tmp_path: Path) -> None:
     def told(*given: str) -> str:
         done = CliRunner().invoke(cli, ["party", *given, "--directory", str(tmp_path / "role")])

@@ -5,9 +5,11 @@ Made once, in a directory of mode 0700, keys of mode 0600; the keys are never pr
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import ValidationError
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 from cloister.wire.private_deployments import Role
 from cloister_privacy.mpc import Identity
 from cloister_privacy.sealing import KeyProviderError
-from cloister_privacy.sealing.files import make_directory, read_private, write_new
+from cloister_privacy.sealing.files import check_private, make_directory, read_private, write_new
 from cloister_server.errors import StartRefused
 
 __all__ = ["RoleIdentity", "create", "read"]
@@ -43,19 +45,26 @@ def create(
         raise StartRefused(f"{directory} has an identity already; print it without --init, or choose another directory")
     try:
         make_directory(directory)
-        directory.chmod(0o700)
-        tls = Identity.create(directory, _NAME, days=days, subject=f"cloister-{secrets.token_hex(8)}")
-        opens = X25519PrivateKey.generate()
-        write_new(directory / _OPENS, opens.private_bytes_raw())
-        record = Role(
-            operator=operator,
-            host=host,
-            port=port,
-            client_port=client_port,
-            certificate=tls.certificate.read_text(),
-            seal_to=opens.public_key().public_bytes_raw().hex(),
-        )
+        check_private(directory)
+        # What is refused leaves nothing that a second try would take for an identity.
+        with TemporaryDirectory(prefix=".new-", dir=directory) as draft:
+            made = Identity.create(Path(draft), _NAME, days=days, subject=f"cloister-{secrets.token_hex(8)}")
+            opens = X25519PrivateKey.generate()
+            write_new(Path(draft) / _OPENS, opens.private_bytes_raw())
+            record = Role(
+                operator=operator,
+                host=host,
+                port=port,
+                client_port=client_port,
+                certificate=made.certificate.read_text(),
+                seal_to=opens.public_key().public_bytes_raw().hex(),
+            )
+            tls = Identity(directory / made.certificate.name, directory / made.key.name)
+            for name in (tls.key.name, tls.certificate.name, _OPENS):
+                os.link(Path(draft) / name, directory / name)
         write_new(directory / _RECORD, record.model_dump_json(indent=2).encode())
+    except FileExistsError:
+        raise StartRefused(f"{directory} has parts of an identity already; choose another directory") from None
     except (KeyProviderError, OSError, ValueError) as error:
         raise StartRefused(f"no identity was made in {directory}: {error}") from None
     return RoleIdentity(tls, opens, record)
