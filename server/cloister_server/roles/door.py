@@ -133,8 +133,11 @@ class Door:
             self._put(request)
         except Busy as exc:
             raise _Refused("busy", str(exc)) from None
-        link.send(TAKEN, Deadline.after(_STEP_S))
-        return self._waited_for(request, link)
+        try:
+            link.send(TAKEN, Deadline.after(_STEP_S))
+            return self._waited_for(request, link)
+        finally:
+            request.answer.cancel()  # where nobody waits for it any more: it would keep its place for ever
 
     def _announced(self, frame: bytes) -> tuple[PrivateRequest, str]:
         try:
