@@ -257,7 +257,7 @@ def test_an_expired_certificate_is_refused_by_name(tmp_path: Path) -> None:
 def test_whoever_speaks_no_tls_or_nothing_at_all_holds_nobody_up(group: Group) -> None:
     one, two = group.identities["party-0"], group.identities["party-1"]
     with _listening(one, [group.deployment.parties[1]]) as (port, links):
-        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         silent[0].sendall(b"GET / HTTP/1.1\r\n\r\n" * 100)
         connect(two, replace(group.deployment.parties[0], port=port), _deadline()).close()
         _until(lambda: links)

@@ -33,6 +33,8 @@ _PIECE = 2**18
 _AGAIN_S = 0.05
 _HANDSHAKE_S = 10.0
 _MOST_HANDSHAKES = 16
+_MOST_ENDING = 64
+"""Handshakes that were told to end, and have not ended, counted with those that go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +249,29 @@ def _secured(
     return Link(sock, names[digest])
 
 
+class _Handshakes:
+    """So many at once: the one that has lasted longest makes room for the next, so that silence holds nobody up."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._under_way: list[socket.socket] = []
+
+    def begin(self, raw: socket.socket) -> socket.socket:
+        """A handle of the same connection, which TLS takes over: to be given to `end`."""
+        handle = raw.dup()
+        with self._lock:
+            if len(self._under_way) == self._most:
+                with contextlib.suppress(OSError):
+                    self._under_way.pop(0).shutdown(socket.SHUT_RDWR)
+            self._under_way.append(handle)
+        return handle
+
+    def end(self, handle: socket.socket) -> None:
+        with self._lock, contextlib.suppress(ValueError):
+            self._under_way.remove(handle)
+        handle.close()
+
+
 class Listener:
     """Takes links of pinned peers, each handed to `on_link` in a thread of its own; whoever else knocks holds nobody up.
 
@@ -265,7 +290,8 @@ class Listener:
         self._peers = None if peers is None else tuple(peers)
         self._context = identity.context(self._peers, is_server=True)
         self._on_link, self._is_closed = on_link, False
-        self._handshakes = threading.BoundedSemaphore(_MOST_HANDSHAKES)
+        self._handshakes = _Handshakes(_MOST_HANDSHAKES)
+        self._threads = threading.BoundedSemaphore(_MOST_ENDING)
         self._sock = socket.create_server((host, port), backlog=64)
         self.port: int = self._sock.getsockname()[1]
         threading.Thread(target=self._accept, name=f"mpc-listen-{self.port}", daemon=True).start()
@@ -284,18 +310,25 @@ class Listener:
                 if not self._is_closed:
                     time.sleep(_AGAIN_S)
                 continue
-            if not self._handshakes.acquire(blocking=False):
+            if not self._threads.acquire(blocking=False):
                 raw.close()
                 continue
-            threading.Thread(target=self._take, args=(raw,), daemon=True).start()
+            try:
+                handle = self._handshakes.begin(raw)
+            except OSError:  # no descriptor is left
+                raw.close()
+                self._threads.release()
+                continue
+            threading.Thread(target=self._take, args=(raw, handle), daemon=True).start()
 
-    def _take(self, raw: socket.socket) -> None:
+    def _take(self, raw: socket.socket, handle: socket.socket) -> None:
         try:
             link = _secured(self._context, raw, self._peers, _HANDSHAKE_S, is_server=True)
         except RequestDropped:
             return
         finally:
-            self._handshakes.release()
+            self._handshakes.end(handle)
+            self._threads.release()
         self._on_link(link)
 
 
