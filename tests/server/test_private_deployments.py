@@ -267,9 +267,15 @@ def test_roles_that_are_one_or_expired_or_of_the_wrong_kind_are_refused(
         ((first, expired, dealer), "role_expired"),
     ):
         assert deploy(http, bearer, asked(roles)).json()["code"] == code
-    body = asked((first, second, dealer))
-    body["dealer"]["operator"] = body["parties"][0]["operator"]
-    assert deploy(http, bearer, body).json()["code"] == "roles_not_apart"
+    for name, same in (
+        ("operator", first.record.operator),
+        ("operator", f" {first.record.operator.upper()}"),
+        ("host", first.record.host + "."),
+        ("seal_to", first.record.seal_to),
+    ):
+        body = asked((first, second, dealer))
+        body["parties"][1][name] = same
+        assert deploy(http, bearer, body).json()["code"] == "roles_not_apart", name
     body["parties"][0]["certificate"] = "nothing"
     assert deploy(http, bearer, body).status_code == 422
     one = (first, second, dealer)

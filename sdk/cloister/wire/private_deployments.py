@@ -187,12 +187,15 @@ class _Declared(Protocol):
 
 
 def shared_by(roles: Sequence[_Declared]) -> str | None:
-    """What two of the roles have in common that they must not: their operator, host or certificate; None where nothing."""
-    for what in ("operator", "host", "certificate"):
-        values = {getattr(role, "digest" if what == "certificate" else what) for role in roles}
-        if len(values) < len(roles):
-            return what
-    return None
+    """What two of the roles have in common that they must not: their operator, host, certificate or the key that files are sealed
+    for; None where nothing. Of operators and hosts neither case, nor blanks or a dot at the end, make two."""
+    values: dict[str, list[str]] = {
+        "operator": [" ".join(role.operator.split()).casefold() for role in roles],
+        "host": [role.host.casefold().rstrip(".") for role in roles],
+        "certificate": [role.digest for role in roles],
+        "sealing key": [role.seal_to for role in roles if isinstance(role, Role)],
+    }
+    return next((what for what, each in values.items() if len(set(each)) < len(each)), None)
 
 
 def network_digest(architecture: Architecture, fraction_bits: int) -> str:
