@@ -1,4 +1,4 @@
-"""The door of a party, on real sockets: what becomes of a request whose client is gone."""
+"""The door of a party, on real sockets: what becomes of a request whose client is gone, or that is too large."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from joserfc import jwt
 from joserfc.jwk import ECKey
 
-from cloister.wire.private_requests import LENGTH, PERMISSION_TYPE, PrivateRequest, audience
+from cloister.wire.private_requests import LENGTH, PERMISSION_TYPE, REFUSED, PartyRefusal, PrivateRequest, audience
 from cloister.wire.shares import Shares, encode, split
-from cloister_privacy.mpc import Party
+from cloister_privacy.mpc import Limits, Party
 from cloister_server.roles.door import Door
 from cloister_server.roles.permissions import Permissions
 from cloister_server.roles.waiting import Request
@@ -26,48 +29,70 @@ ISSUER = "https://platform.example"
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of no time
 
 
-def frames(group: Group, party: int, key: ECKey) -> bytes:
-    """What a client sends that a party takes."""
+def frames(group: Group, party: int, key: ECKey, *, rows: int = 1) -> tuple[bytes, bytes]:
+    """What a client sends that a party takes: what goes before its share, and the share."""
     at, request, deployment = int(time.time()), secrets.token_bytes(16), group.deployment.id
     claims = {"iss": ISSUER, "sub": "app", "aud": audience(deployment, party), "iat": at, "exp": at + 60}
     permission = jwt.encode({"alg": "ES256", "typ": PERMISSION_TYPE, "kid": "k"}, claims, key)
-    head = PrivateRequest(permission=permission, deployment=deployment, request=request.hex(), rows=1)
-    shares = Shares(deployment, request, party, {"x": split(encode("x", np.zeros((1, 4, 4))))[party]})
-    sent = (head.model_dump_json().encode(), shares.to_bytes())
-    return b"".join(LENGTH.pack(len(each)) + each for each in sent)
+    head = PrivateRequest(permission=permission, deployment=deployment, request=request.hex(), rows=rows)
+    shares = Shares(deployment, request, party, {"x": split(encode("x", np.zeros((rows, 4, 4))))[party]})
+    told, share = head.model_dump_json().encode(), shares.to_bytes()
+    return LENGTH.pack(len(told)) + told, LENGTH.pack(len(share)) + share
 
 
-def test_a_request_whose_client_is_gone_before_it_is_told_keeps_no_place(tmp_path: Path) -> None:
-    group, key = Group.create(tmp_path, small_network()), ECKey.generate_key("P-256", {"kid": "k"})
-    me, port, is_over = group.identities["party-1"], free_port(), threading.Event()
-    party = Party(1, me, group.deployment, group.network, group.weights[1], tmp_path / "state")
+@pytest.fixture
+def key() -> ECKey:
+    return ECKey.generate_key("P-256", {"kid": "k"})
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Group:
+    return Group.create(tmp_path, small_network())
+
+
+@contextmanager
+def client_of(group: Group, key: ECKey, directory: Path, put: Callable[[Request], None]) -> Iterator[ssl.SSLSocket]:
+    """A client at the door of party 1, which takes three rows at once."""
+    me, port, deployment = group.identities["party-1"], free_port(), group.deployment.id
+    party = Party(1, me, group.deployment, group.network, group.weights[1], directory, limits=Limits(rows=3))
     keys = {"k": key.as_dict(private=False)}
-    taken: list[Request] = []
+    permissions = Permissions(ISSUER, audience(deployment, 1), lambda: keys)
+    given = {"deployment": deployment, "permissions": permissions, "put": put, "answer_s": 600}
+    door = Door(me, party, group.network, host="127.0.0.1", port=port, **given)
+    context = ssl.create_default_context(cafile=me.certificate)
+    context.check_hostname = False
+    try:
+        with context.wrap_socket(socket.create_connection(("127.0.0.1", port))) as client:
+            yield client
+    finally:
+        door.close()
+        party.close()
+
+
+def test_a_request_whose_client_is_gone_before_it_is_told_keeps_no_place(
+    group: Group, key: ECKey, tmp_path: Path
+) -> None:
+    is_over, taken = threading.Event(), list[Request]()
 
     def put(request: Request) -> None:
         taken.append(request)
         request.answer.add_done_callback(lambda _: is_over.set())
         client.close()  # so that whoever writes to it is told
 
-    door = Door(
-        me,
-        party,
-        group.network,
-        deployment=group.deployment.id,
-        permissions=Permissions(ISSUER, audience(group.deployment.id, 1), lambda: keys),
-        put=put,
-        host="127.0.0.1",
-        port=port,
-        answer_s=600,
-    )
-    try:
-        context = ssl.create_default_context(cafile=me.certificate)
-        context.check_hostname = False
-        client = context.wrap_socket(socket.create_connection(("127.0.0.1", port)))
+    with client_of(group, key, tmp_path / "state", put) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_CLOSE)
-        client.sendall(frames(group, 1, key))
+        client.sendall(b"".join(frames(group, 1, key)))
         assert is_over.wait(60), "it waits for somebody who is gone"
         assert taken[0].answer.cancelled()
-    finally:
-        door.close()
-        party.close()
+
+
+def test_more_rows_than_a_party_takes_are_refused_before_their_share_is_read(
+    group: Group, key: ECKey, tmp_path: Path
+) -> None:
+    taken: list[Request] = []
+    with client_of(group, key, tmp_path / "state", taken.append) as client:
+        client.settimeout(60)
+        client.sendall(frames(group, 1, key, rows=4)[0])
+        answer = client.makefile("rb").read()[LENGTH.size :]
+    assert answer[:1] == REFUSED and taken == []
+    assert "3 are the most" in PartyRefusal.model_validate_json(answer[1:]).error

@@ -108,6 +108,11 @@ class Party:
         return group is not None and not group.is_over
 
     @property
+    def most_rows(self) -> int:
+        """Of one request."""
+        return self._limits.rows
+
+    @property
     def bytes_sent(self) -> int:
         """To the other party in this generation."""
         return self._group.other.bytes_sent if self._group is not None else 0

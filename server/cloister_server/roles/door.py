@@ -119,6 +119,9 @@ class Door:
 
     def _answered(self, link: Link) -> Shares:
         head, caller = self._announced(link.receive(HEAD_BYTES, Deadline.after(_STEP_S)))
+        if head.rows > self._party.most_rows:
+            told = f"the request has {head.rows} rows, and {self._party.most_rows} are the most; send fewer at once"
+            raise _Refused("shares_refused", told, is_over=True)  # before there is room for them
         numbers = sum(8 * head.rows * _product(shape) for shape in self._network.inputs.values())
         body = link.receive(numbers + _HEAD_OF_SHARES * (1 + len(self._network.inputs)), Deadline.after(_STEP_S))
         try:
