@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 from cloister_server import people, tenants
 from cloister_server.oauth import totp
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.identities import User
 from cloister_server.store.session import writing
 
@@ -59,7 +60,7 @@ class Human:
 
     def code(self) -> str:
         """One that was not shown before: the database forgets the last one, since no test waits for the clock."""
-        with writing(self.service.engine) as session:
+        with writing(self.service.engine, ALL_TENANTS) as session:
             tenant_id = next(t.id for t in tenants.tenants(session) if t.name == self.account.partition("/")[0])
             user = session.get(User, (tenant_id, self.id))
             if user is not None:
@@ -128,7 +129,7 @@ def told(answer: Any) -> dict[str, str]:
 
 def invited(service: Service, http: Any, name: str, *, tenant: str = "acme", role: Any = "steward") -> Human:
     """Somebody of a tenant, which is made where there is none of its name."""
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         found = next((each for each in tenants.tenants(session) if each.name == tenant), None)
         made = found or tenants.create_tenant(session, service.keys, name=tenant, request_id="request-of-a-test")
         session.flush()

@@ -20,6 +20,7 @@ from cloister_server.api import (
     oauth,
     pages,
     plans,
+    policy,
     problems,
     queries,
     sources,
@@ -71,6 +72,8 @@ def _api(service: Service) -> FastAPI:
         ),
     )
     api.state.service = service
-    for each in (discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, weights, queries):
+    for each in (
+        discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, weights, queries, policy
+    ):  # fmt: skip
         api.include_router(each.router)
     return api

@@ -21,6 +21,7 @@ from cloister_server.oauth import signing_keys
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store import chain, migrate
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.queries import public_keys
@@ -48,7 +49,7 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         migrate.upgrade(settings)
         engine = new_engine(settings.database_url.get_secret_value(), anchors=anchors)
         check_durability(engine)
-        with writing(engine) as session:
+        with writing(engine, ALL_TENANTS) as session:
             made = [purpose for purpose in _PURPOSES if not public_keys(session, purpose)]
             if vault.active_key(session, vault.SYSTEM) is None:
                 vault.new_tenant_key(session, keys, vault.SYSTEM)
@@ -57,9 +58,9 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
                 vault.new_signing_key(session, keys, purpose)
             session.flush()
             signing_keys.complete(session, keys)
-        with reading(engine) as session:
+        with reading(engine, ALL_TENANTS) as session:
             _check_keys(session, keys, settings)
-        with writing(engine) as session:
+        with writing(engine, ALL_TENANTS) as session:
             drafts = chain.link_rows_from_before(session, anchors)
         for draft in drafts:
             draft.publish()
@@ -126,7 +127,7 @@ def check_ready(service: Service) -> None:
     """Raise Unavailable unless the database answers, is at this release's migration, and the service's keys open."""
     try:
         migrate.check_current(service.engine)
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             _check_keys(session, service.keys, service.settings)
     except (SQLAlchemyError, StartRefused):
         raise Unavailable(
@@ -138,7 +139,7 @@ def _check_database(engine: Engine, keys: KeyRing, settings: Settings) -> None:
     try:
         check_durability(engine)
         migrate.check_current(engine)
-        with reading(engine) as session:
+        with reading(engine, ALL_TENANTS) as session:
             _check_keys(session, keys, settings)
             chain.require_linked(session)
         _rolled_back(engine, settings)
@@ -151,7 +152,7 @@ def _check_database(engine: Engine, keys: KeyRing, settings: Settings) -> None:
 def _rolled_back(engine: Engine, settings: Settings) -> list[LedgerRolledBack]:
     anchors = Anchors(settings.anchor_dir)
     anchors.check()
-    with reading(engine) as session:
+    with reading(engine, ALL_TENANTS) as session:
         return chain.rolled_back(session, anchors)
 
 

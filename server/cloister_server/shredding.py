@@ -10,7 +10,7 @@ import logging
 from contextlib import closing, suppress
 from typing import Any
 
-from sqlalchemy import Engine, case, delete, func, or_, select, update
+from sqlalchemy import Engine, case, delete, func, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
@@ -20,14 +20,17 @@ from cloister_server import audit, budgets, keys, policy, processes, receipts, v
 from cloister_server.errors import Conflict, StartRefused
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import Authorization, BrowserSession, Login, User
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
     App,
     Grant,
+    Group,
     IdempotencyKey,
     Job,
     KeystoreBackup,
+    Member,
     Part,
     SealedObject,
     Table,
@@ -97,7 +100,7 @@ def shred(service: Service, principal: Principal) -> dict[str, Any]:
     closed, and calling again goes on from there.
     """
     with keys.alone(service):
-        with reading(service.engine) as session:
+        with reading(service.engine, for_tenants(principal.tenant_id)) as session:
             is_done = session.get_one(Tenant, principal.tenant_id).status == "shredded"
             if is_done:
                 return receipt(session, principal)
@@ -118,7 +121,7 @@ def _close(service: Service, principal: Principal) -> None:
     every transaction that is sealing under it, so that what these store is there when it is deleted.
     """
     tenant_id = principal.tenant_id
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         tenant = session.get_one(Tenant, tenant_id)
         authorized = policy.authorize(session, principal, "tenant.administer", tenant)
         if tenant.status != "active":
@@ -137,7 +140,7 @@ def _close(service: Service, principal: Principal) -> None:
 
 def _end_work(service: Service, tenant_id: str) -> None:
     """See every job over, as cancelled. Whoever holds a job's lock knows that no child of it lives."""
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(tenant_id)) as session:
         _cancel_jobs(session, tenant_id)  # those, too, that began while the keys were being closed
         unfinished = session.scalars(
             select(Job.id).where(Job.tenant_id == tenant_id, Job.status.not_in(FINAL)).order_by(Job.created, Job.id)
@@ -146,7 +149,7 @@ def _end_work(service: Service, tenant_id: str) -> None:
         path = service.settings.data_dir / "locks" / f"{job_id}.lock"
         try:
             with processes.locked(path, wait_s=_CHILD_S, what=f"job {job_id}"):
-                with writing(service.engine) as session:
+                with writing(service.engine, for_tenants(tenant_id)) as session:
                     job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
                     if job.status not in FINAL:
                         budgets.settle(session, job)
@@ -159,7 +162,7 @@ def _end_work(service: Service, tenant_id: str) -> None:
 
 
 def _destroy_keys(service: Service, tenant_id: str) -> None:
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(tenant_id)) as session:
         left = session.scalars(
             select(TenantKey)
             .where(TenantKey.tenant_id == tenant_id, TenantKey.state != "destroyed")
@@ -175,7 +178,7 @@ def _destroy_keys(service: Service, tenant_id: str) -> None:
             raise _unfinished(
                 f"version {key.version} of its key is not destroyed, since its provider {key.provider!r} refuses: {error}"
             ) from None
-        with writing(service.engine) as session:
+        with writing(service.engine, for_tenants(tenant_id)) as session:
             row = session.get_one(TenantKey, (tenant_id, key.version), with_for_update=True)
             row.state, row.destroyed = "destroyed", now()
         log.info("key.destroyed", extra={"tenant_id": tenant_id, "version": key.version, "provider": key.provider})
@@ -183,11 +186,11 @@ def _destroy_keys(service: Service, tenant_id: str) -> None:
 
 def _note_key(service: Service, key: TenantKey, provider: KeyProvider) -> None:
     """Write down what the receipt is to say of a key before it is destroyed: whether it was there, nobody can tell afterwards."""
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(key.tenant_id)) as session:
         if str(key.version) in _notes(session, key.tenant_id)["keys"]:
             return
     told = _told(key, provider)
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(key.tenant_id)) as session:
         noted = _notes(session, key.tenant_id)["keys"]
         _note(session, key.tenant_id, keys={**noted, str(key.version): told})
 
@@ -208,7 +211,7 @@ def _told(key: TenantKey, provider: KeyProvider) -> dict[str, Any]:
 
 def _delete_blobs(service: Service, tenant_id: str) -> None:
     """Delete every object of the tenant's, those too that no row names: nothing is sealed for it any more. The rows go last."""
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(tenant_id)) as session:
         named = session.scalars(select(SealedObject.id).where(SealedObject.tenant_id == tenant_id)).all()
     for first in range(0, len(named), _AT_ONCE):
         service.blobs.delete(tenant_id, *named[first : first + _AT_ONCE])
@@ -219,7 +222,7 @@ def _delete_blobs(service: Service, tenant_id: str) -> None:
 def _conclude(service: Service, principal: Principal) -> dict[str, Any]:
     """Delete the rows and sign the receipt: there is one if, and only if, all of it is done."""
     tenant_id = principal.tenant_id
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         gone = _counted(session, tenant_id)
         for table in _DELETED:
             session.execute(delete(table).where(_of(table, tenant_id)))
@@ -258,16 +261,18 @@ def _cancel_jobs(session: Session, tenant_id: str) -> None:
 def _withdraw(session: Session, tenant_id: str) -> dict[str, int]:
     """Delete the tenant's clients and accounts, all that they may do anywhere, and all that anybody may do here; how many of each."""
     grants = _deleted(session, Grant, _grants_of(tenant_id))
-    for table in (Login, BrowserSession, Authorization):
+    people = select(User.id).where(User.tenant_id == tenant_id)
+    for of_a_person in (Login, BrowserSession, Authorization):
+        session.execute(delete(of_a_person).where(of_a_person.user_id.in_(people)))
+    for table in (Member, Group):
         session.execute(delete(table).where(_of(table, tenant_id)))
     accounts = _deleted(session, User, User.tenant_id == tenant_id)
     return {"clients": _deleted(session, App, App.tenant_id == tenant_id), "grants": grants, "accounts": accounts}
 
 
 def _grants_of(tenant_id: str) -> Any:
-    apps = select(App.id).where(App.tenant_id == tenant_id)
-    people = select(User.id).where(User.tenant_id == tenant_id)
-    return or_(Grant.tenant_id == tenant_id, Grant.principal_id.in_(apps), Grant.principal_id.in_(people))
+    holders = union_all(*(select(table.id).where(table.tenant_id == tenant_id) for table in (App, User, Group)))
+    return or_(Grant.tenant_id == tenant_id, Grant.principal_id.in_(holders))
 
 
 def _notes(session: Session, tenant_id: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from cloister_privacy.sealing import (
 from cloister_server.errors import StartRefused, TenantKeyRefused, Unavailable
 from cloister_server.keyring import KeyRing
 from cloister_server.store.blobs import Blobs
-from cloister_server.store.tables import Job, SealedObject, SigningKey, TenantKey, new_id
+from cloister_server.store.tables import SYSTEM, Job, SealedObject, SigningKey, TenantKey, new_id
 
 __all__ = [
     "SYSTEM",
@@ -71,9 +71,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-SYSTEM = "system"
-"""Stands for a tenant where the keys are the service's own: its KEK wraps the signing keys."""
 
 _AT_ONCE = 500
 """Ids in one statement: databases bound the parameters of one."""

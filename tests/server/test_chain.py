@@ -666,12 +666,13 @@ _CHARGE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
 from cloister_server import ledger
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.anchors import Anchors, Draft
 from cloister_server.store.session import new_engine, writing
 from cloister_server.store.tables import Source
 url, anchors, tenant, source = sys.argv[1:]
 Draft.publish = lambda draft: os.kill(os.getpid(), signal.SIGKILL)
-with writing(new_engine(url, anchors=Anchors(Path(anchors)))) as session:
+with writing(new_engine(url, anchors=Anchors(Path(anchors))), for_tenants(tenant)) as session:
     row = session.get_one(Source, (tenant, source))
     ledger.append(session, row, "allowance", "ap_x", event={"principal": "ap_y", "epsilon": 1.0})
 """

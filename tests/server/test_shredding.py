@@ -420,8 +420,8 @@ def test_a_shredding_that_dies_at_any_step_is_finished_by_the_next_with_one_rece
         return dying
 
     @contextmanager
-    def dying_writing(engine: Any) -> Iterator[Any]:
-        with writing(engine) as session:
+    def dying_writing(engine: Any, acting: Any) -> Iterator[Any]:
+        with writing(engine, acting) as session:
             yield session
         deed(lambda: None)()
 

@@ -24,6 +24,7 @@ from cloister_server.audit import denials_kept
 from cloister_server.errors import IdempotencyMismatch, Unauthenticated
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import for_principal
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import IdempotencyKey
 
@@ -50,12 +51,12 @@ class Call:
 
     def read(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in a transaction that writes nothing."""
-        with denials_kept(self.service.engine), reading(self.service.engine) as session:
+        with denials_kept(self.service.engine), reading(self.service.engine, for_principal(self.principal)) as session:
             return work(session)
 
     def write(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in one write transaction; nothing of it is kept for a retry."""
-        with denials_kept(self.service.engine), writing(self.service.engine) as session:
+        with denials_kept(self.service.engine), writing(self.service.engine, for_principal(self.principal)) as session:
             return work(session)
 
     def once(self, body: BaseModel | bytes, work: Callable[[Session], BaseModel], *, status: int = 201) -> Response:
@@ -74,7 +75,7 @@ class Call:
 
     def _once(self, key: str, content: bytes, work: Callable[[Session], BaseModel], status: int) -> Response:
         place = (self.principal.tenant_id, self.principal.id, self.route, key)
-        with denials_kept(self.service.engine), writing(self.service.engine) as session:
+        with denials_kept(self.service.engine), writing(self.service.engine, for_principal(self.principal)) as session:
             # Keyed: a plain hash of rows would let whoever reads the database try out what they are.
             pepper = vault.signing_key(session, self.service.keys, "pepper").secret
             digest = hmac.new(pepper, content, hashlib.sha256).hexdigest()

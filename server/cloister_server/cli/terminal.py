@@ -26,6 +26,7 @@ from cloister_server.policy import Denied
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.queries import OPERATOR_VERBS
 from cloister_server.store.session import reading, snapshot, writing
 
@@ -77,11 +78,11 @@ def run(
     with refusals(as_json):
         service = deployment.open_service(load_settings())
         if confirm is not None and not dry_run:
-            with reading(service.engine) as session:
+            with reading(service.engine, ALL_TENANTS) as session:
                 name = confirm.name_in(session)
             require_confirmed(name, confirm.given, warning=confirm.warning)
         try:
-            with denials_kept(service.engine), writing(service.engine) as session:
+            with denials_kept(service.engine), writing(service.engine, ALL_TENANTS) as session:
                 answer = work(session, service)
                 if dry_run:
                     session.flush()  # the database's own checks, too
@@ -127,7 +128,7 @@ def require_confirmed(name: str, given: str | None, *, warning: str) -> None:
 def looking() -> Iterator[tuple[Session, Service]]:
     """For a command that only reads, maybe for long: a snapshot, so that nobody waits for it."""
     service = deployment.open_service(load_settings())
-    with denials_kept(service.engine), snapshot(service.engine) as session:
+    with denials_kept(service.engine), snapshot(service.engine, ALL_TENANTS) as session:
         yield session, service
 
 

@@ -28,7 +28,8 @@ from cloister_server.oauth.logins import CLI_CLIENT_ID, Begun
 from cloister_server.oauth.redirects import is_registered
 from cloister_server.oauth.sign_in import Person, attempt, mac, network, refund
 from cloister_server.service import Service
-from cloister_server.store.identities import Authorization
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
+from cloister_server.store.identities import Authorization, user_of_id
 from cloister_server.store.queries import app_of_id
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import App, now
@@ -111,7 +112,7 @@ def read_authorization_request(service: Service, query: str) -> AuthorizationReq
     nobody is taken anywhere; RedirectedError where the app itself is to be told."""
     fields = _fields(query)
     client_id, redirect_uri = fields.get("client_id", ""), fields.get("redirect_uri", "")
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         client = client_of_id(session, client_id) if _CLIENT_ID.fullmatch(client_id) else None
     if client is None or not is_registered(redirect_uri, client.redirect_uris):
         raise BadRequest(
@@ -156,7 +157,7 @@ def allow(service: Service, request: AuthorizationRequest, person: Person) -> st
             state=request.state,
         )
     code = f"cla_{secrets.token_hex(32)}"
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(person.tenant_id)) as session:
         _forget_old(session)
         session.add(
             Authorization(
@@ -164,7 +165,6 @@ def allow(service: Service, request: AuthorizationRequest, person: Person) -> st
                 kind="code",
                 client_id=request.client.id,
                 state="allowed",
-                tenant_id=person.tenant_id,
                 user_id=person.id,
                 redirect_uri=request.redirect_uri,
                 challenge=request.challenge,
@@ -189,7 +189,7 @@ def redeem_code(
     code, verifier = parameters.get("code", ""), parameters.get("code_verifier", "")
     if not _CODE.fullmatch(code) or not _VERIFIER.fullmatch(verifier):
         return None
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         row = session.get(Authorization, _mac(session, service, "code", code), with_for_update=True)
         if row is None or row.kind != "code" or row.client_id != client.id:
             return None
@@ -218,7 +218,7 @@ def find_device(service: Service, person: Person, user_code: str, *, address: st
     """The code as it is kept, and the app whose device shows it; None where none does. Raises RateLimited: none is to be guessed."""
     attempt(service, "user-code", person.id, address)
     code = _normal(user_code)
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         row = _device(session, service, code)
         client = client_of_id(session, row.client_id) if row is not None else None
     if row is None or client is None or client.tenant_id not in ("", person.tenant_id):
@@ -232,12 +232,12 @@ def decide_device(service: Service, person: Person, user_code: str, *, is_allowe
     found = find_device(service, person, user_code, address=address)
     if found is None:
         return False
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(person.tenant_id)) as session:
         row = _device(session, service, found[0], is_locked=True)
         if row is None:
             return False
         row.state = "allowed" if is_allowed else "denied"
-        row.tenant_id, row.user_id = person.tenant_id, person.id
+        row.user_id = person.id
     return True
 
 
@@ -248,7 +248,7 @@ def redeem_device(
     code = parameters.get("device_code", "")
     if not _DEVICE_CODE.fullmatch(code):
         return "invalid_grant"
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         row = session.get(Authorization, _mac(session, service, "device", code), with_for_update=True)
         if row is None or row.kind != "device" or row.client_id != client.id:
             return "invalid_grant"
@@ -275,7 +275,7 @@ def redeem_device(
 def _new_device(service: Service, client: App, address: str) -> Device:
     device_code = f"cld_{secrets.token_hex(32)}"
     user_code = "".join(secrets.choice(_LETTERS) for _ in range(8))
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         _forget_old(session)
         asked_from = _mac(session, service, "asked-from", network(address))
         waiting = session.scalar(select(func.count()).where(Authorization.asked_from == asked_from)) or 0
@@ -310,15 +310,14 @@ def _begin(
     session: Session, service: Service, row: Authorization, client: App, proven: str | None, request_id: str
 ) -> Begun | None:
     """Begin what was allowed, once, where the person is still there to have allowed it."""
-    if row.state != "allowed" or row.tenant_id is None or row.user_id is None:
-        return None
-    if not logins.is_active(session, row.tenant_id, row.user_id):
+    user = user_of_id(session, row.user_id) if row.state == "allowed" and row.user_id is not None else None
+    if user is None or not logins.is_active(session, user.tenant_id, user.id):
         return None
     begun = logins.begin(
         session,
         service,
-        tenant_id=row.tenant_id,
-        user_id=row.user_id,
+        tenant_id=user.tenant_id,
+        user_id=user.id,
         client_id=client.id,
         jkt=proven,
         request_id=request_id,

@@ -33,6 +33,7 @@ from cloister_server.oauth.form import TokenRequest, read_token_request
 from cloister_server.oauth.logins import Begun, refresh
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.service import Service
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App, new_id
 
@@ -73,7 +74,7 @@ def issue_token(
     except OAuth2Error as error:
         status, answer, more = error()
         return status, answer, dict(more)
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(client.app.tenant_id)) as session:
         answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(
             service, session, client, jkt
         ).create_token_response(request)
@@ -111,7 +112,7 @@ def _issue_for_person(
         begun = redeem_device(service, app, form, proven=jkt, request_id=request_id)
     if not isinstance(begun, Begun):
         raise _Refused(begun or "invalid_grant")
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(begun.tenant_id)) as session:
         token = _Tokens(service, session, jkt, begun).generate(
             grant_type, client, user=_Person(begun.user_id), scope="", include_refresh_token=False
         )

@@ -22,6 +22,7 @@ from cloister_server import vault
 from cloister_server.errors import RateLimited, ServerError
 from cloister_server.oauth import passphrases, totp
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import BrowserSession, SignInTry, User, user_of_account, user_of_id
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Tenant, now
@@ -83,7 +84,7 @@ def sign_in(service: Service, *, account: str, passphrase: str, code: str, addre
     """Who this is. Raises NotSignedIn, RateLimited where this account was tried too often from this address, or Unavailable."""
     with passphrases.at_work():
         attempt(service, "sign-in", account, address)
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             user = user_of_account(session, account)
             pepper = vault.signing_key(session, service.keys, "pepper").secret
         is_active = user is not None and user.status == "active"
@@ -112,7 +113,7 @@ def attempt(service: Service, kind: str, what: str, address: str) -> None:
 
 
 def _count(service: Service, kind: str, what: str, address: str) -> None:
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         pepper = vault.signing_key(session, service.keys, "pepper").secret
         at, key = now(), mac(pepper, f"try-{kind}", what, network(address))
         session.execute(delete(SignInTry).where(SignInTry.until < at))
@@ -133,7 +134,7 @@ def _count(service: Service, kind: str, what: str, address: str) -> None:
 
 def refund(service: Service, kind: str, what: str, address: str) -> None:
     """A try that was none: it succeeded, and says nothing of those before it."""
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         pepper = vault.signing_key(session, service.keys, "pepper").secret
         row = session.get(SignInTry, mac(pepper, f"try-{kind}", what, network(address)), with_for_update=True)
         if row is not None:
@@ -147,13 +148,12 @@ def forget_tries(session: Session, pepper: bytes, kind: str, what: str, address:
 
 def remember_browser(service: Service, cookie: str, person: Person) -> None:
     """Whoever shows this cookie is this person, for an hour."""
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(person.tenant_id)) as session:
         pepper = vault.signing_key(session, service.keys, "pepper").secret
         session.execute(delete(BrowserSession).where(BrowserSession.until < now()))
         session.add(
             BrowserSession(
                 mac=mac(pepper, "browser", cookie),
-                tenant_id=person.tenant_id,
                 user_id=person.id,
                 until=now() + timedelta(seconds=BROWSER_S),
             )
@@ -161,14 +161,14 @@ def remember_browser(service: Service, cookie: str, person: Person) -> None:
 
 
 def forget_browser(service: Service, cookie: str) -> None:
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         pepper = vault.signing_key(session, service.keys, "pepper").secret
         session.execute(delete(BrowserSession).where(BrowserSession.mac == mac(pepper, "browser", cookie)))
 
 
 def of_browser(service: Service, cookie: str) -> Person | None:
     """Who is signed in where this cookie is: asked of the database each time, so that a disabled person is nobody at once."""
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         pepper = vault.signing_key(session, service.keys, "pepper").secret
         row = session.get(BrowserSession, mac(pepper, "browser", cookie))
         user = user_of_id(session, row.user_id) if row is not None and row.until > now() else None
@@ -204,7 +204,7 @@ def _secret_of(pepper: bytes, user: User | None) -> bytes:
 
 def _take_step(service: Service, user: User, step: int, pepper: bytes, account: str, address: str) -> bool:
     """Take a code, once: of two who show it at the same moment, one."""
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(user.tenant_id)) as session:
         taken = session.execute(
             update(User)
             .where(User.tenant_id == user.tenant_id, User.id == user.id, User.totp_step < step, User.status == "active")

@@ -20,6 +20,7 @@ from cloister.wire.plans import TrainingSpec
 from cloister.wire.queries import Evaluation, QueryRequest
 from cloister_server import budgets, datasets, models, processes, vault
 from cloister_server.service import Service
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.queries import is_suspended
 from cloister_server.store.session import writing
 from cloister_server.store.tables import Attempt, Dataset, Job, ModelVersion, SealedObject, Weights
@@ -69,7 +70,10 @@ def run_attempt(
 def abandon(service: Service, tenant_id: str, job_id: str) -> None:
     """Fail a job that cannot be run or published for a reason that trying again does not mend; what it opened is charged."""
     path = service.settings.data_dir / "locks" / f"{job_id}.lock"
-    with processes.locked(path, wait_s=30, what=f"job {job_id}"), writing(service.engine) as session:
+    with (
+        processes.locked(path, wait_s=30, what=f"job {job_id}"),
+        writing(service.engine, for_tenants(tenant_id)) as session,
+    ):
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.status not in FINAL:
             _close(session, service, job, "failed", error_code="internal")
@@ -85,7 +89,7 @@ def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> None:
 
 def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
     """Publish or settle, if the last attempt said how it ended; True when the job is over. No child of it is alive."""
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(tenant_id)) as session:
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.status in FINAL:
             return True
@@ -145,7 +149,7 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | No
 
     None where the job was cancelled since it was last looked at. Raises TenantSuspended where nothing is to begin.
     """
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(tenant_id)) as session:
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.cancel_requested or job.status in FINAL:
             return None
