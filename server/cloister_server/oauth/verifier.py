@@ -31,7 +31,7 @@ from cloister_server.oauth.dpop import InvalidProof, proven_key
 from cloister_server.oauth.signed import ALGORITHMS
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import standing_of_login
 from cloister_server.store.queries import standing_of, token_keys
 from cloister_server.store.session import reading
@@ -200,8 +200,10 @@ class _Memory:
             if time.monotonic() < self._keys_loaded + kept_s:
                 return self._keys
         loaded_at = time.monotonic()
-        with reading(service.engine, ALL_TENANTS) as session:
-            secrets = [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)]
+        secrets = service.read(
+            for_tenants(vault.SYSTEM),
+            lambda session: [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)],
+        )
         # The public half comes from the wrapped private one: a key that someone wrote into the table opens nothing.
         keys = {each.id: _public(each) for each in secrets}
         with self._lock:

@@ -28,6 +28,7 @@ from cloister_server.store.tables import (
     Source,
     Table,
     Tenant,
+    TenantKey,
     Weights,
     now,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "id_of_name",
     "is_suspended",
     "jobs_not_of",
+    "keys_not_destroyed",
     "name_is_taken",
     "names_of_holders",
     "names_of_principals",
@@ -184,6 +186,11 @@ def tenant_of_id_or_name(session: Session, id_or_name: str) -> Tenant | None:
 def jobs_not_of(statuses: Collection[str]) -> Select[str, str]:
     """Tenant and id of the jobs, in every tenant, that have none of these statuses, oldest first: for the worker."""
     return select(Job.tenant_id, Job.id).where(Job.status.not_in(statuses)).order_by(Job.created, Job.id)
+
+
+def keys_not_destroyed() -> Select[str, str]:
+    """Id and provider of every key that wraps other keys, the service's own among them: for `init`."""
+    return select(TenantKey.key_id, TenantKey.provider).where(TenantKey.state != "destroyed")
 
 
 def apps_of(tenant_id: str) -> Select[App]:
