@@ -18,7 +18,7 @@ from cloister_server.principal import Principal
 from cloister_server.store.conditions import UNBOUND, Conditions
 from cloister_server.store.decisions import decisive
 from cloister_server.store.queries import OPERATOR_VERBS, VERBS, visible_to
-from cloister_server.store.rates import RATES
+from cloister_server.store.rates import take
 from cloister_server.store.tables import Table, Tenant
 
 __all__ = [
@@ -198,7 +198,7 @@ def _count(session: Session, allow: Allow) -> None:
     most = allow.conditions.requests_per_minute
     if most is None:
         return
-    wait_s = session.info[RATES].take(allow.by, per_minute=most)
+    wait_s = take(session, allow.by, per_minute=most)
     if wait_s > 0:
         raise RateLimited(
             f"your grant allows this {most} times a minute; go on in {math.ceil(wait_s)} s, or ask the owner for another grant",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,7 @@ from sqlalchemy import delete, event, select, text
 from starlette.testclient import TestClient
 
 from accounts import Person
-from cloister_server import explanations, grants, groups, people, policy, predict
+from cloister_server import asking, explanations, grants, groups, people, policy, predict
 from cloister_server.errors import Conflict, Forbidden, Invalid, NotFound, RateLimited, Unavailable
 from cloister_server.policy import Allow, Deny
 from cloister_server.principal import Principal
@@ -438,12 +439,48 @@ def test_a_grant_is_used_as_often_as_it_says_and_then_asks_to_wait(world: Servic
     assert refusal.value.details["requests_per_minute"] == 3 and 1 <= refusal.value.details["retry_after_s"] <= 60
 
 
-def test_a_rate_is_of_any_minute_and_of_each_grant(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 20.0, 20.0, 60.0, 60.5])
-    monkeypatch.setattr("cloister_server.store.rates.time.monotonic", lambda: next(clock))
+def test_a_rate_is_of_any_minute_and_of_each_grant() -> None:
     rates = Rates()
-    waits = [rates.take(grant, per_minute=2) for grant in ("g", "g", "g", "other", "g", "g")]
-    assert waits == [0.0, 0.0, 40.0, 0.0, 0.0, 9.5]
+    uses = (("g", 0.0), ("g", 10.0), ("g", 20.0), ("other", 20.0), ("g", 60.0), ("g", 60.5))
+    assert [rates.take(grant, per_minute=2, at=at) for grant, at in uses] == [0.0, 0.0, 40.0, 0.0, 0.0, 9.5]
+
+
+def test_a_request_that_asks_a_key_provider_and_so_runs_again_is_counted_once(world: Service) -> None:
+    ann, model_id = APPS["ann"], models_of(world)[HERE, "one"]
+    given = {
+        "tenant_id": HERE,
+        "holder": "ann",
+        "verb": "model.read",
+        "resource": "one",
+        "hours": None,
+        "network": None,
+    }
+    with writing(world.engine) as session:
+        session.add_all(
+            rows_of([{**given, "effect": "allow", "requests_per_minute": 2}], set(), {(HERE, "one"): model_id})
+        )
+    runs = []
+
+    def work(session: Any) -> Any:
+        runs.append(policy.find(session, ann, "model.read", Model, model_id))
+        return asking.answered(session, Nonce(len(requests)))
+
+    requests: list[Any] = []
+    for number in (1, 2):
+        requests.append(world.read(for_principal(ann), work))
+        assert len(runs) == 2 * number, "it ran twice"
+    with pytest.raises(RateLimited):
+        world.read(for_principal(ann), work)
+
+
+@dataclass(frozen=True)
+class Nonce:
+    """Something that a provider is asked for."""
+
+    number: int
+
+    def ask(self, _: Any) -> int:
+        return self.number
 
 
 def test_outputs_are_bounded_to_labels_or_two_digits() -> None:
