@@ -1,15 +1,15 @@
 """Which grant decides: by the one query that defines it, or by a snapshot of the tenant's grants that agrees with it.
 
-A snapshot holds for one revision of the tenant's policy, which the database counts and which is read anew for every decision. Only
-transactions that read use one: what another has changed and not committed is no revision yet, and so it asks the query.
+A snapshot holds for one revision of the tenant's policy, which the database counts and which every transaction reads anew. Only
+those that read use one: what another has changed and not committed is no revision yet, and so it asks the query.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -26,7 +26,7 @@ __all__ = ["SNAPSHOTS", "Decisive", "Snapshots", "bearing_on", "decisive", "deci
 SNAPSHOTS = "snapshots"
 """Under this name a session's `info` has the engine's snapshots, where it may use them."""
 
-_MOST_TENANTS, _MOST_TABLES = 2000, 2000
+_MOST_TENANTS = 2000
 
 
 class Decisive(NamedTuple):
@@ -59,57 +59,64 @@ class _Entry(NamedTuple):
         return not self.is_allow if address is None else self.network[0] <= address <= self.network[1]
 
 
+@final
 class _Open:
-    """What depends on when and from where it is asked: the grants that may decide, in their order."""
+    """The grants of a holder on a resource, where it depends on when and from where it is asked which of them count."""
 
-    __slots__ = ("_entries",)
+    __slots__ = ("entries",)
 
-    def __init__(self, entries: Iterable[_Entry]) -> None:
-        self._entries = tuple(sorted(entries))
-
-    def decided(self, address: str | None) -> Decisive | None:
-        at, key = now(), address_key(address)
-        return next((each.decisive for each in self._entries if each.counts(at, key)), None)
+    def __init__(self, entries: list[_Entry]) -> None:
+        self.entries = tuple(entries)
 
 
-_Table = Mapping[str, "Decisive | _Open | None"]
-"""By resource, what decides; under '*' what does for each that is not named."""
+_Held = Mapping[str, Mapping[str, "_Entry | _Open"]]
+"""By holder, then by resource: the grant that decides among the holder's on it."""
 
 
 class _Snapshot:
-    """A tenant's grants, none while it is suspended, and members at one revision; and what follows for whom was asked about."""
+    """A tenant's grants, none while it is suspended, and members at one revision."""
 
-    __slots__ = ("_entries", "_tables", "groups", "revision")
+    __slots__ = ("_holders", "_verbs", "revision")
 
     def __init__(
-        self,
-        revision: int | None,
-        entries: Mapping[tuple[str, str], Mapping[str, Sequence[_Entry]]],
-        groups: Mapping[str, tuple[str, ...]],
+        self, revision: int | None, verbs: Mapping[str, _Held], holders: Mapping[str, tuple[str, ...]]
     ) -> None:
-        self.revision, self.groups = revision, groups
-        """By principal of the tenant."""
-        self._entries = entries
-        """By holder and verb, then by resource."""
-        self._tables: dict[tuple[str, str, tuple[str, ...]], _Table] = {}
+        self.revision, self._verbs, self._holders = revision, verbs, holders
 
-    def table(self, principal_id: str, verb: str, groups: tuple[str, ...]) -> _Table:
-        """Of a principal and the groups that it is in, all that a verb may be done to."""
-        place = (principal_id, verb, groups)
-        table = self._tables.get(place)
-        if table is None:
-            if len(self._tables) >= _MOST_TABLES:
-                self._tables.clear()
-            table = self._tables[place] = self._made(principal_id, verb, groups)
-        return table
+    def holders(self, principal_id: str) -> tuple[str, ...]:
+        """Of a principal of the tenant: itself, and the groups that it is in."""
+        return self._holders.get(principal_id) or (principal_id,)
 
-    def _made(self, principal_id: str, verb: str, groups: tuple[str, ...]) -> _Table:
-        found: dict[str, list[_Entry]] = {ANY: []}
-        for holder in (principal_id, *groups):
-            for resource_id, entries in self._entries.get((holder, verb), {}).items():
-                found.setdefault(resource_id, []).extend(entries)
-        wide = found[ANY]
-        return {each: _settled(entries if each == ANY else [*entries, *wide]) for each, entries in found.items()}
+    def decided(self, holders: tuple[str, ...], verb: str, resource_id: str, address: str | None) -> Decisive | None:
+        """What decides, of all that these hold."""
+        held = self._verbs.get(verb, _NOTHING)
+        best: _Entry | None = None
+        for holder in holders:
+            on = held.get(holder)
+            if on is None:
+                continue
+            for found in (on.get(resource_id), on.get(ANY)):
+                if found is None:
+                    continue
+                if type(found) is _Open:
+                    return self._decided_now(holders, verb, resource_id, address)
+                if best is None or found < best:
+                    best = found
+        return None if best is None else best.decisive
+
+    def _decided_now(
+        self, holders: tuple[str, ...], verb: str, resource_id: str, address: str | None
+    ) -> Decisive | None:
+        at, key, counting = now(), address_key(address), []
+        for holder in holders:
+            on = self._verbs[verb].get(holder, {})
+            for found in (on.get(resource_id), on.get(ANY)):
+                entries = found.entries if isinstance(found, _Open) else () if found is None else (found,)
+                counting += [each for each in entries if each.counts(at, key)]
+        return min(counting).decisive if counting else None
+
+
+_NOTHING: _Held = {}
 
 
 class Snapshots:
@@ -125,8 +132,8 @@ class Snapshots:
         kept = self._kept.get(tenant_id)
         if kept is not None and kept.revision == revision:
             return kept
-        entries = {} if is_suspended(session, tenant_id) else _entries(session, tenant_id)
-        fresh = _Snapshot(revision, entries, _groups(session, tenant_id))
+        verbs = {} if is_suspended(session, tenant_id) else _verbs(session, tenant_id)
+        fresh = _Snapshot(revision, verbs, _holders(session, tenant_id))
         with self._lock:
             while len(self._kept) >= _MOST_TENANTS:
                 del self._kept[next(iter(self._kept))]
@@ -141,9 +148,7 @@ def decisive(session: Session, principal: Principal, verb: str, *, tenant_id: st
         return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     snapshot = snapshots.of(session, tenant_id)
     own = snapshot if principal.tenant_id == tenant_id else snapshots.of(session, principal.tenant_id)
-    table = snapshot.table(principal.id, verb, own.groups.get(principal.id, ()))
-    found = table[resource_id] if resource_id in table else table[ANY]
-    return found.decided(principal.address) if type(found) is _Open else found  # type: ignore[return-value]  # else it is settled
+    return snapshot.decided(own.holders(principal.id), verb, resource_id, principal.address)
 
 
 def decisive_by_query(
@@ -167,37 +172,44 @@ def bearing_on(session: Session, who: Principal, verb: str, *, tenant_id: str, r
         return list(session.scalars(bearing(who, verb, tenant_id=tenant_id, resource_id=resource_id)))
 
 
-def _settled(entries: Sequence[_Entry]) -> Decisive | _Open | None:
-    if any(each.expires is not None or each.network is not None for each in entries):
-        return _Open(entries)
-    return min(entries).decisive if entries else None
-
-
 def _revision(session: Session, tenant_id: str) -> int | None:
-    """Asked of the driver itself: this is all that a warm decision costs."""
+    """As the transaction saw it first: the principal's own as it began, another's asked of the driver itself."""
     if DRIVER not in session.info:
         session.connection()
     driver = session.info[DRIVER]
+    known: dict[str, int | None] = driver.revisions
+    if tenant_id in known:
+        return known[tenant_id]
     try:
         row = driver.connection.execute(driver.revision, (tenant_id,)).fetchone()
     except driver.error:
         raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment") from None
-    return None if row is None else row[0]
+    known[tenant_id] = None if row is None else row[0]
+    return known[tenant_id]
 
 
-def _entries(session: Session, tenant_id: str) -> dict[tuple[str, str], dict[str, list[_Entry]]]:
-    entries: dict[tuple[str, str], dict[str, list[_Entry]]] = {}
+def _verbs(session: Session, tenant_id: str) -> dict[str, _Held]:
+    held: dict[str, dict[str, dict[str, list[_Entry]]]] = {}
     for row in session.scalars(select(Grant).where(Grant.tenant_id == tenant_id)):
-        entries.setdefault((row.principal_id, row.verb), {}).setdefault(row.resource_id, []).append(_entry(row))
-    return entries
+        by_holder = held.setdefault(row.verb, {}).setdefault(row.principal_id, {})
+        by_holder.setdefault(row.resource_id, []).append(_entry(row))
+    return {
+        verb: {holder: {on: _settled(each) for on, each in found.items()} for holder, found in holders.items()}
+        for verb, holders in held.items()
+    }
 
 
-def _groups(session: Session, tenant_id: str) -> dict[str, tuple[str, ...]]:
+def _settled(entries: list[_Entry]) -> _Entry | _Open:
+    is_open = any(each.expires is not None or each.network is not None for each in entries)
+    return _Open(entries) if is_open else min(entries)
+
+
+def _holders(session: Session, tenant_id: str) -> dict[str, tuple[str, ...]]:
     members = select(Member.principal_id, Member.group_id).where(Member.tenant_id == tenant_id)
-    groups: dict[str, list[str]] = {}
+    holders: dict[str, tuple[str, ...]] = {}
     for principal_id, group_id in session.execute(members):
-        groups.setdefault(principal_id, []).append(group_id)
-    return {principal_id: tuple(found) for principal_id, found in groups.items()}
+        holders[principal_id] = (*holders.get(principal_id, (principal_id,)), group_id)
+    return holders
 
 
 def _entry(row: Grant) -> _Entry:

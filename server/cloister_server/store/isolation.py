@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, event, inspect, or_, select, text
+from sqlalchemy import BigInteger, Connection, cast, event, inspect, null, or_, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, with_loader_criteria
 
 from cloister_server.errors import ServerError, Unavailable
 from cloister_server.store.acting import Acting
-from cloister_server.store.tables import SYSTEM, Grant, Member, Owned, Tenant, now
+from cloister_server.store.tables import SYSTEM, Grant, Member, Owned, PolicyRevision, Tenant, now
 
 __all__ = ["DRIVER", "GATES", "OtherTenant", "acting_for", "acts_for", "gated", "lifted"]
 
@@ -34,6 +34,9 @@ class _Driver(NamedTuple):
     connection: Any
     error: type[Exception]
     revision: str
+    """Asks for a tenant's policy revision."""
+    revisions: dict[str, int | None]
+    """Those that this transaction has read."""
 
 
 class OtherTenant(ServerError):
@@ -67,7 +70,11 @@ def acts_for(session: Session, *tenant_ids: str) -> bool:
     if DRIVER not in session.info:
         session.connection()
     seen = session.info.get(_TENANTS, ())
-    return seen is None or set(tenant_ids).issubset(seen)
+    if seen is not None:
+        for each in tenant_ids:
+            if each not in seen:
+                return False
+    return True
 
 
 def _acting(session: Session) -> Acting:
@@ -83,10 +90,12 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
     acting = _acting(session)
     try:
         _tell(connection, acting.tenant_ids, acting)
-        tenant_ids = acting.tenant_ids
+        tenant_ids, revisions = acting.tenant_ids, dict[str, int | None]()
         if tenant_ids is not None and acting.principal_id is not None:
-            shared = connection.execute(_sharing_with(tenant_ids[0], acting.principal_id)).scalars()
-            tenant_ids = tuple(dict.fromkeys((*tenant_ids, *shared)))
+            own = tenant_ids[0]
+            found = connection.execute(_sharing_with(own, acting.principal_id)).all()
+            revisions[own] = next((row.revision for row in found if row.revision is not None), None)
+            tenant_ids = tuple(dict.fromkeys((*tenant_ids, *(row.tenant_id for row in found))))
             if tenant_ids != acting.tenant_ids:
                 _tell(connection, tenant_ids, acting)
     except SQLAlchemyError:
@@ -97,6 +106,7 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
         connection.connection.driver_connection,
         connection.dialect.loaded_dbapi.Error,
         f"SELECT revision FROM policy_revisions WHERE tenant_id = {mark}",  # noqa: S608 (the driver's own mark)
+        revisions,
     )
 
 
@@ -176,11 +186,13 @@ def _tell(connection: Connection, tenant_ids: tuple[str, ...] | None, acting: Ac
 
 
 def _sharing_with(tenant_id: str, principal_id: str) -> Any:
-    """The tenants that granted the principal something. On the tables themselves, past the ORM's gate."""
-    grant, member, at = Grant.__table__.c, Member.__table__.c, now()
+    """The tenants that granted the principal something, and its own with its policy's revision. On the tables themselves, past the
+    ORM's gate."""
+    grant, member, counted, at = Grant.__table__.c, Member.__table__.c, PolicyRevision.__table__.c, now()
     groups = select(member.group_id).where(member.tenant_id == tenant_id, member.principal_id == principal_id)
-    return (
-        select(grant.tenant_id)
+    own = select(counted.tenant_id, counted.revision).where(counted.tenant_id == tenant_id)
+    return own.union_all(
+        select(grant.tenant_id, cast(null(), BigInteger).label("revision"))
         .distinct()
         .where(
             or_(grant.principal_id == principal_id, grant.principal_id.in_(groups)),
