@@ -87,6 +87,7 @@ VERBS: Mapping[str, type[Table]] = {
     "model.read": Model,
     "model.predict": Model,
     "model.publish": Model,
+    "model.deploy_private": Model,
     "policy.read": Tenant,
     "weights.create": Tenant,
     "weights.use": Weights,

@@ -42,6 +42,8 @@ __all__ = [
     "Owned",
     "Part",
     "PolicyRevision",
+    "PrivateDeployment",
+    "RequestCount",
     "RevokedToken",
     "SealedObject",
     "SeenProof",
@@ -112,9 +114,22 @@ class Tenant(Table):
     suspended: Mapped[datetime | None]
     """Since when nobody acts for it or on what it has; null while it is not suspended."""
     quota_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    """The most that its sealed objects may take; null is without a bound."""
+    """The most bytes that its sealed objects may take; null, here and of the other quotas, is without a bound."""
+    quota_jobs: Mapped[int | None]
+    """The most jobs that may be queued or running at once."""
+    quota_requests: Mapped[int | None]
+    """The most requests that its principals may send in a minute, all together."""
     receipt: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """What was signed of its shredding; while that is under way, what is to be said of the steps that are done."""
+
+
+class RequestCount(Owned, Table):
+    """How many requests of a minute are taken by processes, of a tenant that has a quota of them or once had."""
+
+    __tablename__ = "request_counts"
+    minute: Mapped[int]
+    """The newest that any was taken of, by the clock: whole minutes since 1970."""
+    taken: Mapped[int]
 
 
 class TenantKey(Owned, Table):
@@ -407,6 +422,8 @@ class Job(Owned, Table):
     checkpoint_id: Mapped[str | None] = mapped_column(String(40))
     result_id: Mapped[str | None] = mapped_column(String(40))
     """The sealed answer of a query that is done."""
+    reserved_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    """The most that it may come to store, which counts until it is over; 0 of jobs that are older than the column."""
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     version: Mapped[int | None]
     error_code: Mapped[str | None]
@@ -449,6 +466,28 @@ class ModelVersion(Owned, Table):
     weights_id: Mapped[str] = _id(primary=False)
     certificate: Mapped[dict[str, Any]]
     created: Mapped[datetime] = mapped_column(default=now)
+
+
+class PrivateDeployment(Owned, Table):
+    """One time that a version's weights were shared between two parties; the newest that is not ended answers."""
+
+    __tablename__ = "private_deployments"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["tenant_id", "model_id", "version"],
+            ["model_versions.tenant_id", "model_versions.model_id", "model_versions.version"],
+        ),
+    )
+    model_id: Mapped[str] = _id()
+    version: Mapped[int] = mapped_column(primary_key=True)
+    generation: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[str] = _id(primary=False)
+    statement: Mapped[dict[str, Any]]
+    """The signed envelope, which is public."""
+    files_id: Mapped[str | None] = mapped_column(String(40))
+    """The sealed object with what each role is given; null once the deployment is ended, or a newer one is there."""
+    created: Mapped[datetime] = mapped_column(default=now)
+    ended: Mapped[datetime | None]
 
 
 class Weights(Owned, Table):
