@@ -21,6 +21,7 @@ from cloister_server.api import (
     oauth,
     pages,
     plans,
+    policy,
     private_deployments,
     problems,
     queries,
@@ -82,6 +83,8 @@ def _api(service: Service) -> FastAPI:
     api.state.service = service
     for public in (discovery, oauth, pages):
         api.include_router(public.router)
-    for each in (identities, sources, datasets, plans, jobs, models, private_deployments, weights, queries):
+    for each in (
+        identities, sources, datasets, plans, jobs, models, private_deployments, weights, queries, policy
+    ):  # fmt: skip
         api.include_router(each.router, responses={429: _TOO_MANY})
     return api

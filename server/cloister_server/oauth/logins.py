@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from pydantic import SecretStr
-from sqlalchemy import delete, select
+from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from cloister_server import audit, vault
@@ -20,7 +20,16 @@ from cloister_server.oauth import verifier
 from cloister_server.oauth.sign_in import mac
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.identities import BrowserSession, Login, User
+from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.identities import (
+    BrowserSession,
+    Login,
+    User,
+    forget_logins_by,
+    forget_old_logins,
+    login_of_handle,
+    login_of_id,
+)
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Tenant, new_id, now
 
@@ -69,7 +78,7 @@ def begin(
 ) -> Begun:
     """Let an app act for a person from now on, who has just allowed it."""
     at = now()
-    session.execute(delete(Login).where(Login.until < at))
+    forget_old_logins(session)
     login = Login(
         tenant_id=tenant_id,
         id=new_id("lg"),
@@ -97,10 +106,8 @@ def refresh(service: Service, token: str, *, client_id: str, proven: str | None,
     if read is None:
         return None
     handle, generation = read
-    with writing(service.engine) as session:
-        login = session.scalars(
-            select(Login).where(Login.handle == handle, Login.until > now()).with_for_update()
-        ).one_or_none()
+    with writing(service.engine, ALL_TENANTS) as session:
+        login = login_of_handle(session, handle, is_locked=True)
         if login is None or login.client_id != client_id:
             return None
         if generation != login.generation:
@@ -119,7 +126,7 @@ def refresh(service: Service, token: str, *, client_id: str, proven: str | None,
 
 def end(session: Session, service: Service, login_id: str | None) -> None:
     """End a login: its refresh token at once, its access tokens in this process from the next request, in others within a second."""
-    login = session.scalars(select(Login).where(Login.id == login_id)).one_or_none()
+    login = login_of_id(session, login_id)
     if login is not None:
         _end(session, service, login)
 
@@ -129,8 +136,8 @@ def end_by_refresh_token(service: Service, token: str, *, client_id: str) -> boo
     read = _read(vault.pepper(service), token)
     if read is None:
         return False
-    with writing(service.engine) as session:
-        login = session.scalars(select(Login).where(Login.handle == read[0])).one_or_none()
+    with writing(service.engine, ALL_TENANTS) as session:
+        login = login_of_handle(session, read[0])
         if login is None or login.client_id != client_id:
             return False
         _end(session, service, login)
@@ -142,8 +149,8 @@ def of_refresh_token(service: Service, token: str) -> Login | None:
     read = _read(vault.pepper(service), token)
     if read is None:
         return None
-    with reading(service.engine) as session:
-        login = session.scalars(select(Login).where(Login.handle == read[0], Login.until > now())).one_or_none()
+    with reading(service.engine, ALL_TENANTS) as session:
+        login = login_of_handle(session, read[0])
         is_good = (
             login is not None and login.generation == read[1] and is_active(session, login.tenant_id, login.user_id)
         )
@@ -161,7 +168,7 @@ def end_all(session: Session, service: Service, user: User) -> int:
 
 def forget_client(session: Session, client_id: str) -> None:
     """End every login by an app that is no more; whoever has a token of it is refused within a second."""
-    session.execute(delete(Login).where(Login.client_id == client_id))
+    forget_logins_by(session, client_id)
 
 
 def is_active(session: Session, tenant_id: str, user_id: str) -> bool:

@@ -31,6 +31,7 @@ from cloister_server.oauth.dpop import InvalidProof, proven_key
 from cloister_server.oauth.signed import ALGORITHMS
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import standing_of_login
 from cloister_server.store.queries import standing_of, token_keys
 from cloister_server.store.session import reading
@@ -103,7 +104,7 @@ def inspect(service: Service, token: str) -> tuple[AccessToken, str]:
     if not _TOKEN.fullmatch(encoded):
         raise _refusal(service)
     read = _memory(service).verify(service, encoded)
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         tenant_id = _standing(session, read)
     if tenant_id is None:
         raise _refusal(service)
@@ -144,7 +145,7 @@ class _Memory:
             read = self.verify(service, token)
             self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
         asked_at, forgotten = time.monotonic(), self._forgotten
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             tenant_id = _standing(session, read)
         if tenant_id is None:
             raise _refusal(service)
@@ -200,7 +201,8 @@ class _Memory:
                 return self._keys
         loaded_at = time.monotonic()
         secrets = service.read(
-            lambda session: [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)]
+            for_tenants(vault.SYSTEM),
+            lambda session: [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)],
         )
         # The public half comes from the wrapped private one: a key that someone wrote into the table opens nothing.
         keys = {each.id: _public(each) for each in secrets}
