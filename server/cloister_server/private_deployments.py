@@ -208,7 +208,7 @@ def deploy(
 def terms(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> PrivateTerms:
     """What whoever may predict with a version needs in order to share an input: its architecture is public to them."""
     authorized, row = models.find_version(session, principal, id_or_name, number)
-    _require_all_outputs(authorized)
+    _require_unbound(authorized)
     found = _standing(session, row)
     return PrivateTerms(
         statement=found.statement,
@@ -220,7 +220,7 @@ def terms(session: Session, principal: Principal, service: Service, id_or_name: 
 def permissions(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> Permissions:
     """One for each party, for a minute: whoever loses the grant, or the tenant its key, gets none from then on."""
     authorized, row = models.find_version(session, principal, id_or_name, number)
-    _require_all_outputs(authorized)
+    _require_unbound(authorized)
     found = _standing(session, row)
     vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)  # it must be to be had still
     signer = vault.signing_key(session, service.keys, "token")
@@ -259,12 +259,18 @@ def end(
     return _view(row, found.generation, found.id, found.statement)
 
 
-def _require_all_outputs(authorized: Authorized[Model]) -> None:
-    """Raise Forbidden where the grant bounds what a model answers: the parties answer in shares, of which nobody can hold back any."""
+def _require_unbound(authorized: Authorized[Model]) -> None:
+    """Raise Forbidden where the grant bounds what a model answers, or how often: the parties answer in shares, of which nobody can
+    hold back any, and whoever has a permission asks them as often as they like for a minute."""
     if authorized.conditions.outputs is not None:
         raise Forbidden(
             f"your grant is for {authorized.conditions.outputs} outputs alone, and private inference answers with all; ask the "
             "model's owner for a grant without that bound"
+        )
+    if authorized.conditions.requests_per_minute is not None:
+        raise Forbidden(
+            f"your grant is for {authorized.conditions.requests_per_minute} requests a minute, which nobody counts at the parties of "
+            "private inference; ask the model's owner for a grant without that bound"
         )
 
 

@@ -202,19 +202,21 @@ def test_only_whoever_is_granted_it_deploys_and_only_a_predictor_is_permitted(
     assert outcomes.count("allowed") == 1 and "denied" in outcomes
 
 
-def test_whose_grant_bounds_what_a_model_answers_is_permitted_nothing(
+@pytest.mark.parametrize(
+    ("bound", "told"), [(Conditions(outputs="labels"), "labels"), (Conditions(requests_per_minute=60), "60 requests")]
+)
+def test_whose_grant_bounds_what_a_model_answers_or_how_often_is_permitted_nothing(
     http: TestClient, service: Service, bearer: dict[str, str], bearer_of: Any, make_client: Any, steward: Any,
-    model_id: str, identities: Any,
+    model_id: str, identities: Any, bound: Conditions, told: str,
 ) -> None:  # fmt: skip
     partner = make_client(role="none")
     operator = Principal.operator(steward.tenant_id, request_id="request-of-a-test")
     assert deploy(http, bearer, asked(identities)).status_code == 201
     with writing(service.engine) as session:
-        bound = Conditions(outputs="labels")
         grants.add(session, operator, to=partner.id, verb="model.predict", resource_id=model_id, conditions=bound)
     for path in (PLACE, f"{PLACE}/permissions"):
         answer = http.get(path, headers=bearer_of(partner))
-        assert answer.status_code == 403 and "labels" in answer.text
+        assert answer.status_code == 403 and told in answer.text
 
 
 def test_a_permission_is_for_one_party_for_a_minute_and_no_token_is_one(
