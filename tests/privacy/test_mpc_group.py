@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -263,6 +264,28 @@ def test_whoever_speaks_no_tls_or_nothing_at_all_holds_nobody_up(group: Group) -
         _until(lambda: links)
         for each in silent:
             each.close()
+
+
+def test_a_link_that_another_thread_closes_speaks_tls_until_its_connection_is_over(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = group.identities["party-0"], group.identities["party-1"]
+    speaks_tls: list[bool] = []
+    close = ssl.SSLSocket.close
+
+    def note(sock: ssl.SSLSocket) -> None:
+        speaks_tls.append(sock._sslobj is not None)
+        with pytest.raises(OSError):  # nothing can be sent any more
+            sock.send(b"later")
+        close(sock)
+
+    with _listening(one, [group.deployment.parties[1]]) as (port, links):
+        link = connect(two, replace(group.deployment.parties[0], port=port), _deadline())
+        _until(lambda: links)
+        with monkeypatch.context() as patched:
+            patched.setattr(ssl.SSLSocket, "close", note)
+            link.close()
+    assert speaks_tls == [True]
 
 
 def test_a_peer_that_accepts_and_never_answers_is_left_at_the_deadline(group: Group) -> None:

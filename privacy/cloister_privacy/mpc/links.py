@@ -168,7 +168,8 @@ class Link:
     def close(self) -> None:
         """Ends it for both; whoever waits for it wakes."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            # Not SSLSocket's own: that ends TLS before the connection, and what another thread sends in between goes in the clear.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
         self._sock.close()
 
     def _transfer(self, payload: bytes | None, into: bytearray | None, deadline: Deadline) -> None:
