@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from cloister_server.api import (
     datasets,
     discovery,
+    document,
     identities,
     jobs,
     models,
@@ -73,4 +74,5 @@ def _api(service: Service) -> FastAPI:
     api.state.service = service
     for each in (discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, weights, queries):
         api.include_router(each.router)
+    api.openapi = document.describe(api)  # type: ignore[method-assign]  # FastAPI's own way to replace it
     return api
