@@ -21,6 +21,7 @@ from cloister_server.errors import Conflict, StartRefused
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.identities import Authorization, BrowserSession, Login, User
+from cloister_server.store.issuers import IssuerSubject
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
     App,
@@ -258,7 +259,7 @@ def _cancel_jobs(session: Session, tenant_id: str) -> None:
 def _withdraw(session: Session, tenant_id: str) -> dict[str, int]:
     """Delete the tenant's clients and accounts, all that they may do anywhere, and all that anybody may do here; how many of each."""
     grants = _deleted(session, Grant, _grants_of(tenant_id))
-    for table in (Login, BrowserSession, Authorization):
+    for table in (Login, BrowserSession, Authorization, IssuerSubject):
         session.execute(delete(table).where(_of(table, tenant_id)))
     accounts = _deleted(session, User, User.tenant_id == tenant_id)
     return {"clients": _deleted(session, App, App.tenant_id == tenant_id), "grants": grants, "accounts": accounts}
