@@ -8,10 +8,10 @@ from typing import Any
 from httpx2 import Response
 from starlette.testclient import TestClient
 
+from asked import asked_writing
 from cloister_server import grants
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.session import writing
 
 __all__ = ["COLUMNS", "Person", "grant"]
 
@@ -74,6 +74,6 @@ class Person:
 def grant(service: Service, tenant_id: str, to: Any, *verbs: str, on: str) -> None:
     """Let a client do these verbs to one resource of the tenant, as an operator does."""
     operator = Principal.operator(tenant_id, request_id="request-of-a-test")
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         for verb in verbs:
             grants.add(session, operator, to=to.id, verb=verb, resource_id=on)

@@ -20,11 +20,11 @@ import httpx2
 from sqlalchemy.orm import Session
 
 import cloister
+from asked import asked_writing
 from cloister_server import deployment, tenants
 from cloister_server.grants import Role
 from cloister_server.service import Service
 from cloister_server.settings import Settings
-from cloister_server.store.session import writing
 
 BIN = Path(sys.executable).parent
 START_S = 60.0
@@ -122,7 +122,7 @@ class Deployment:
             name.removeprefix("CLOISTER_").lower(): value for name, value in self.env.items() if "CLOISTER_" in name
         }
         service = deployment.open_service(Settings.model_validate(given))
-        with writing(service.engine) as session:
+        with asked_writing(service) as session:
             yield service, session
         service.engine.dispose()
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from asked import asked_writing
 from cloister_server import issuers
 from cloister_server.service import Service
-from cloister_server.store.session import writing
 from keys_of_clients import Signer
 
 CONFIGURATION, JWKS = "/.well-known/openid-configuration", "/jwks"
@@ -97,5 +97,5 @@ def send_json(handler: BaseHTTPRequestHandler, document: Any, *, status: int = 2
 def list_issuer(service: Service, issuer: str, *, algorithms: Any = ("RS256", "ES256"), typ: str = "at+jwt") -> None:
     """Put it on the list, as `cloister-admin issuer add` does."""
     found = issuers.discover(issuer, network="loopback", algorithms=algorithms)
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         issuers.add(session, service, found, audience=None, typ=typ)

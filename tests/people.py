@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
+from asked import asked_writing
 from cloister_server import people, tenants
 from cloister_server.oauth import totp
 from cloister_server.service import Service
 from cloister_server.store.identities import User
-from cloister_server.store.session import writing
 
 PASSPHRASE = "four words nobody guesses"
 REDIRECT = "http://127.0.0.1/callback"
@@ -59,7 +59,7 @@ class Human:
 
     def code(self) -> str:
         """One that was not shown before: the database forgets the last one, since no test waits for the clock."""
-        with writing(self.service.engine) as session:
+        with asked_writing(self.service) as session:
             tenant_id = next(t.id for t in tenants.tenants(session) if t.name == self.account.partition("/")[0])
             user = session.get(User, (tenant_id, self.id))
             if user is not None:
@@ -128,7 +128,7 @@ def told(answer: Any) -> dict[str, str]:
 
 def invited(service: Service, http: Any, name: str, *, tenant: str = "acme", role: Any = "steward") -> Human:
     """Somebody of a tenant, which is made where there is none of its name."""
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         found = next((each for each in tenants.tenants(session) if each.name == tenant), None)
         made = found or tenants.create_tenant(session, service.keys, name=tenant, request_id="request-of-a-test")
         session.flush()

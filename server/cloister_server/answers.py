@@ -65,7 +65,6 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     query = body.query.model_copy(update={"dataset": dataset.id})
     job.spec_id = vault.seal_object(
         session,
-        service.keys,
         service.blobs,
         query.model_dump_json().encode(),
         tenant_id=dataset.tenant_id,
@@ -88,7 +87,7 @@ def get(session: Session, principal: Principal, service: Service, job_id: str) -
         raise Conflict("this job trains a model and answers no query; look at its model")
     if job.result_id is None:
         raise Conflict(f"the query is {job.status} and has no answer; wait until it is done", code="no_answer")
-    sealed = vault.open_object(session, service.keys, service.blobs, tenant_id=job.tenant_id, object_id=job.result_id)
+    sealed = vault.open_object(session, service.blobs, tenant_id=job.tenant_id, object_id=job.result_id)
     return wire.Answer.model_validate_json(sealed)
 
 

@@ -86,7 +86,7 @@ def _members(session: Session, service: Service, tenant: Tenant) -> Iterator[tup
         yield f"tables/{table.__tablename__}.jsonl", _lines(_rows(session, table, tenant))
 
     def opened(object_id: str) -> bytes:
-        return vault.open_object(session, service.keys, service.blobs, tenant_id=tenant.id, object_id=object_id)
+        return vault.open_object(session, service.blobs, tenant_id=tenant.id, object_id=object_id)
 
     for version in session.scalars(_of(ModelVersion, tenant)):
         name = f"models/{version.model_id}/{version.version}"

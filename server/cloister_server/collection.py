@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
-from cloister_server import deployment, processes
+from cloister_server import deployment, marking, processes
 from cloister_server.service import Service
 from cloister_server.store.blobs import Stored
 from cloister_server.store.session import reading, writing
@@ -31,6 +32,8 @@ _EVERY_S = 3600.0
 _AT_ONCE = 500
 """Rows of one transaction, so that SQLite's other writers wait for moments alone."""
 
+_MOST_TOLD = 100
+
 _OF_ATTEMPTS = ("checkpoint", "weights", "answer")
 """The kinds whose keys are made before what they seal; of every other kind row and name are one transaction's."""
 
@@ -39,19 +42,25 @@ _INSERT: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """How many blobs, and keys of objects that nothing names, and how many bytes the blobs took."""
+    """How many blobs, and keys of objects that nothing names, and how many bytes the blobs took.
+
+    `odd`: names in the store that are not of our making, 100 at most; they are left alone, and stop nothing.
+    """
 
     blobs: int
     keys: int
     bytes: int
+    odd: tuple[str, ...] = ()
 
 
 def collect(service: Service, *, dry_run: bool = False) -> Collected:
     """Delete what is left over, or only count it. Killed at any instant it is done again by the next one.
 
     Left alone are tenants whose ledger is behind its anchor, since a newer database may be about to be restored, and whatever
-    lies in the store and is no tenant's of this deployment. Raises StartRefused where another process is at it.
+    lies in the store and is no tenant's of this deployment. Raises StartRefused where another process is at it,
+    and Unavailable where the store is not this deployment's.
     """
+    marking.require_ours(service)
     stamp = _stamp(service)
     with processes.locked(stamp, wait_s=0, what="the collection of what is left over"):
         behind = {each.tenant_id for each in deployment.rolled_back(service)}
@@ -65,9 +74,9 @@ def collect(service: Service, *, dry_run: bool = False) -> Collected:
                 gone = _forget_keys(service, tenant_id, dry_run=dry_run)
                 keys += len(gone)
                 doomed.update(gone)
-        for page in service.blobs.pages():
-            if page[0].tenant_id not in tenants:
-                continue
+        odd: dict[str, None] = {}
+        service.blobs.tenants(on_odd=odd.setdefault)  # those that are this deployment's are known
+        for page in chain.from_iterable(service.blobs.pages(each, on_odd=odd.setdefault) for each in tenants):
             unclaimed = _unclaimed(service, page) | (doomed if dry_run else set())
             found = [each for each in page if each.object_id in unclaimed]
             if found and not dry_run:
@@ -76,7 +85,7 @@ def collect(service: Service, *, dry_run: bool = False) -> Collected:
             size += sum(each.size for each in found)
         if not dry_run:
             os.utime(stamp)
-    return Collected(blobs, keys, size)
+    return Collected(blobs, keys, size, tuple(islice(odd, _MOST_TOLD)))
 
 
 def is_due(service: Service) -> bool:

@@ -126,10 +126,11 @@ def add_part(
     stored = session.get(Part, (dataset.tenant_id, dataset.id, number))
     if stored is not None:
         raise _stored_already(session, principal, service, dataset, stored, rows)
+    units.ready(session, dataset)  # its key is there before anything is sealed, which happens once
     _seal_part(session, principal, service, dataset, number, rows)
     session.flush()  # the part locks the dataset's row, and the tenant's row, which its users lock, is locked last
     try:
-        units.register(session, principal, service, dataset, rows)
+        units.register(session, principal, dataset, rows)
     except RowsRefused:
         part = session.get_one(Part, (dataset.tenant_id, dataset.id, number))
         vault.abandon_object(service.blobs, part.object_id, tenant_id=dataset.tenant_id)
@@ -168,7 +169,6 @@ def complete(session: Session, principal: Principal, service: Service, dataset_i
     }
     dataset.manifest_id = vault.seal_object(
         session,
-        service.keys,
         service.blobs,
         json.dumps(manifest).encode(),
         tenant_id=dataset.tenant_id,
@@ -206,9 +206,7 @@ def forget(session: Session, principal: Principal, service: Service, dataset_id:
 def part_objects(session: Session, service: Service, dataset: Dataset) -> list[str]:
     """The sealed parts of a complete dataset, in order, as its sealed manifest names them."""
     assert dataset.manifest_id is not None  # noqa: S101 (jobs start on complete datasets only)
-    manifest = vault.open_object(
-        session, service.keys, service.blobs, tenant_id=dataset.tenant_id, object_id=dataset.manifest_id
-    )
+    manifest = vault.open_object(session, service.blobs, tenant_id=dataset.tenant_id, object_id=dataset.manifest_id)
     return [part["object"] for part in json.loads(manifest)["parts"]]
 
 
@@ -291,8 +289,8 @@ def _seal_part(
     session: Session, principal: Principal, service: Service, dataset: Dataset, number: int, rows: dict[str, Any]
 ) -> None:
     tenant_id, body = dataset.tenant_id, seal_form(schema_of(dataset), rows, _slots(dataset, number))
-    object_id = vault.seal_object(session, service.keys, service.blobs, body, tenant_id=tenant_id, kind="part")
-    mac = vault.content_mac(session, service.keys, body, tenant_id=tenant_id, object_id=object_id)
+    object_id = vault.seal_object(session, service.blobs, body, tenant_id=tenant_id, kind="part")
+    mac = vault.content_mac(session, body, tenant_id=tenant_id, object_id=object_id)
     session.add(
         Part(
             tenant_id=tenant_id,
@@ -315,7 +313,7 @@ def _stored_already(
             "let that client go on, or delete the dataset and upload it again"
         )
     body = seal_form(schema_of(dataset), rows, _slots(dataset, part.number))
-    mac = vault.content_mac(session, service.keys, body, tenant_id=dataset.tenant_id, object_id=part.object_id)
+    mac = vault.content_mac(session, body, tenant_id=dataset.tenant_id, object_id=part.object_id)
     is_same = hmac.compare_digest(part.content_mac, mac)
     return Conflict(
         f"part {part.number} is stored already, with the same content; go on with the next part"

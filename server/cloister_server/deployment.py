@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import getpass
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine, make_url, select
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from cloister_privacy.sealing import InvalidWrap, KeyMissing, KeyProviderError, LocalKeyProvider
-from cloister_server import vault
+from cloister_server import asking, marking, vault
 from cloister_server.errors import LedgerRolledBack, StartRefused, Unavailable
 from cloister_server.keyring import LOCAL, KeyRing, read_provider_file
 from cloister_server.oauth import signing_keys
@@ -23,8 +25,10 @@ from cloister_server.settings import Settings
 from cloister_server.store import chain, migrate
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import check_durability, new_engine, reading, writing
+from cloister_server.store.tables import TenantKey
 
 __all__ = ["check_initialised", "check_ready", "initialise", "open_keys", "open_service", "rolled_back"]
 
@@ -48,17 +52,10 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         migrate.upgrade(settings)
         engine = new_engine(settings.database_url.get_secret_value(), anchors=anchors)
         check_durability(engine)
-        with writing(engine) as session:
-            made = [purpose for purpose in _PURPOSES if not public_keys(session, purpose)]
-            if vault.active_key(session, vault.SYSTEM) is None:
-                vault.new_tenant_key(session, keys, vault.SYSTEM)
-                session.flush()  # it wraps the keys that follow
-            for purpose in made:
-                vault.new_signing_key(session, keys, purpose)
-            session.flush()
-            signing_keys.complete(session, keys)
-        with reading(engine) as session:
-            _check_keys(session, keys, settings)
+        asking.run(lambda: writing(engine), keys, lambda session: _make_system_key(session, keys))
+        asking.run(lambda: writing(engine), keys, _make_own_keys)
+        _check_keys(engine, keys, settings)
+        _record_keys(engine, settings)
         with writing(engine) as session:
             drafts = chain.link_rows_from_before(session, anchors)
         for draft in drafts:
@@ -68,7 +65,13 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         raise _unreachable(settings, error) from None
     except KeyProviderError as error:
         raise StartRefused(str(error)) from None
-    return open_service(settings, keys=keys)
+    service = open_service(settings, keys=keys)
+    try:
+        marking.mark_new(service)
+    except Unavailable as refusal:
+        service.engine.dispose()
+        raise StartRefused(f"{refusal.message} ({refusal.cause})") from None
+    return service
 
 
 def check_initialised(settings: Settings) -> None:
@@ -89,12 +92,8 @@ def open_keys(settings: Settings) -> KeyRing:
                 f"there is no keystore in {settings.key_dir}: not initialised; run `cloister-admin init`"
             )
         passphrase = None if settings.key_file else _ask_passphrase("Passphrase of the keystore: ")
-        try:
-            opened = LocalKeyProvider.open(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
-        except KeyProviderError as error:
-            raise StartRefused(str(error)) from None
-        providers[LOCAL] = _local(settings, opened)
-    return KeyRing(default, providers, file=settings.key_providers, remembers_s=settings.key_cache_s)
+        providers[LOCAL] = _local(settings, LocalKeyProvider.open, passphrase)
+    return _ring(settings, default, providers)
 
 
 def open_service(settings: Settings, *, keys: KeyRing | None = None) -> Service:
@@ -126,8 +125,7 @@ def check_ready(service: Service) -> None:
     """Raise Unavailable unless the database answers, is at this release's migration, and the service's keys open."""
     try:
         migrate.check_current(service.engine)
-        with reading(service.engine) as session:
-            _check_keys(session, service.keys, service.settings)
+        _check_keys(service.engine, service.keys, service.settings)
     except (SQLAlchemyError, StartRefused):
         raise Unavailable(
             "not ready: the database, its migration or the keys; the log of the start says more"
@@ -138,8 +136,8 @@ def _check_database(engine: Engine, keys: KeyRing, settings: Settings) -> None:
     try:
         check_durability(engine)
         migrate.check_current(engine)
+        _check_keys(engine, keys, settings)
         with reading(engine) as session:
-            _check_keys(session, keys, settings)
             chain.require_linked(session)
         _rolled_back(engine, settings)
     except (SQLAlchemyError, ImportError) as error:
@@ -181,12 +179,13 @@ def _open_or_create_keys(settings: Settings, passphrase: str | None) -> KeyRing:
         elif passphrase is None:
             passphrase = _new_passphrase() if is_new else _ask_passphrase("Passphrase of the keystore: ")
         make = LocalKeyProvider.create if is_new else LocalKeyProvider.open
-        try:
-            opened = make(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
-        except KeyProviderError as error:
-            raise StartRefused(str(error)) from None
-        providers[LOCAL] = _local(settings, opened)
-    return KeyRing(default, providers, file=settings.key_providers, remembers_s=settings.key_cache_s)
+        providers[LOCAL] = _local(settings, make, passphrase)
+    return _ring(settings, default, providers)
+
+
+def _ring(settings: Settings, default: str, providers: dict[str, dict[str, Any]]) -> KeyRing:
+    record = KeyRecord(settings.key_record_dir)
+    return KeyRing(default, providers, record=record, file=settings.key_providers, remembers_s=settings.key_cache_s)
 
 
 def _providers(settings: Settings) -> tuple[str, dict[str, dict[str, Any]]]:
@@ -209,7 +208,11 @@ def _providers(settings: Settings) -> tuple[str, dict[str, dict[str, Any]]]:
     return default, providers
 
 
-def _local(settings: Settings, opened: LocalKeyProvider) -> dict[str, Any]:
+def _local(settings: Settings, make: Callable[..., LocalKeyProvider], passphrase: str | None) -> dict[str, Any]:
+    try:
+        opened = make(settings.key_dir, key_file=settings.key_file, passphrase=passphrase)
+    except KeyProviderError as error:
+        raise StartRefused(str(error)) from None
     return {"kind": "local", "directory": settings.key_dir, "root_key": opened.root_key}
 
 
@@ -218,12 +221,38 @@ def _has_keystore(settings: Settings) -> bool:
     return settings.key_dir.is_dir() and any(place != settings.anchor_dir for place in settings.key_dir.iterdir())
 
 
-def _check_keys(session: Any, keys: KeyRing, settings: Settings) -> None:
+def _make_system_key(session: Session, keys: KeyRing) -> None:
+    if vault.active_key(session, vault.SYSTEM) is None:
+        vault.new_tenant_key(session, provider=keys.default, tenant_id=vault.SYSTEM)
+
+
+def _make_own_keys(session: Session) -> None:
+    for purpose in _PURPOSES:
+        if not public_keys(session, purpose):
+            vault.new_signing_key(session, purpose)
+    session.flush()
+    signing_keys.complete(session)
+
+
+def _record_keys(engine: Engine, settings: Settings) -> None:
+    """Put on record the keys from before there was a record."""
+    record = KeyRecord(settings.key_record_dir)
+    with reading(engine) as session:
+        rows = session.execute(select(TenantKey.key_id, TenantKey.provider).where(TenantKey.state != "destroyed")).all()
+    for key_id, provider in rows:
+        record.note(key_id, provider=provider)
+
+
+def _check_keys(engine: Engine, keys: KeyRing, settings: Settings) -> None:
     """The service's own keys open: these providers have the keys that this database was made with."""
-    try:
+
+    def opened(session: Session) -> None:
         for purpose in _PURPOSES:
             vault.signing_key(session, keys, purpose)
-        vault.require_system_key(session, keys)  # what opened just now may have been remembered
+        vault.require_system_key(session)  # what opened just now may have been remembered
+
+    try:
+        asking.run(lambda: reading(engine), keys, opened)
     except (KeyMissing, InvalidWrap):
         raise StartRefused(
             f"the keystore {settings.key_dir} (or the key provider that CLOISTER_KEY_PROVIDERS names) is not the one that the "

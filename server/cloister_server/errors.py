@@ -14,7 +14,8 @@ ServerError                500  internal, weights_differ: what is stored is not 
 │   └── RevisionMoved      409  revision_moved
 ├── TooLarge               413  too_large
 ├── RateLimited            429  rate_limited
-├── Unavailable            503  unavailable, storage_full, storage_unavailable, storage_missing, storage_conflict
+├── Unavailable            503  unavailable, key_provider_busy, storage_full, storage_unavailable, storage_missing, storage_conflict,
+│   │                           storage_foreign
 │   └── LedgerRolledBack   503  ledger_rolled_back: the database is older than its anchor; only reads go on
 └── StartRefused           -    the process refuses to start (never sent over HTTP)
 """
@@ -54,6 +55,8 @@ class ServerError(Exception):
         self.message = message
         self.code = code or self.default_code
         self.details = details or {}
+        self.cause = ""
+        """What a store or a provider said, for whoever operates the deployment, and nobody else: it may name places."""
 
 
 class Unauthenticated(ServerError):

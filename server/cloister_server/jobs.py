@@ -65,7 +65,6 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     job.model_id = _claim_model(session, read.authorized[0], name=body.model).id
     job.spec_id = vault.seal_object(
         session,
-        service.keys,
         service.blobs,
         spec.model_dump_json().encode(),
         tenant_id=dataset.tenant_id,

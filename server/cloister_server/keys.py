@@ -166,9 +166,9 @@ def listed(session: Session) -> list[KeyView]:
     ]
 
 
-def plan_rotation(session: Session, keys: KeyRing, tenant_id: str | None, *, provider: str | None = None) -> list[Plan]:
+def plan_rotation(session: Session, keys: KeyRing, tenant_id: str | None) -> list[Plan]:
     """What `rotate`, or `rotate_all` for None, would do. Raises Conflict and Invalid as they do."""
-    return [_plan(_aim(session, keys, each, provider)) for each in ([tenant_id] if tenant_id else _everyone(session))]
+    return [_plan(_aim(session, keys, each, None)) for each in ([tenant_id] if tenant_id else _everyone(session))]
 
 
 def plan_migration(
@@ -197,26 +197,24 @@ def rotate(
     service: Service,
     tenant_id: str,
     *,
-    provider: str | None = None,
     request_id: str,
     on_progress: OnProgress | None = None,
 ) -> Rotation:
-    """Give a tenant, or the system, a new key in the same or the named provider, and rewrap every data key for it.
+    """Give a tenant, or the system, a new key where the old one is, and rewrap every data key for it.
 
-    Commits several times, and all stays readable and writable meanwhile. A rotation to the same provider that was cut short is
+    Commits several times, and all stays readable and writable meanwhile. A rotation that was cut short is
     finished, and no further version is made. Raises Conflict where the tenant has no active key (any more), or where a
     key was begun in another provider; KeyProviderError where a provider refuses: what was committed until then stands.
     """
     with alone(service):
-        return _rotate(service, tenant_id, provider, request_id, on_progress or _untold)
+        return _rotate(service, tenant_id, None, request_id, on_progress or _untold)
 
 
 def rotate_all(service: Service, *, request_id: str, on_progress: OnProgress | None = None) -> Outcome:
-    """`rotate` for the system and every tenant, each where its key is, one after the other."""
-    with alone(service):
-        with reading(service.engine) as session:
-            everyone = _everyone(session)
-        return _rotate_each(service, everyone, None, request_id, on_progress or _untold, [])
+    """`rotate` for the system and every tenant, each where its key is, one after the other; others may have a turn in between."""
+    with reading(service.engine) as session:
+        everyone = _everyone(session)
+    return _rotate_each(service, everyone, None, request_id, on_progress or _untold, [])
 
 
 def migrate(
@@ -232,10 +230,9 @@ def migrate(
     Tenants with a key in a provider of their own (neither `local` nor the default) are left, unless it is the one that is named.
     What a keystore or a token held is there until each old version is destroyed. Raises Invalid where there is no such provider.
     """
-    with alone(service):
-        with reading(service.engine) as session:
-            plans, left = plan_migration(session, service.keys, to=to, tenant_id=tenant_id)
-        return _rotate_each(service, [each.tenant for each in plans], to, request_id, on_progress or _untold, left)
+    with reading(service.engine) as session:
+        plans, left = plan_migration(session, service.keys, to=to, tenant_id=tenant_id)
+    return _rotate_each(service, [each.tenant for each in plans], to, request_id, on_progress or _untold, left)
 
 
 def plan_destruction(session: Session, tenant_id: str, *, version: int) -> KeyView:
@@ -305,14 +302,20 @@ def _rotate_each(
     tell: OnProgress,
     left: list[NotRotated],
 ) -> Outcome:
+    """The lock is held for one tenant at a time, so that a shredding waits for one at most."""
     outcome = Outcome([], left, [])
     for each in tenant_ids:
         try:
-            outcome.rotated.append(_rotate(service, each, provider, request_id, tell))
+            with alone(service):
+                outcome.rotated.append(_rotate(service, each, provider, request_id, tell))
         except (ServerError, KeyProviderError) as error:
             why = f"{error.why}; mend its ledger first" if isinstance(error, LedgerRolledBack) else str(error)
             with reading(service.engine) as session:
-                outcome.refused.append(NotRotated(each, _name(session, each), why))
+                tenant = session.get(Tenant, each)
+                is_ended = (
+                    tenant is not None and tenant.status != "active"
+                )  # since this began: there is nothing to rotate
+                (outcome.left if is_ended else outcome.refused).append(NotRotated(each, _name(session, each), why))
     return outcome
 
 

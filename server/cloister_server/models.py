@@ -313,7 +313,7 @@ def _architecture(session: Session, service: Service, row: ModelVersion) -> Arch
     """A version's spec, from the header of its sealed weights: no more of them is opened than the chunks it lies in."""
     from cloister_privacy.architecture.weights import architecture_of
 
-    key = vault.data_key(session, service.keys, tenant_id=row.tenant_id, object_id=row.weights_id)
+    key = vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)
     reader = SealedReader(service.blobs.sealed(row.tenant_id, row.weights_id), key=key.secret, context=key.context)
     metadata = read_layout(reader.read, length=reader.length).metadata
     certificate = certified(session, service.settings, row)

@@ -21,7 +21,7 @@ from cloister_server import models, vault
 from cloister_server.errors import TenantKeyRefused, Unavailable
 from cloister_server.service import Service
 from cloister_server.store.session import reading
-from cloister_server.store.tables import ModelVersion, SealedObject, TenantKey
+from cloister_server.store.tables import ModelVersion
 from cloister_server.vault import DataKey
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ __all__ = ["Networks"]
 log = logging.getLogger(__name__)
 
 _MOST_KEPT = 256
-_OPENINGS_AT_ONCE = 32
+_OPENINGS_AT_ONCE = 16
 """Of one tenant. Each is a thread that waits for the tenant's key provider, which may be the tenant's own."""
 
 
@@ -143,14 +143,9 @@ class Networks:
 
     def _ask(self, place: _Place) -> DataKey:
         """The weights' data key, of the provider and not from memory. While that takes its time no connection is held."""
-        of = {"tenant_id": place.tenant_id, "object_id": place.weights_id}
         with reading(self._service.engine) as session:
-            row = session.get(SealedObject, (place.tenant_id, place.weights_id))
-            kek = session.get(TenantKey, (place.tenant_id, row.key_version)) if row else None
-            session.commit()  # wrote nothing: the connection goes back, and the session knows the rows that are asked for next
-            key = vault.data_key(session, self._service.keys, **of)
-            del kek  # sessions hold rows weakly
-            return key
+            wrapped = vault.wrapped_key(session, tenant_id=place.tenant_id, object_id=place.weights_id)
+        return vault.unwrapped(self._service.keys, wrapped)
 
     def _require_bearable(self, sealed: Sealed, place: _Place) -> None:
         """What never fits must not drive out all that does."""

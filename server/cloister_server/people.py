@@ -115,8 +115,8 @@ def remove(session: Session, service: Service, principal: Principal, name: str) 
 
 def offer(service: Service, *, account: str, code: str) -> tuple[str, str]:
     """The second factor's secret that whoever holds this invitation is to set up, in base32 and as a URI. Raises NotSignedIn."""
+    pepper = vault.pepper(service)
     with reading(service.engine) as session:
-        pepper = vault.signing_key(session, service.keys, "pepper").secret
         user = _invited(session, pepper, account, code)
     secret = totp.offered(pepper, user.id, user.invitation_mac or b"")
     return totp.base32(secret), totp.uri(secret, account=account, issuer="Cloister")
@@ -125,8 +125,8 @@ def offer(service: Service, *, account: str, code: str) -> tuple[str, str]:
 def take_up(service: Service, *, account: str, invitation: str, passphrase: str, code: str, request_id: str) -> None:
     """Set the passphrase and the second factor, once. Raises NotSignedIn, or Invalid for a code or passphrase."""
     with passphrases.at_work():
+        pepper = vault.pepper(service)
         with reading(service.engine) as session:
-            pepper = vault.signing_key(session, service.keys, "pepper").secret
             invited = _invited(session, pepper, account, invitation)
         secret = totp.offered(pepper, invited.id, invited.invitation_mac or b"")
         step = totp.step_of(secret, code, after=0)

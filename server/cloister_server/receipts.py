@@ -120,8 +120,8 @@ def _not_covered(settings: Settings, keys: Iterable[DestroyedKey]) -> dict[str, 
     return {
         "rows": "How many parts, users and kept answers were deleted with the rest is not told: it would tell how many rows there "
         "were.",
-        "restores": "Keys that are in no row, because an older copy of the database was restored after they were made: they are "
-        "still with their provider, and open copies of the store from that time.",
+        "restores": "Keys that neither a row nor the record beside the ledgers' anchors names, because an older database was "
+        "restored and the record was lost as well, or the key is from before there was one: they are still with their provider.",
         "providers": "What the claim of a key leaves open, and all of it before the day from which the key is gone.",
         **(local if any(key.kind == "local" for key in keys) else {}),
         "database": f"{database}. They are wrapped keys and MACs, which nothing opens without the destroyed keys.",

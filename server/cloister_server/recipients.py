@@ -16,7 +16,7 @@ from cloister_server import audit, policy, vault
 from cloister_server.errors import Invalid
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.tables import SealedObject, Tenant, new_id
+from cloister_server.store.tables import SealedObject, Tenant
 from cloister_server.vault import DataKey
 
 __all__ = ["SealedPartRefused", "create", "listed", "open_part", "remove"]
@@ -38,7 +38,7 @@ def create(session: Session, principal: Principal, service: Service) -> str:
     """A new recipient of the operator's tenant; its line, to be handed to whoever uploads by another way than this service."""
     tenant = session.get_one(Tenant, principal.tenant_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
-    key = vault.new_data_key(session, service.keys, tenant_id=tenant.id, kind="recipient", object_id=new_id("rcp"))
+    key = vault.new_data_key(session, tenant_id=tenant.id, kind="recipient")
     audit.allowed(session, authorized, "recipient.create", key.object_id)
     return _line(key)
 
@@ -49,7 +49,7 @@ def listed(session: Session, principal: Principal, service: Service) -> list[str
     policy.authorize(session, principal, "tenant.administer", tenant)
     of_tenant = (SealedObject.tenant_id == tenant.id, SealedObject.kind == "recipient")
     ids = session.scalars(select(SealedObject.id).where(*of_tenant).order_by(SealedObject.created, SealedObject.id))
-    return [_line(vault.data_key(session, service.keys, tenant_id=tenant.id, object_id=each)) for each in ids.all()]
+    return [_line(key) for key in vault.data_keys(session, ids.all(), tenant_id=tenant.id)]
 
 
 def remove(session: Session, principal: Principal, service: Service, recipient_id: str) -> None:
@@ -71,7 +71,7 @@ def open_part(
         recipient_id = wire.recipient_of(sealed)
         if _row(session, tenant_id, recipient_id) is None:
             raise InvalidSealedPart
-        key = vault.data_key(session, service.keys, tenant_id=tenant_id, object_id=recipient_id)
+        key = vault.data_key(session, tenant_id=tenant_id, object_id=recipient_id)
         return wire.open_part(
             _private(key), sealed, tenant=tenant_id, recipient_id=recipient_id, dataset=dataset_id, part=number
         )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
+from cloister_server import asking
 from cloister_server.keyring import KeyRing
 from cloister_server.settings import Settings
 from cloister_server.store.blobs import Blobs
+from cloister_server.store.session import reading, writing
 
 __all__ = ["Service"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +28,11 @@ class Service:
     engine: Engine
     keys: KeyRing
     blobs: Blobs
+
+    def read(self, work: Callable[[Session], T]) -> T:
+        """What `work` gives in a transaction that writes nothing; whatever key providers it needs are asked outside of it."""
+        return asking.run(lambda: reading(self.engine), self.keys, work)
+
+    def write(self, work: Callable[[Session], T]) -> T:
+        """The same in a transaction that is committed at its end."""
+        return asking.run(lambda: writing(self.engine), self.keys, work)

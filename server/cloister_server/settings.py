@@ -96,6 +96,11 @@ class Settings(BaseModel):
         return self.key_dir / "anchors"
 
     @property
+    def key_record_dir(self) -> Path:
+        """Where every key is on record, beside the anchors."""
+        return self.anchor_dir / "keys"
+
+    @property
     def workflow_database_url(self) -> str:
         """Where the durable queue keeps its state: a file of its own beside SQLite, the same database on PostgreSQL."""
         if self.is_sqlite:

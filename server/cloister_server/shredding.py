@@ -7,22 +7,23 @@ shredding that died, or that a provider held up, is finished by running it again
 from __future__ import annotations
 
 import logging
-from contextlib import closing, suppress
+from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Engine, case, delete, func, or_, select, update
+from sqlalchemy import case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
 from cloister.wire.receipts import sign_receipt
 from cloister_privacy.sealing import KeyMissing, KeyProvider, KeyProviderError, KeystoreDamaged
-from cloister_server import audit, budgets, keys, policy, processes, receipts, vault
+from cloister_server import audit, budgets, keys, marking, policy, processes, receipts, vault
 from cloister_server.errors import Conflict, StartRefused
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.identities import Authorization, BrowserSession, Login, User
 from cloister_server.store.issuers import IssuerSubject
-from cloister_server.store.session import reading, writing
+from cloister_server.store.key_record import KeyRecord
+from cloister_server.store.session import empty_log, reading, writing
 from cloister_server.store.tables import (
     App,
     Grant,
@@ -102,12 +103,15 @@ def shred(service: Service, principal: Principal) -> dict[str, Any]:
             is_done = session.get_one(Tenant, principal.tenant_id).status == "shredded"
             if is_done:
                 return receipt(session, principal)
+        marking.require_ours(service)
         _close(service, principal)
         _end_work(service, principal.tenant_id)
+        _list_recorded(service, principal.tenant_id)
         _destroy_keys(service, principal.tenant_id)
         _delete_blobs(service, principal.tenant_id)
         signed = _conclude(service, principal)
-        _empty_log(service.engine)
+        if not empty_log(service.engine):
+            log.warning("database.log_not_emptied")
     log.info("tenant.shredded", extra={"tenant_id": principal.tenant_id})
     return signed
 
@@ -159,6 +163,26 @@ def _end_work(service: Service, tenant_id: str) -> None:
             ) from None
 
 
+def _list_recorded(service: Service, tenant_id: str) -> None:
+    """Give those keys a row that the record names and no row does: an older database was restored after they were made."""
+    recorded = KeyRecord(service.settings.key_record_dir).of(tenant_id)
+    with writing(service.engine) as session:
+        rows = session.scalars(select(TenantKey).where(TenantKey.tenant_id == tenant_id)).all()
+        listed, newest = {row.key_id for row in rows}, max(row.version for row in rows)
+        for version, key in enumerate((each for each in recorded if each.key_id not in listed), newest + 1):
+            session.add(
+                TenantKey(
+                    tenant_id=tenant_id,
+                    version=version,
+                    provider=key.provider,
+                    key_id=key.key_id,
+                    state="decrypt-only",
+                    created=key.created,
+                )
+            )
+            log.warning("key.recorded_alone", extra={"tenant_id": tenant_id, "key_id": key.key_id})
+
+
 def _destroy_keys(service: Service, tenant_id: str) -> None:
     with reading(service.engine) as session:
         left = session.scalars(
@@ -169,25 +193,36 @@ def _destroy_keys(service: Service, tenant_id: str) -> None:
     for key in left:
         try:
             provider = service.keys.of(key.provider)
-            _note_key(service, key, provider)
+            if not _is_noted(service, key):
+                _note_key(service, key, _told(key, provider))
             with suppress(KeyMissing):  # an earlier run came so far; where none did, that it was gone is written down
                 provider.destroy_key(key.key_id)
         except KeyProviderError as error:
+            if service.keys.is_customers(key.provider):
+                _note_key(service, key, _unreached(error))
+                log.warning("key.not_reached", extra={"tenant_id": tenant_id, "version": key.version})
+                _end_key(service, key)
+                continue
             raise _unfinished(
                 f"version {key.version} of its key is not destroyed, since its provider {key.provider!r} refuses: {error}"
             ) from None
-        with writing(service.engine) as session:
-            row = session.get_one(TenantKey, (tenant_id, key.version), with_for_update=True)
-            row.state, row.destroyed = "destroyed", now()
+        _end_key(service, key)
         log.info("key.destroyed", extra={"tenant_id": tenant_id, "version": key.version, "provider": key.provider})
 
 
-def _note_key(service: Service, key: TenantKey, provider: KeyProvider) -> None:
-    """Write down what the receipt is to say of a key before it is destroyed: whether it was there, nobody can tell afterwards."""
+def _end_key(service: Service, key: TenantKey) -> None:
+    with writing(service.engine) as session:
+        row = session.get_one(TenantKey, (key.tenant_id, key.version), with_for_update=True)
+        row.state, row.destroyed = "destroyed", now()
+
+
+def _is_noted(service: Service, key: TenantKey) -> bool:
     with reading(service.engine) as session:
-        if str(key.version) in _notes(session, key.tenant_id)["keys"]:
-            return
-    told = _told(key, provider)
+        return str(key.version) in _notes(session, key.tenant_id)["keys"]
+
+
+def _note_key(service: Service, key: TenantKey, told: dict[str, Any]) -> None:
+    """Write down what the receipt is to say of a key before it is destroyed: whether it was there, nobody can tell afterwards."""
     with writing(service.engine) as session:
         noted = _notes(session, key.tenant_id)["keys"]
         _note(session, key.tenant_id, keys={**noted, str(key.version): told})
@@ -207,6 +242,16 @@ def _told(key: TenantKey, provider: KeyProvider) -> dict[str, Any]:
     return {"outcome": "destroyed", "claim": destruction.claim, "waiting_days": destruction.waiting_days}
 
 
+def _unreached(error: KeyProviderError) -> dict[str, Any]:
+    """Of a customer's provider that did not answer, or refused: the customer has withdrawn it, or it is away."""
+    claim = (
+        f"The key is with a provider that the customer holds, which could not be reached when it was to be destroyed "
+        f"({type(error).__name__}). Whether it is still there is not known here, and its end is the customer's to see to: "
+        "what was destroyed here are the wrapped data keys, and copies of those open while the key is there."
+    )
+    return {"outcome": "unreached", "claim": claim, "waiting_days": None}
+
+
 def _delete_blobs(service: Service, tenant_id: str) -> None:
     """Delete every object of the tenant's, those too that no row names: nothing is sealed for it any more. The rows go last."""
     with reading(service.engine) as session:
@@ -220,7 +265,8 @@ def _delete_blobs(service: Service, tenant_id: str) -> None:
 def _conclude(service: Service, principal: Principal) -> dict[str, Any]:
     """Delete the rows and sign the receipt: there is one if, and only if, all of it is done."""
     tenant_id = principal.tenant_id
-    with writing(service.engine) as session:
+
+    def concluded(session: Session) -> dict[str, Any]:
         gone = _counted(session, tenant_id)
         for table in _DELETED:
             session.execute(delete(table).where(_of(table, tenant_id)))
@@ -237,6 +283,8 @@ def _conclude(service: Service, principal: Principal) -> dict[str, Any]:
         tenant.status = "shredded"
         audit.allowed(session, authorized, "tenant.shredded", tenant_id)
         return tenant.receipt
+
+    return service.write(concluded)
 
 
 def _counted(session: Session, tenant_id: str) -> dict[str, int]:
@@ -302,15 +350,3 @@ def _unfinished(why: str) -> Conflict:
         f"the tenant is closed, and not shredded yet: {why}; see to that and run the command again, which goes on from there",
         code="shredding_unfinished",
     )
-
-
-def _empty_log(engine: Engine) -> None:
-    """On SQLite: take the deleted rows out of the write-ahead log, too, where no reader is in the way. (Deleted pages are zeroed.)"""
-    if engine.dialect.name != "sqlite":
-        return
-    with closing(engine.raw_connection()) as connection:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA busy_timeout=2000")
-        (is_busy, *_) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    if is_busy:
-        log.warning("database.log_not_emptied")

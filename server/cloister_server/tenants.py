@@ -48,13 +48,13 @@ def create_tenant(
     session: Session, keys: KeyRing, *, name: str, request_id: str, provider: str | None = None
 ) -> Tenant:
     """A tenant, and its first key in the default provider or the named one: nothing of it is ever sealed under another's."""
-    tenant = Tenant(id=new_id("tn"), name=_checked(name))
+    if queries.tenant_of_id_or_name(session, _checked(name)) is not None:
+        raise Conflict(f"a tenant named {name!r} is already there; choose another name")
+    key = vault.new_tenant_key(session, provider=provider or keys.default)
+    tenant = Tenant(id=key.tenant_id, name=name)
     principal = operator_of(tenant, request_id=request_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
-    if queries.tenant_of_id_or_name(session, name) is not None:
-        raise Conflict(f"a tenant named {name!r} is already there; choose another name")
     session.add(tenant)
-    vault.new_tenant_key(session, keys, tenant.id, provider=provider)
     audit.allowed(session, authorized, "tenant.create", tenant.id)
     return tenant
 

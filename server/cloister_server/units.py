@@ -16,10 +16,9 @@ from sqlalchemy.orm import Session
 from cloister.wire.rows import RowsRefused
 from cloister_server import vault
 from cloister_server.principal import Principal
-from cloister_server.service import Service
 from cloister_server.store.tables import Dataset, Tenant, Unit
 
-__all__ = ["forget", "register"]
+__all__ = ["forget", "ready", "register"]
 
 _AT_ONCE = 500
 """Users in one statement: databases bound the parameters of one."""
@@ -32,17 +31,23 @@ _INSERT_NEW: Mapping[str, Insert] = {
 """By dialect: another part of the dataset may hold the same user, and may be coming in at the same moment."""
 
 
-def register(session: Session, principal: Principal, service: Service, dataset: Dataset, rows: dict[str, Any]) -> None:
+def ready(session: Session, dataset: Dataset) -> None:
+    """See that the tenant's key for users is to be had, if this dataset's rows say whose they are."""
+    if _unit_column(dataset) is not None:
+        vault.units_key(session, tenant_id=dataset.tenant_id)
+
+
+def register(session: Session, principal: Principal, dataset: Dataset, rows: dict[str, Any]) -> None:
     """Note that the users of these rows are in the dataset's source and block, if its rows say whose they are.
 
     Raises RowsRefused, for the uploader alone, where one is in another: the caller rolls back, and nothing is left of it.
     It locks the tenant's chain, which is a transaction's last lock: whatever else is locked must be locked before.
     """
-    name = next((name for name, column in dataset.columns.items() if column["type"] == "unit"), None)
+    name = _unit_column(dataset)
     if name is None:
         return
     first_rows = _first_rows(rows[name], rows[f"{name}.length"])
-    macs = vault.unit_macs(session, service.keys, first_rows, tenant_id=dataset.tenant_id)
+    macs = vault.unit_macs(session, first_rows, tenant_id=dataset.tenant_id)
     row_of = dict(sorted(zip(macs, first_rows.values(), strict=True)))
     _insert(session, dataset, list(row_of))
     # Of two that register one user at the same time the second looks when the first is done, and sees it. An uploader from
@@ -58,6 +63,10 @@ def register(session: Session, principal: Principal, service: Service, dataset: 
 def forget(session: Session, dataset: Dataset) -> None:
     """The dataset goes: users who are in no other one are free to be registered anywhere."""
     session.execute(delete(Unit).where(Unit.tenant_id == dataset.tenant_id, Unit.dataset_id == dataset.id))
+
+
+def _unit_column(dataset: Dataset) -> str | None:
+    return next((name for name, column in dataset.columns.items() if column["type"] == "unit"), None)
 
 
 def _first_rows(ids: Any, lengths: Any) -> dict[bytes, int]:

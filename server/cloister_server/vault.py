@@ -41,8 +41,10 @@ from cloister_privacy.sealing import (
     open_sealed,
     seal,
 )
-from cloister_server.errors import StartRefused, TenantKeyRefused, Unavailable
+from cloister_server import asking
+from cloister_server.errors import ServerError, StartRefused, TenantKeyRefused, Unavailable
 from cloister_server.keyring import KeyRing
+from cloister_server.service import Service
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.tables import Job, SealedObject, SigningKey, TenantKey, new_id
 
@@ -52,22 +54,30 @@ __all__ = [
     "Kind",
     "Purpose",
     "SigningSecret",
+    "WrappedKey",
     "abandon_object",
     "active_key",
     "certificate_signer",
     "content_mac",
     "data_key",
+    "data_keys",
     "forget_objects",
     "new_data_key",
+    "new_data_keys",
     "new_signing_key",
     "new_tenant_key",
     "open_object",
     "open_signing_key",
+    "pepper",
     "require_system_key",
     "seal_object",
+    "service_key",
     "signing_context",
     "signing_key",
     "unit_macs",
+    "units_key",
+    "unwrapped",
+    "wrapped_key",
 ]
 
 log = logging.getLogger(__name__)
@@ -117,11 +127,15 @@ class SigningSecret:
     public: dict[str, Any]
 
 
-def new_tenant_key(session: Session, keys: KeyRing, tenant_id: str, *, provider: str | None = None) -> None:
-    """Create a tenant's first key-encryption key, in the default provider or the named one, and name it in the database."""
-    provider, key_id = provider or keys.default, f"{tenant_id}.{secrets.token_hex(8)}"
-    keys.of(provider).create_key(key_id)
-    session.add(TenantKey(tenant_id=tenant_id, version=1, provider=provider, key_id=key_id))
+def new_tenant_key(session: Session, *, provider: str, tenant_id: str | None = None) -> TenantKey:
+    """The first key-encryption key of a tenant, or of the system, made in the provider and named in the session.
+
+    A tenant's own id comes with it: it is chosen before the key is made, and the key is named by it.
+    """
+    of_tenant, key_id = asking.taken(session, _FirstKey(provider, tenant_id))
+    key = TenantKey(tenant_id=of_tenant, version=1, provider=provider, key_id=key_id)
+    session.add(key)
+    return key
 
 
 def active_key(session: Session, tenant_id: str) -> TenantKey | None:
@@ -132,85 +146,121 @@ def active_key(session: Session, tenant_id: str) -> TenantKey | None:
 
 
 def new_data_key(
-    session: Session,
-    keys: KeyRing,
-    *,
-    tenant_id: str,
-    kind: Kind,
-    object_id: str | None = None,
-    job: Job | None = None,
+    session: Session, *, tenant_id: str, kind: Kind, object_id: str | None = None, job: Job | None = None
 ) -> DataKey:
     """A fresh data key, its wrapped form in the session; it may seal one stream, in one process, once.
 
-    `job`: the one whose newest attempt it is for, where nothing names the object before that ends.
+    `object_id` is given where there may be one of it alone. `job`: the one whose newest attempt it is for, where nothing names
+    the object before that ends.
     """
+    (key,) = new_data_keys(session, tenant_id=tenant_id, kind=kind, object_id=object_id, job=job)
+    return key
+
+
+def new_data_keys(
+    session: Session,
+    *,
+    tenant_id: str,
+    kind: Kind,
+    count: int = 1,
+    object_id: str | None = None,
+    job: Job | None = None,
+) -> list[DataKey]:
+    """As many fresh keys, asked for together. Raises TenantKeyRefused where the tenant has no active key, or it is withheld."""
     tenant_key = active_key(session, tenant_id)
     if tenant_key is None:
         raise TenantKeyRefused(
             "the tenant's keys are destroyed, or on their way to it: nothing is sealed for it any more"
         )
-    object_id, secret = object_id or new_id("obj"), new_key()
-    context = Context(tenant=tenant_id, kind=kind, object=object_id)
-    with _asking():
-        wrapped = keys.of(tenant_key.provider).wrap(tenant_key.key_id, secret, context=context)
-    session.add(
-        SealedObject(
-            tenant_id=tenant_id,
-            id=object_id,
-            kind=kind,
-            key_version=tenant_key.version,
-            wrapped_key=wrapped,
-            job_id=job.id if job else None,
-            attempt=job.attempt if job else None,
+    under = (tenant_key.provider, tenant_key.key_id)
+    made = asking.taken(session, _FreshKeys(*under, tenant_id, kind, object_id, count))
+    for key, wrapped in made:
+        asking.note(session, WrappedKey(*under, wrapped, key.context), key.secret)
+        session.add(
+            SealedObject(
+                tenant_id=tenant_id,
+                id=key.object_id,
+                kind=kind,
+                key_version=tenant_key.version,
+                wrapped_key=wrapped,
+                job_id=job.id if job else None,
+                attempt=job.attempt if job else None,
+            )
         )
-    )
     session.flush()  # the row is there before its blob: by that a collection tells what is on its way from what is left over
-    return DataKey(object_id, secret, context)
+    return [key for key, _ in made]
 
 
-def data_key(session: Session, keys: KeyRing, *, tenant_id: str, object_id: str) -> DataKey:
+def data_key(session: Session, *, tenant_id: str, object_id: str) -> DataKey:
     """The data key of an object that is already sealed. Raises TenantKeyRefused where its KEK is not to be had any more."""
+    (key,) = data_keys(session, [object_id], tenant_id=tenant_id)
+    return key
+
+
+def data_keys(session: Session, object_ids: Sequence[str], *, tenant_id: str) -> list[DataKey]:
+    """As `data_key`, of many objects, asked for together."""
+    wrapped = [wrapped_key(session, tenant_id=tenant_id, object_id=each) for each in object_ids]
+    secrets = asking.answered(session, *wrapped)
+    return [DataKey(each.context.object, secret, each.context) for each, secret in zip(wrapped, secrets, strict=True)]
+
+
+def wrapped_key(session: Session, *, tenant_id: str, object_id: str) -> WrappedKey:
+    """What `unwrapped` asks the provider. Raises TenantKeyRefused where the KEK is destroyed."""
     row = session.get(SealedObject, (tenant_id, object_id))
     tenant_key = session.get(TenantKey, (tenant_id, row.key_version)) if row else None
     if row is None or tenant_key is None or tenant_key.state == "destroyed":
         raise TenantKeyRefused("the key of this is destroyed: what it sealed opens for nobody any more")
     context = Context(tenant=tenant_id, kind=row.kind, object=object_id)
-    with _asking():
-        secret = keys.of(tenant_key.provider).unwrap(tenant_key.key_id, row.wrapped_key, context=context)
-    return DataKey(object_id, secret, context)
+    return WrappedKey(tenant_key.provider, tenant_key.key_id, row.wrapped_key, context)
 
 
-def seal_object(session: Session, keys: KeyRing, blobs: Blobs, plaintext: bytes, *, tenant_id: str, kind: Kind) -> str:
+def unwrapped(keys: KeyRing, wrapped: WrappedKey) -> DataKey:
+    """The data key, of its provider and not from memory: in no transaction. Raises TenantKeyRefused and Unavailable."""
+    return DataKey(wrapped.context.object, wrapped.ask(keys), wrapped.context)
+
+
+def seal_object(session: Session, blobs: Blobs, plaintext: bytes, *, tenant_id: str, kind: Kind) -> str:
     """Seal and store one object under a fresh key; its id may be named by rows of the same transaction."""
-    key = new_data_key(session, keys, tenant_id=tenant_id, kind=kind)
+    key = new_data_key(session, tenant_id=tenant_id, kind=kind)
     sealed = seal(plaintext, key=key.secret, context=key.context)
     blobs.put(tenant_id, key.object_id, sealed)
     session.get_one(SealedObject, (tenant_id, key.object_id)).size = len(sealed)
     return key.object_id
 
 
-def open_object(session: Session, keys: KeyRing, blobs: Blobs, *, tenant_id: str, object_id: str) -> bytes:
+def open_object(session: Session, blobs: Blobs, *, tenant_id: str, object_id: str) -> bytes:
     """The plaintext of an object, in memory only. Raises InvalidSeal where a bit of it was touched."""
-    key = data_key(session, keys, tenant_id=tenant_id, object_id=object_id)
+    key = data_key(session, tenant_id=tenant_id, object_id=object_id)
     return bytes(open_sealed(blobs.get(tenant_id, object_id), key=key.secret, context=key.context))
 
 
-def content_mac(session: Session, keys: KeyRing, content: bytes, *, tenant_id: str, object_id: str) -> bytes:
+def content_mac(session: Session, content: bytes, *, tenant_id: str, object_id: str) -> bytes:
     """HMAC-SHA256 of an object's plaintext, under a key that its data key derives for this alone.
 
     Whoever reads the database learns nothing from it, not even which objects hold the same; it dies with the data key.
     """
-    key = data_key(session, keys, tenant_id=tenant_id, object_id=object_id)
+    key = data_key(session, tenant_id=tenant_id, object_id=object_id)
     return hmac.digest(key.derived("content"), content, hashlib.sha256)
 
 
-def unit_macs(session: Session, keys: KeyRing, ids: Iterable[bytes], *, tenant_id: str) -> list[bytes]:
+def unit_macs(session: Session, ids: Iterable[bytes], *, tenant_id: str) -> list[bytes]:
     """HMAC-SHA256 of each user's id, under a key of the tenant's alone: of an id always the same, in whatever dataset.
 
     Whoever reads the database learns no id from it, and cannot try one out; it dies with the tenant's key.
     """
-    secret = _units_key(session, keys, tenant_id).derived("units")
+    secret = units_key(session, tenant_id=tenant_id).derived("units")
     return [hmac.digest(secret, each, "sha256") for each in ids]
+
+
+def units_key(session: Session, *, tenant_id: str) -> DataKey:
+    """The tenant's key for its users, made at the first look. It seals nothing: other keys are derived from it."""
+    if session.get(SealedObject, (tenant_id, _UNITS_ID)) is None:
+        try:
+            with session.begin_nested():
+                return new_data_key(session, tenant_id=tenant_id, kind="units", object_id=_UNITS_ID)
+        except IntegrityError:
+            pass  # of two that found none one waited for the other, and finds the other's now
+    return data_key(session, tenant_id=tenant_id, object_id=_UNITS_ID)
 
 
 def forget_objects(session: Session, blobs: Blobs, object_ids: Sequence[str], *, tenant_id: str) -> None:
@@ -236,15 +286,16 @@ def abandon_object(blobs: Blobs, *object_ids: str, tenant_id: str) -> None:
         log.error("blob.not_deleted", extra={"object_ids": object_ids, "error": error.code})
 
 
-def new_signing_key(session: Session, keys: KeyRing, purpose: Purpose, *, state: str = "active") -> SigningSecret:
+def new_signing_key(session: Session, purpose: Purpose, *, state: str = "active") -> SigningSecret:
     """Create a key of the service, its private part wrapped by the system's key. Raises KeyProviderError."""
-    key_id, secret, public = _generate(purpose)
     kek = session.scalars(_active_key(SYSTEM)).one()
-    wrapped = keys.of(kek.provider).wrap(kek.key_id, secret, context=signing_context(purpose, key_id))
+    made, wrapped = asking.taken(session, _FreshSigningKey(kek.provider, kek.key_id, purpose))
     session.add(
-        SigningKey(id=key_id, purpose=purpose, public=public, wrapped=wrapped, key_version=kek.version, state=state)
+        SigningKey(
+            id=made.id, purpose=purpose, public=made.public, wrapped=wrapped, key_version=kek.version, state=state
+        )
     )
-    return SigningSecret(key_id, secret, public)
+    return made
 
 
 def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSecret:
@@ -256,17 +307,30 @@ def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSec
     return open_signing_key(session, keys, row)
 
 
+def service_key(service: Service, purpose: Purpose) -> SigningSecret:
+    """The same key, read in a transaction of its own: to be called in none."""
+    return service.read(lambda session: signing_key(session, service.keys, purpose))
+
+
+def pepper(service: Service) -> bytes:
+    """What MACs of secrets, codes and cookies are keyed with, that are not stored themselves. To be called in no transaction."""
+    return service_key(service, "pepper").secret
+
+
 def open_signing_key(session: Session, keys: KeyRing, row: SigningKey) -> SigningSecret:
-    """The secret of one key of the service. Raises KeyProviderError."""
+    """The secret of one key of the service, lately asked for or asked for now. Raises KeyProviderError."""
     kek = session.get_one(TenantKey, (SYSTEM, row.key_version))
-    secret = keys.unwrap_often(kek.provider, kek.key_id, row.wrapped, context=signing_context(row.purpose, row.id))
+    secret = keys.remembered(kek.provider, kek.key_id, row.wrapped)
+    if secret is None:
+        context = signing_context(row.purpose, row.id)
+        (secret,) = asking.answered(session, _OftenSecret(kek.provider, kek.key_id, row.wrapped, context))
     return SigningSecret(row.id, secret, row.public)
 
 
-def require_system_key(session: Session, keys: KeyRing) -> None:
+def require_system_key(session: Session) -> None:
     """Raise KeyMissing unless the key that the service's own keys are wrapped by is there, whatever is remembered of it."""
     kek = session.scalars(_active_key(SYSTEM)).one_or_none()
-    if kek is None or not keys.of(kek.provider).has_key(kek.key_id):
+    if kek is None or not all(asking.answered(session, _HasKey(kek.provider, kek.key_id))):
         raise KeyMissing("the service's own key is gone; restore the keystore from its backup")
 
 
@@ -288,28 +352,103 @@ def _asking() -> Iterator[None]:
     """What a provider refuses, as what a caller may be told: a key that was taken away, or no answer. All else is our fault."""
     try:
         yield
-    except KeyWithheld:
-        raise TenantKeyRefused(
+    except KeyWithheld as error:
+        refusal: ServerError = TenantKeyRefused(
             "the tenant's key is not to be had: whoever holds it has disabled, withdrawn or destroyed it. Nothing of the tenant "
             "opens before it is given back; ask the tenant's key holder, or the server's operator"
-        ) from None
-    except ProviderUnavailable:
-        raise Unavailable("the key provider does not answer, so nothing can be opened now; retry in a moment") from None
+        )
+        refusal.cause = str(error)
+        raise refusal from None
+    except ProviderUnavailable as error:
+        refusal = Unavailable("the key provider does not answer, so nothing can be opened now; retry in a moment")
+        refusal.cause = str(error)
+        raise refusal from None
 
 
 def _active_key(tenant_id: str) -> Select[TenantKey]:
     return select(TenantKey).where(TenantKey.tenant_id == tenant_id, TenantKey.state == "active")
 
 
-def _units_key(session: Session, keys: KeyRing, tenant_id: str) -> DataKey:
-    """The tenant's key for its users, made at the first look. It seals nothing: other keys are derived from it."""
-    if session.get(SealedObject, (tenant_id, _UNITS_ID)) is None:
-        try:
-            with session.begin_nested():
-                return new_data_key(session, keys, tenant_id=tenant_id, kind="units", object_id=_UNITS_ID)
-        except IntegrityError:
-            pass  # of two that found none one waited for the other, and finds the other's now
-    return data_key(session, keys, tenant_id=tenant_id, object_id=_UNITS_ID)
+@dataclass(frozen=True, slots=True)
+class _FirstKey:
+    """A tenant's id (the given one, or a new one) and that of its key, made in the provider."""
+
+    provider: str
+    tenant_id: str | None
+
+    def ask(self, keys: KeyRing) -> tuple[str, str]:
+        tenant_id = self.tenant_id or new_id("tn")
+        key_id = f"{tenant_id}.{secrets.token_hex(8)}"
+        keys.of(self.provider).create_key(key_id)
+        return tenant_id, key_id
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedKey:
+    """A data key as its row has it: what its provider is asked to unwrap."""
+
+    provider: str
+    key_id: str
+    wrapped: bytes
+    context: Context
+
+    def ask(self, keys: KeyRing) -> bytes:
+        with _asking():
+            return keys.of(self.provider).unwrap(self.key_id, self.wrapped, context=self.context)
+
+
+@dataclass(frozen=True, slots=True)
+class _FreshKeys:
+    """Data keys that seal nothing yet, each with its wrapped form."""
+
+    provider: str
+    key_id: str
+    tenant_id: str
+    kind: Kind
+    object_id: str | None
+    count: int
+
+    def ask(self, keys: KeyRing) -> list[tuple[DataKey, bytes]]:
+        made = []
+        for _ in range(self.count):
+            object_id, secret = self.object_id or new_id("rcp" if self.kind == "recipient" else "obj"), new_key()
+            context = Context(tenant=self.tenant_id, kind=self.kind, object=object_id)
+            with _asking():
+                wrapped = keys.of(self.provider).wrap(self.key_id, secret, context=context)
+            made.append((DataKey(object_id, secret, context), wrapped))
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class _FreshSigningKey:
+    provider: str
+    key_id: str
+    purpose: Purpose
+
+    def ask(self, keys: KeyRing) -> tuple[SigningSecret, bytes]:
+        name, secret, public = _generate(self.purpose)
+        wrapped = keys.of(self.provider).wrap(self.key_id, secret, context=signing_context(self.purpose, name))
+        return SigningSecret(name, secret, public), wrapped
+
+
+@dataclass(frozen=True, slots=True)
+class _OftenSecret:
+    provider: str
+    key_id: str
+    wrapped: bytes
+    context: Context
+
+    def ask(self, keys: KeyRing) -> bytes:
+        return keys.unwrap_often(self.provider, self.key_id, self.wrapped, context=self.context)
+
+
+@dataclass(frozen=True, slots=True)
+class _HasKey:
+    provider: str
+    key_id: str
+
+    def ask(self, keys: KeyRing) -> bool:
+        return keys.of(self.provider).has_key(self.key_id)
 
 
 def _generate(purpose: Purpose) -> tuple[str, bytes, dict[str, Any]]:

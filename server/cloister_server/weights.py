@@ -32,7 +32,7 @@ def digest_of(body: bytes) -> str:
 def create(session: Session, principal: Principal, service: Service, body: bytes, *, digest: str) -> WeightsView:
     """Seal uploaded weights of this digest."""
     authorized, tenant_id = may_create(session, principal), principal.tenant_id
-    object_id = vault.seal_object(session, service.keys, service.blobs, body, tenant_id=tenant_id, kind="initial")
+    object_id = vault.seal_object(session, service.blobs, body, tenant_id=tenant_id, kind="initial")
     row = Weights(tenant_id=tenant_id, id=new_id("wts"), object_id=object_id, digest=digest)
     session.add(row)
     session.flush()  # the grants name the row
@@ -77,6 +77,6 @@ def require_start(
     body = None
     if authorized is not None:
         row = authorized.resource
-        body = vault.open_object(session, service.keys, service.blobs, tenant_id=row.tenant_id, object_id=row.object_id)
+        body = vault.open_object(session, service.blobs, tenant_id=row.tenant_id, object_id=row.object_id)
     if body is not None or lora is not None or any(map(is_frozen, architecture.layers)):
         require(architecture, body, lora)

@@ -151,9 +151,7 @@ def _published(deployment: Deployment, app: App) -> str:
             model_id=model.id,
             version=1,
             job_id=new_id("job"),
-            weights_id=vault.seal_object(
-                session, service.keys, service.blobs, body, tenant_id=app.tenant_id, kind="weights"
-            ),
+            weights_id=vault.seal_object(session, service.blobs, body, tenant_id=app.tenant_id, kind="weights"),
             certificate=sign(certificate, private_key=private_key, key_id=key_id),
         )
         session.add(row)

@@ -20,6 +20,7 @@ import pytest
 from sqlalchemy import insert, select
 
 import cloister
+from asked import asked_reading
 from cloister_privacy.sealing import Context, LocalKeyProvider, new_key
 from cloister_server import deployment as deployments
 from cloister_server import keys, tenants, vault
@@ -124,21 +125,22 @@ def _opened(deployment: Deployment) -> Service:
 def _add_rows(service: Service, tenant_id: str) -> dict[str, bytes]:
     """Data keys that seal nothing, and what each is."""
     made = {new_id("obj"): new_key() for _ in range(ROWS)}
-    with writing(service.engine) as session:
+    with reading(service.engine) as session:
         kek = vault.active_key(session, tenant_id)
-        assert kek is not None
-        rows = [
-            {
-                "tenant_id": tenant_id,
-                "id": object_id,
-                "kind": "part",
-                "key_version": kek.version,
-                "wrapped_key": service.keys.of(kek.provider).wrap(
-                    kek.key_id, secret, context=Context(tenant=tenant_id, kind="part", object=object_id)
-                ),
-            }
-            for object_id, secret in made.items()
-        ]
+    assert kek is not None
+    rows = [
+        {
+            "tenant_id": tenant_id,
+            "id": object_id,
+            "kind": "part",
+            "key_version": kek.version,
+            "wrapped_key": service.keys.of(kek.provider).wrap(
+                kek.key_id, secret, context=Context(tenant=tenant_id, kind="part", object=object_id)
+            ),
+        }
+        for object_id, secret in made.items()
+    ]
+    with writing(service.engine) as session:
         session.execute(insert(SealedObject), rows)
     return made
 
@@ -161,11 +163,9 @@ def _kill(deployment: Deployment, command: list[str], rng: random.Random) -> boo
 
 
 def _require_all_open(service: Service, tenant_id: str, cheap: dict[str, bytes]) -> None:
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         rows = session.scalars(select(SealedObject).where(SealedObject.tenant_id == tenant_id)).all()
-        opened = {
-            row.id: vault.data_key(session, service.keys, tenant_id=tenant_id, object_id=row.id).secret for row in rows
-        }
+        opened = {row.id: vault.data_key(session, tenant_id=tenant_id, object_id=row.id).secret for row in rows}
         for purpose in PURPOSES:
             vault.signing_key(session, service.keys, purpose)
     assert {object_id: opened[object_id] for object_id in cheap} == cheap

@@ -128,9 +128,7 @@ def stored_rows(deployment: Deployment, dataset_id: str) -> list[Rows]:
         return [
             open_form(
                 columns,
-                vault.open_object(
-                    session, service.keys, service.blobs, tenant_id=part.tenant_id, object_id=part.object_id
-                ),
+                vault.open_object(session, service.blobs, tenant_id=part.tenant_id, object_id=part.object_id),
             )
             for part in parts
         ]

@@ -15,11 +15,11 @@ import pytest
 from sqlalchemy import select
 
 import cloister
+from asked import asked_reading
 from cloister.wire.rows import open_form
 from cloister_server import datasets, vault
 from cloister_server import deployment as deployments
 from cloister_server.settings import Settings
-from cloister_server.store.session import reading
 from cloister_server.store.tables import Dataset, Job, ModelVersion, SealedObject
 from databases import new_postgres_database
 from harness import App, Deployment
@@ -146,10 +146,10 @@ def _look(deployment: Deployment, app: App, rows: dict[str, np.ndarray], *, roun
     }
     service = deployments.open_service(Settings.model_validate(given))
     tenant_id = app.tenant_id
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
 
         def opened(object_id: str) -> bytes:
-            return vault.open_object(session, service.keys, service.blobs, tenant_id=tenant_id, object_id=object_id)
+            return vault.open_object(session, service.blobs, tenant_id=tenant_id, object_id=object_id)
 
         named: set[str] = set()
         complete = session.scalars(select(Dataset).where(Dataset.tenant_id == tenant_id)).all()
@@ -169,7 +169,7 @@ def _look(deployment: Deployment, app: App, rows: dict[str, np.ndarray], *, roun
             opened(version.weights_id)
             named.add(version.weights_id)
         keys = session.scalars(select(SealedObject.id).where(SealedObject.tenant_id == tenant_id)).all()
-        secrets = {vault.data_key(session, service.keys, tenant_id=tenant_id, object_id=each).secret for each in keys}
+        secrets = {vault.data_key(session, tenant_id=tenant_id, object_id=each).secret for each in keys}
     stored = {path.name for path in (deployment.data_dir / "objects" / tenant_id).iterdir()}
     assert stored == named == set(keys)
     assert len(secrets) == len(keys), "two objects have one data key"

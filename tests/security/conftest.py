@@ -14,11 +14,11 @@ import httpx2
 import pytest
 import uvicorn
 
+from asked import asked_writing
 from cloister_server import deployment, tenants
 from cloister_server.app import create_app
 from cloister_server.oauth import authorizations, device_endpoint, passphrases
 from cloister_server.service import Service
-from cloister_server.store.session import writing
 from harness import free_port
 from people import Human, invited
 from server.conftest import (  # noqa: F401 (fixtures)
@@ -83,7 +83,7 @@ def new_app(served: Service) -> Callable[..., Client]:
     """Makes a client of the served deployment."""
 
     def make(name: str, *, tenant: str = "acme", **more: Any) -> Client:
-        with writing(served.engine) as session:
+        with asked_writing(served) as session:
             found = next((each for each in tenants.tenants(session) if each.name == tenant), None)
             made = found or tenants.create_tenant(session, served.keys, name=tenant, request_id="request-of-a-test")
             session.flush()

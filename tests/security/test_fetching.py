@@ -16,12 +16,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from sqlalchemy import Engine, text
 
 from cloister_server.errors import Invalid
 from cloister_server.issuers import discover
 from cloister_server.oauth import fetching, issuer_keys
 from cloister_server.oauth.fetching import MOST_BYTES, Network, NotFetched, fetch_json, require_allowed
 from cloister_server.oauth.issuer_keys import IssuerKeys, fetch_keys
+from cloister_server.store.session import reading
 from issuers import CONFIGURATION, JWKS, elsewhere, send_json
 from keys_of_clients import Signer, b64
 
@@ -278,6 +280,16 @@ def self_signed(root: Path) -> Path:
     place = root / "certificate.pem"
     place.write_bytes(Signer(key).private_pem + made.public_bytes(Encoding.PEM))
     return place
+
+
+def test_nobody_is_asked_while_a_transaction_is_open(engine: Engine) -> None:
+    with reading(engine) as session:
+        session.execute(text("SELECT 1"))
+        with pytest.raises(RuntimeError, match="no transaction"):
+            fetch_json("https://issuer.example/", network="public")
+        with pytest.raises(RuntimeError, match="no transaction"):
+            where = "https://issuer.example/jwks"
+            IssuerKeys().find("is_1", "k1", jwks_uri=where, network="public", algorithms=("ES256",))
 
 
 def test_a_few_wait_for_an_issuer_that_is_slow_and_the_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:

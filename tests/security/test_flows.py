@@ -14,13 +14,14 @@ import pytest
 from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
+from asked import asked_writing
 from cloister_server import tenants
 from cloister_server.errors import Invalid, Unauthenticated
 from cloister_server.oauth import passphrases, redirects, verifier
 from cloister_server.oauth.verifier import authenticate
 from cloister_server.service import Service
 from cloister_server.store.identities import Authorization, Login
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import reading
 from cloister_server.store.tables import AuditRow, now
 from keys_of_clients import Signer
 from people import REDIRECT, Human, Pkce, exchanged, forms, invited, refreshed, request, told
@@ -57,7 +58,7 @@ def sources(http: TestClient, token: str) -> int:
 
 def moved(service: Service, **ago: float) -> None:
     """Let everything that was asked for have been so much earlier."""
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         for row in session.scalars(select(Authorization)):
             row.until -= timedelta(**ago)
             row.polled = None if row.polled is None else row.polled - timedelta(**ago)
@@ -164,16 +165,16 @@ def test_revoking_a_refresh_token_ends_the_login_and_is_its_own_clients_alone(
 def test_a_login_ends_with_its_client_and_by_itself(http: TestClient, service: Service, ada: Human, app: Any) -> None:
     pkce = Pkce()
     tokens = exchanged(http, app, pkce, ada.authorize(app, pkce)["code"]).json()
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         session.execute(update(Login).values(until=now()))
     assert refreshed(http, app.id, tokens["refresh_token"]).json()["error"] == "invalid_grant"
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         session.execute(update(Login).values(until=now() + timedelta(days=1), created=now() - timedelta(days=90)))
     tokens = refreshed(http, app.id, tokens["refresh_token"]).json()
     with reading(service.engine) as session:
         assert session.scalars(select(Login.until)).one() <= now(), "ninety days, however often it is refreshed"
     tokens = exchanged(http, app, pkce, ada.authorize(app, pkce)["code"]).json()
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         operator = tenants.operator_of(tenants.find_tenant(session, "acme"), request_id="request-of-a-test")
         tenants.remove_client(session, operator, app.id)
     assert refreshed(http, app.id, tokens["refresh_token"]).status_code == 401

@@ -16,12 +16,13 @@ import pytest
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
+from asked import asked_writing
 from cloister_server import issuers, people, shredding, suspension, tenants
 from cloister_server.errors import Conflict, Invalid
 from cloister_server.oauth import issuer_keys
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import reading
 from cloister_server.store.tables import AuditRow
 from issuers import JWKS, Elsewhere, elsewhere, list_issuer, send_json
 from keys_of_clients import Signer, b64
@@ -44,7 +45,7 @@ def ada(service: Service, steward: Any) -> str:
 
 
 def person(service: Service, tenant_id: str, name: str) -> str:
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         return people.create(session, service, operator(tenant_id), name=name, role="steward").user_id
 
 
@@ -53,7 +54,7 @@ def operator(tenant_id: str) -> Principal:
 
 
 def let_in(service: Service, tenant_id: str, url: str, subject: str = "ada", *, to: str = "ada") -> None:
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         issuers.map_subject(session, service, operator(tenant_id), url=url, subject=subject, to=to)
 
 
@@ -82,7 +83,7 @@ def test_a_subject_that_is_somebody_here_acts_as_that_person_and_may_what_they_a
         ("issuer.map", "operator", steward.tenant_id),
         ("source.create", ada, steward.tenant_id),
     }
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         nobody = people.create(session, service, operator(steward.tenant_id), name="eve", role="none").user_id
     let_in(service, steward.tenant_id, known.url, "eve", to=nobody)
     refused = http.post(
@@ -263,7 +264,7 @@ def test_an_app_comes_by_another_issuer_too_and_none_that_must_show_a_key(
         app = make_client("acme", **kind)
         with pytest.raises(Invalid, match="tokens of this deployment alone"):
             let_in(service, steward.tenant_id, issuer.url, "another", to=app.id)
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         tenants.remove_client(session, operator(steward.tenant_id), steward.id)
         assert issuers.listed(session)[0][1] == 0
 
@@ -288,7 +289,7 @@ def test_what_ends_it_ends_it_at_the_next_request_here_and_soon_elsewhere(
     def undone(work: Callable[[Any], Any]) -> None:
         for each in (http, there):
             assert asked(each, token).status_code == 200
-        with writing(service.engine) as session:
+        with asked_writing(service) as session:
             work(session)
         assert asked(http, token).status_code == 401
         deadline = time.monotonic() + 60
@@ -298,7 +299,7 @@ def test_what_ends_it_ends_it_at_the_next_request_here_and_soon_elsewhere(
 
     with TestClient(create_app(second_process), raise_server_exceptions=False) as there:
         undone(lambda session: suspension.suspend(session, service, acting))
-        with writing(service.engine) as session:
+        with asked_writing(service) as session:
             suspension.resume(session, service, acting)
         deadline = time.monotonic() + 60
         while asked(there, token).status_code != 200:
@@ -319,10 +320,10 @@ def test_an_account_that_is_ended_lets_nobody_in_by_another_issuer(
     http: TestClient, service: Service, steward: Any, known: Elsewhere, end: str
 ) -> None:
     assert asked(http, known.token()).status_code == 200
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         getattr(people, end)(session, service, operator(steward.tenant_id), "ada")
     assert asked(http, known.token()).status_code == 401
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         assert issuers.listed(session)[0][1] == 0
 
 
@@ -390,7 +391,7 @@ def test_a_real_issuer_is_taken_once_it_is_on_the_list_and_its_subject_is_somebo
         assert asked(http, token()).status_code == 401
         let_in(service, steward.tenant_id, url, "robot", to="ada")
         assert asked(http, token()).json()["id"] == ada
-        with writing(service.engine) as session:
+        with asked_writing(service) as session:
             issuers.remove(session, service, url, request_id="request-of-a-test")
         assert asked(http, token()).status_code == 401
         it.stdin.close()

@@ -20,6 +20,7 @@ import pytest
 from pydantic import SecretStr
 
 import cloister
+from asked import asked_writing
 from cloister import _login
 from cloister._login import Device, LoginCredentials
 from cloister._profiles import Profile, ProfileStore
@@ -27,7 +28,6 @@ from cloister.cli import login as commands
 from cloister.cli import main
 from cloister_server import people, tenants
 from cloister_server.service import Service
-from cloister_server.store.session import writing
 from people import Human, allowed
 
 Login = Callable[..., int]
@@ -100,7 +100,7 @@ def test_what_is_refused_is_told_in_words(
     assert log_in(decision="deny") == 1 and "not allowed" in capsys.readouterr().err
     assert not (home / "default.json").exists()
     assert log_in() == 0
-    with writing(served.engine) as session:
+    with asked_writing(served) as session:
         operator = tenants.operator_of(tenants.find_tenant(session, "acme"), request_id="request-of-a-test")
         people.disable(session, served, operator, online.id)
     with (

@@ -16,6 +16,7 @@ from sqlalchemy import select, update
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from asked import asked_writing
 from cloister_server import people, tenants
 from cloister_server.app import create_app
 from cloister_server.cli.admin import cli
@@ -25,7 +26,7 @@ from cloister_server.oauth.sign_in import NotSignedIn
 from cloister_server.oauth.verifier import authenticate
 from cloister_server.service import Service
 from cloister_server.store.identities import SignInTry, User
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import reading
 from cloister_server.store.tables import AuditRow, now
 from people import PASSPHRASE, Human, Pkce, exchanged, forms, invited, request
 
@@ -87,7 +88,7 @@ def test_whoever_signs_in_has_account_passphrase_and_code(ada: Human) -> None:
 def test_every_wrong_thing_is_refused_in_the_same_words(ada: Human, http: TestClient) -> None:
     invited(ada.service, http, "bob")
     invited(ada.service, http, "cleo").enrol()
-    with writing(ada.service.engine) as session:
+    with asked_writing(ada.service) as session:
         operator = tenants.operator_of(tenants.find_tenant(session, "acme"), request_id="request-of-a-test")
         people.disable(session, ada.service, operator, "cleo")
     cases: dict[str, dict[str, str]] = {
@@ -141,7 +142,7 @@ def test_a_code_is_taken_once_by_whichever_of_two_comes_first(ada: Human) -> Non
     for _ in range(2):
         with pytest.raises(NotSignedIn):
             tried(ada, code=code)
-    with writing(ada.service.engine) as session:
+    with asked_writing(ada.service) as session:
         session.execute(update(User).values(totp_step=0))
     start = threading.Barrier(4)
 
@@ -171,7 +172,7 @@ def test_failures_make_the_next_try_wait_from_there_alone(ada: Human, monkeypatc
         tried(ada, account="acme/nobody")
     with reading(ada.service.engine) as session:
         assert max(row.failures for row in session.scalars(select(SignInTry))) == 3, "what waits is not counted"
-    with writing(ada.service.engine) as session:
+    with asked_writing(ada.service) as session:
         session.execute(update(SignInTry).values(next_try=now() - timedelta(seconds=1)))
     assert tried(ada).id == ada.id
     with pytest.raises(NotSignedIn):
@@ -185,7 +186,7 @@ def test_the_wait_grows_to_a_quarter_of_an_hour_and_an_unknown_account_waits_ali
         for _ in range(16):
             with pytest.raises(NotSignedIn):
                 tried(ada, account=account, passphrase="four words somebody guesses")
-            with writing(ada.service.engine) as session:
+            with asked_writing(ada.service) as session:
                 row = max(session.scalars(select(SignInTry)), key=lambda each: each.until)
                 seen.append(round((row.next_try - row.until).total_seconds() + 86_400))
                 row.next_try = now() - timedelta(seconds=1)
@@ -243,7 +244,7 @@ def test_an_invitation_is_good_once(service: Service, http: TestClient) -> None:
 
 def test_an_invitation_is_over_after_a_day(service: Service, http: TestClient) -> None:
     human = invited(service, http, "ada")
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         session.execute(update(User).values(invitation_until=now()))
     with pytest.raises(NotSignedIn):
         people.offer(service, account=human.account, code=human.invitation)
@@ -360,7 +361,7 @@ def test_a_person_who_is_shut_out_is_refused_here_at_once_and_elsewhere_within_a
         return authenticate(second_process, given, method="GET", path="/v1/sources").id
 
     assert http.get("/v1/sources", headers=headers).status_code == 200 and elsewhere() == ada.id
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         operator = tenants.operator_of(tenants.find_tenant(session, "acme"), request_id="request-of-a-test")
         getattr(people, how)(session, service, operator, "ada")
     assert http.get("/v1/sources", headers=headers).status_code == 401

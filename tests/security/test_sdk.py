@@ -13,12 +13,13 @@ import httpx2
 import pytest
 
 import cloister
+from asked import asked_writing
 from cloister._auth import ClientCredentials
 from cloister._possession import PrivateKey
 from cloister_server.oauth import server, signing_keys
 from cloister_server.oauth.signed import read_public_key
 from cloister_server.service import Service
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import reading
 from keys_of_clients import Signer
 
 THREADS = 16
@@ -69,7 +70,7 @@ def test_sixteen_threads_work_by_one_key_and_one_token_and_over_its_revocation(
                 for done in [pool.submit(go) for _ in range(THREADS)]:
                     done.result()
             assert len(issued) == fetches
-            with writing(served.engine) as session:
+            with asked_writing(served) as session:
                 signing_keys.revoke(session, served, active_key(served))
 
 
@@ -89,7 +90,7 @@ def test_sixteen_tasks_work_by_one_key_and_one_token(
 
             await asyncio.gather(*(look() for _ in range(THREADS)))
             assert len(issued) == 1
-            with writing(served.engine) as session:
+            with asked_writing(served) as session:
                 signing_keys.revoke(session, served, active_key(served))
             await asyncio.gather(*(look() for _ in range(THREADS)))
             assert len(issued) == 2

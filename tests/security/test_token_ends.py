@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
+from asked import asked_writing
 from cloister_server.errors import Conflict, NotFound, Unauthenticated
 from cloister_server.oauth import signing_keys, verifier
 from cloister_server.oauth.verifier import authenticate
@@ -40,7 +41,7 @@ def published(service: Service, *, ago_s: float) -> None:
 
 def rotate(service: Service) -> None:
     published(service, ago_s=signing_keys.PUBLISHED_S + 1)
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         signing_keys.rotate(session, service)
 
 
@@ -86,7 +87,7 @@ def test_ten_rotations_refuse_no_valid_token_here_or_in_another_process(
 
 def test_the_next_key_is_published_for_two_minutes_before_it_signs(service: Service) -> None:
     published(service, ago_s=1)
-    with writing(service.engine) as session, pytest.raises(Conflict, match=r"rotate again in 1[0-9][0-9] s"):
+    with asked_writing(service) as session, pytest.raises(Conflict, match=r"rotate again in 1[0-9][0-9] s"):
         signing_keys.rotate(session, service)
     assert sorted(states(service)) == ["active", "next"]
 
@@ -120,7 +121,7 @@ def test_a_revoked_key_is_out_at_once_here_and_within_a_second_elsewhere(
     assert http.get("/v1/sources", headers=bearer).status_code == 200
     assert asks(second_process, bearer) == steward.id
     stolen, following = kid_of(service, "active"), kid_of(service, "next")
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         signing_keys.revoke(session, service, stolen)
     assert http.get("/v1/sources", headers=bearer).status_code == OUT
     assert kid_of(service, "active") == following and stolen not in shown(http)
@@ -133,19 +134,19 @@ def test_a_revoked_key_is_out_at_once_here_and_within_a_second_elsewhere(
 
 def test_a_revoked_next_key_is_replaced_and_none_is_revoked_twice(service: Service) -> None:
     gone = kid_of(service, "next")
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         signing_keys.revoke(session, service, gone)
     assert kid_of(service, "next") != gone
-    with writing(service.engine) as session, pytest.raises(Conflict):
+    with asked_writing(service) as session, pytest.raises(Conflict):
         signing_keys.revoke(session, service, gone)
-    with writing(service.engine) as session, pytest.raises(NotFound):
+    with asked_writing(service) as session, pytest.raises(NotFound):
         signing_keys.revoke(session, service, "nobody's")
 
 
 def test_a_revocation_that_was_rolled_back_changes_nothing(
     http: TestClient, service: Service, bearer: dict[str, str]
 ) -> None:
-    with pytest.raises(RuntimeError), writing(service.engine) as session:
+    with pytest.raises(RuntimeError), asked_writing(service) as session:
         signing_keys.revoke(session, service, kid_of(service, "active"))
         raise RuntimeError
     assert http.get("/v1/sources", headers=bearer).status_code == 200

@@ -14,13 +14,13 @@ from pydantic import SecretStr
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
+from asked import asked_writing
 from cloister_server import deployment, tenants
 from cloister_server.app import create_app
 from cloister_server.grants import Role
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import Settings
-from cloister_server.store.session import writing
 from databases import DatabaseURLs, new_postgres_database, postgres_copy
 
 
@@ -54,7 +54,7 @@ def make_client(service: Service) -> Callable[..., Client]:
     """Makes an app of a tenant, which is made where there is none of its name."""
 
     def make(tenant: str = "acme", *, role: Role = "steward", **more: Any) -> Client:
-        with writing(service.engine) as session:
+        with asked_writing(service) as session:
             made = _tenant(session, service, tenant)
             operator = tenants.operator_of(made, request_id="request-of-a-test")
             name = f"a{secrets.token_hex(4)}"

@@ -535,7 +535,7 @@ def _names(root: Path) -> list[Path]:
 
 
 def _lose_objects(root: Path) -> None:
-    (root / "data" / "objects").rmdir()
+    shutil.rmtree(root / "data" / "objects")
 
 
 @pytest.mark.parametrize(

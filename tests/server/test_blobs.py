@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from asked import asked_reading
 from cloister_server import vault
 from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.service import Service
 from cloister_server.settings import Settings, load_settings
 from cloister_server.store.blobs import Blobs
-from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import SealedObject, new_id
 from key_providers import ACCOUNT, FAULTS, Faulty, kms_server, served
 
@@ -46,20 +46,25 @@ def in_bucket(endpoint: str, tmp_path: Path, *, prefix: str = "a/b", timeout_s: 
     )
 
 
+def bucket_client(url: str) -> Any:
+    import boto3
+
+    return boto3.client(
+        "s3",
+        endpoint_url=url,
+        region_name=ACCOUNT["region"],
+        aws_access_key_id=ACCOUNT["access_key_id"],
+        aws_secret_access_key=SECRET,
+    )
+
+
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real moto server, with the bucket."""
     with kms_server(tmp_path_factory.mktemp("moto")) as url:
-        import boto3
-
-        client = boto3.client(
-            "s3",
-            endpoint_url=url,
-            region_name=ACCOUNT["region"],
-            aws_access_key_id=ACCOUNT["access_key_id"],
-            aws_secret_access_key=SECRET,
+        bucket_client(url).create_bucket(
+            Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": ACCOUNT["region"]}
         )
-        client.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": ACCOUNT["region"]})
         yield url
 
 
@@ -120,6 +125,23 @@ def test_what_is_not_of_our_naming_is_left_out(tmp_path: Path) -> None:
         (root / path).parent.mkdir(exist_ok=True)
         (root / path).write_bytes(b"somebody else's")
     assert stored(blobs) == {}
+
+
+ODD = ["a//b", "//b", "./b", f"{TENANT}//b", f"{TENANT}/./b", f"{TENANT}/zz//b", "notes.txt"]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_name_that_cannot_be_read_stops_no_listing_and_is_told(odd: str, s3: str, tmp_path: Path) -> None:
+    prefix = secrets.token_hex(8)
+    blobs, told = Blobs.open_at(in_bucket(s3, tmp_path, prefix=prefix)), list[str]()
+    ours = {new_id("obj"): 1 for _ in range(3)}
+    for each in ours:
+        blobs.put(TENANT, each, b"x")
+    bucket_client(s3).put_object(Bucket=BUCKET, Key=f"{prefix}/{odd}", Body=b"somebody else's")
+    found = [each for page in blobs.pages(TENANT, on_odd=told.append) for each in page]
+    assert {each.name: each.size for each in found} == ours and len(found) == len(ours)
+    blobs.tenants(on_odd=told.append)
+    assert any(odd.split("/")[0] in each for each in told)
 
 
 _WRITER = """
@@ -205,18 +227,16 @@ def test_a_full_disk_refuses_an_upload_by_name_and_keeps_neither_row_nor_bytes(
     tenant_id = make_client().tenant_id
 
     def seal(size: int) -> str:
-        with writing(service.engine) as session:
-            return vault.seal_object(
-                session, service.keys, service.blobs, b"x" * size, tenant_id=tenant_id, kind="initial"
-            )
+        content, of = b"x" * size, {"tenant_id": tenant_id, "kind": "initial"}
+        return service.write(lambda session: vault.seal_object(session, service.blobs, content, **of))  # type: ignore[arg-type]  # mypy widens the values to str
 
     kept = seal(300_000)
     for _ in range(3):
         assert code_of(lambda: seal(2_000_000)) == "storage_full"
     assert [path.name for path in (small_disk / tenant_id).iterdir()] == [kept]
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         assert {row.id for row in session.query(SealedObject).filter_by(tenant_id=tenant_id)} == {kept}
-        opened = vault.open_object(session, service.keys, service.blobs, tenant_id=tenant_id, object_id=kept)
+        opened = vault.open_object(session, service.blobs, tenant_id=tenant_id, object_id=kept)
     assert opened == b"x" * 300_000
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     assert code_of(lambda: seal(10)) == "storage_unavailable"

@@ -423,8 +423,7 @@ def test_a_tail_that_was_cut_off_is_behind_its_anchor(world: World) -> None:
 
 def test_a_chain_that_was_rewritten_is_not_the_anchored_one(world: World) -> None:
     """Whoever can write the database can link a forged history; the anchor and a signed head still tell."""
-    with snapshot(world.service.engine) as session:
-        head = evidence.signed_head(session, world.operator, world.service.keys)
+    head = world.service.read(lambda session: evidence.signed_head(session, world.operator, world.service.keys))
     with tampering(world.service) as connection:
         _alter_audit(connection, world)
         connection.execute(text("DELETE FROM links"))
@@ -780,12 +779,12 @@ def test_a_signed_head_tells_whether_a_chain_goes_on_from_it(
 
     restore = backup(world.service)
     declare(world.service, world.principal, "audited-only")
-    with snapshot(world.service.engine) as session:
-        head = evidence.signed_head(session, world.operator, world.service.keys)
+    head = world.service.read(lambda session: evidence.signed_head(session, world.operator, world.service.keys))
     world.charge()
     assert compared(world, json.dumps(head)) == evidence.Comparison(world.tenant_id, 7, 8, None)
+    later = world.service.read(lambda session: evidence.signed_head(session, world.operator, world.service.keys))
     with snapshot(world.service.engine) as session:
-        forged = {**head, "payload": evidence.signed_head(session, world.operator, world.service.keys)["payload"]}
+        forged = {**head, "payload": later["payload"]}
         for nothing in (forged, {}, {**head, "signatures": []}):
             with pytest.raises(Invalid, match="no chain head of this service"):
                 evidence.opened_head(session, nothing)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, select, update
 
+from asked import asked_reading, asked_writing
 from cloister_server import collection, vault
 from cloister_server.collection import Collected, collect
 from cloister_server.errors import StartRefused
@@ -56,8 +57,9 @@ def kept(service: Service, tenant_id: str) -> set[str]:
 
 
 def seal(service: Service, tenant_id: str, content: bytes = b"content") -> str:
-    with writing(service.engine) as session:
-        return vault.seal_object(session, service.keys, service.blobs, content, tenant_id=tenant_id, kind="initial")
+    return service.write(
+        lambda session: vault.seal_object(session, service.blobs, content, tenant_id=tenant_id, kind="initial")
+    )
 
 
 class _Undone(Exception):
@@ -67,8 +69,8 @@ class _Undone(Exception):
 def seal_in_vain(service: Service, tenant_id: str, before: Callable[[], None] = lambda: None) -> str:
     """The blob is stored, and the transaction that would have kept its key is rolled back, as of a process that died."""
     object_id = ""
-    with suppress(_Undone), writing(service.engine) as session:
-        object_id = vault.seal_object(session, service.keys, service.blobs, b"x" * 50, tenant_id=tenant_id, kind="spec")
+    with suppress(_Undone), asked_writing(service) as session:
+        object_id = vault.seal_object(session, service.blobs, b"x" * 50, tenant_id=tenant_id, kind="spec")
         before()
         raise _Undone
     return object_id
@@ -83,15 +85,14 @@ def test_a_blob_whose_key_was_never_kept_goes_and_all_others_stay(service: Servi
     (directory / "notes.txt").write_text("the operator's own")
     before = stored(service)
     size = sum(each.size for page in service.blobs.pages() for each in page if each.object_id != named)
-    assert collect(service, dry_run=True) == Collected(3, 0, size)
+    odd = (f"{tenant_id}/notes.txt",)
+    assert collect(service, dry_run=True) == Collected(3, 0, size, odd)
     assert stored(service) == before
-    assert collect(service) == Collected(3, 0, size)
+    assert collect(service) == Collected(3, 0, size, odd)
     assert stored(service) == {named} and (directory / "notes.txt").exists()
-    assert collect(service) == NOTHING
-    with reading(service.engine) as session:
-        assert (
-            vault.open_object(session, service.keys, service.blobs, tenant_id=tenant_id, object_id=named) == b"content"
-        )
+    assert collect(service) == Collected(0, 0, 0, odd)
+    with asked_reading(service) as session:
+        assert vault.open_object(session, service.blobs, tenant_id=tenant_id, object_id=named) == b"content"
         assert session.scalars(select(SealedObject).where(SealedObject.kind == "collected")).all() == []
 
 
@@ -165,10 +166,8 @@ class Work:
 
     def job(self, kind: str = "train") -> str:
         job_id = new_id("job")
-        with writing(self.service.engine) as session:
-            spec_id = vault.seal_object(
-                session, self.service.keys, self.service.blobs, b"{}", tenant_id=self.tenant_id, kind="spec"
-            )
+        with asked_writing(self.service) as session:
+            spec_id = vault.seal_object(session, self.service.blobs, b"{}", tenant_id=self.tenant_id, kind="spec")
             session.add(
                 Job(
                     tenant_id=self.tenant_id, id=job_id, kind=kind, source_id="src_x", dataset_id="ds_x", model_id="mdl_x",
@@ -179,14 +178,11 @@ class Work:
 
     def begin(self, job_id: str, *kinds: vault.Kind) -> list[DataKey]:
         """An attempt, and its keys."""
-        with writing(self.service.engine) as session:
+        with asked_writing(self.service) as session:
             job = session.get_one(Job, (self.tenant_id, job_id), with_for_update=True)
             job.attempt, job.status = job.attempt + 1, "running"
             session.add(Attempt(tenant_id=self.tenant_id, job_id=job_id, number=job.attempt, from_step=0))
-            return [
-                vault.new_data_key(session, self.service.keys, tenant_id=self.tenant_id, kind=kind, job=job)
-                for kind in kinds
-            ]
+            return [vault.new_data_key(session, tenant_id=self.tenant_id, kind=kind, job=job) for kind in kinds]
 
     def put(self, key: DataKey) -> None:
         self.service.blobs.put(self.tenant_id, key.object_id, b"sealed")
@@ -320,8 +316,8 @@ def test_collecting_all_the_time_takes_nothing_that_is_published(
         if number % 3 == 0:
             seal_in_vain(service, tenant_id, lambda: pause(delays[number]) and None)
             return None
-        with writing(service.engine) as session:
-            made = vault.seal_object(session, service.keys, service.blobs, b"x", tenant_id=tenant_id, kind="initial")
+        with asked_writing(service) as session:
+            made = vault.seal_object(session, service.blobs, b"x", tenant_id=tenant_id, kind="initial")
             pause(delays[number])
         return made
 

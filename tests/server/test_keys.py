@@ -17,6 +17,7 @@ from sqlalchemy import Engine, func, select
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from asked import asked_reading, asked_writing
 from cloister_privacy.sealing import KeyMissing, KeyProviderError, LocalKeyProvider, ProviderUnavailable
 from cloister_server import deployment, keys, keystore_backups, rewrapping, tenants, vault
 from cloister_server.cli.keys import key_cli
@@ -28,6 +29,7 @@ from cloister_server.settings import Settings
 from cloister_server.store import chain
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, KeystoreBackup, SealedObject, Tenant, TenantKey
 from cloister_server.vault import SYSTEM
@@ -66,11 +68,11 @@ def service(engine: Engine, tmp_path: Path) -> Service:
         database_url=SecretStr(engine.url.render_as_string(hide_password=False)),
     )
     made = Service(settings, engine, deployment.open_keys(settings), Blobs.open_at(settings))
-    with writing(engine) as session:
-        vault.new_tenant_key(session, made.keys, SYSTEM)
+    with asked_writing(made) as session:
+        vault.new_tenant_key(session, provider="local", tenant_id=SYSTEM)
         session.flush()
         for purpose in PURPOSES:
-            vault.new_signing_key(session, made.keys, purpose)
+            vault.new_signing_key(session, purpose)
     return made
 
 
@@ -89,7 +91,7 @@ class Sealed:
 
     def __init__(self, service: Service, tenant: str = "acme", *, count: int = OBJECTS, provider: str | None = None):
         self.service, self.name, self.contents = service, tenant, dict[str, bytes]()
-        with writing(service.engine) as session:
+        with asked_writing(service) as session:
             made = tenants.create_tenant(
                 session, service.keys, name=tenant, request_id="request-of-a-test", provider=provider
             )
@@ -99,24 +101,28 @@ class Sealed:
 
     def seal(self) -> None:
         content, service = secrets.token_bytes(40), self.service
-        with writing(service.engine) as session:
-            made = vault.seal_object(session, service.keys, service.blobs, content, tenant_id=self.id, kind="part")
+        with asked_writing(service) as session:
+            made = vault.seal_object(session, service.blobs, content, tenant_id=self.id, kind="part")
         self.contents[made] = content
 
     def require_all_open(self, keys: KeyRing | None = None) -> None:
         for object_id, content in list(self.contents.items()):
-            with reading(self.service.engine) as session:
+            with asked_reading(self.service, keys) as session:
                 opened = vault.open_object(
                     session,
-                    keys or self.service.keys,
                     self.service.blobs,
                     tenant_id=self.id,
                     object_id=object_id,
                 )
             assert opened == content
 
-    def rotate(self, **more: Any) -> Rotation:
-        return keys.rotate(self.service, self.id, request_id="request-of-a-test", **more)
+    def rotate(self, *, to: str | None = None, **more: Any) -> Rotation:
+        """Where its key is, or into another provider."""
+        if to is None:
+            return keys.rotate(self.service, self.id, request_id="request-of-a-test", **more)
+        done = self.migrate(to, **more)
+        assert not done.refused, done.refused
+        return done.rotated[0]
 
     def migrate(self, to: str = "second", **more: Any) -> Outcome:
         return keys.migrate(self.service, to=to, tenant_id=self.id, request_id="request-of-a-test", **more)
@@ -145,8 +151,9 @@ def files(service: Service) -> dict[Path, bytes]:
 
 
 def secrets_of(service: Service, ring: KeyRing | None = None) -> list[vault.SigningSecret]:
-    with reading(service.engine) as session:
-        return [vault.signing_key(session, ring or service.keys, purpose) for purpose in PURPOSES]
+    return service.read(
+        lambda session: [vault.signing_key(session, ring or service.keys, purpose) for purpose in PURPOSES]
+    )
 
 
 def test_a_rotation_rewraps_every_data_key_and_touches_no_object(acme: Sealed, service: Service) -> None:
@@ -178,13 +185,13 @@ def test_a_rotation_is_in_the_tenants_audit_log(acme: Sealed, service: Service) 
 
 def test_the_systems_key_moves_and_the_services_keys_stay_the_same(service: Service) -> None:
     before = secrets_of(service)
-    done = keys.rotate(service, SYSTEM, provider="second", request_id="request-of-a-test")
+    done = keys.migrate(service, to="second", tenant_id=SYSTEM, request_id="request-of-a-test").rotated[0]
     assert done.rewrapped == len(PURPOSES)
     assert states(service, SYSTEM) == [(1, "local", "decrypt-only", 0), (2, "second", "active", len(PURPOSES))]
     keys.destroy(service, SYSTEM, version=1, request_id="request-of-a-test")
     assert secrets_of(service) == secrets_of(service, deployment.open_keys(service.settings)) == before
-    with writing(service.engine) as session:
-        made = vault.new_signing_key(session, service.keys, "token")
+    with asked_writing(service) as session:
+        made = vault.new_signing_key(session, "token")
     assert secrets_of(service)[0].id == made.id
 
 
@@ -203,10 +210,10 @@ def test_a_rotation_that_dies_after_any_step_leaves_all_open_and_the_next_finish
                 raise Killed
 
         if instant == 7:
-            acme.rotate(provider=to, on_progress=die)
+            acme.rotate(to=None if to == "local" else to, on_progress=die)
         else:
             with pytest.raises(Killed):
-                acme.rotate(provider=to, on_progress=die)
+                acme.rotate(to=None if to == "local" else to, on_progress=die)
         acme.seal()
         acme.require_all_open()
         acme.require_all_open(KeyRing.from_message(service.keys.to_message()))
@@ -214,7 +221,7 @@ def test_a_rotation_that_dies_after_any_step_leaves_all_open_and_the_next_finish
         if to == "second":
             acme.migrate(to)
         else:
-            acme.rotate(provider=to)
+            acme.rotate(to=None if to == "local" else to)
         acme.seal()
         acme.require_all_open()
         left = states(service, acme.id)
@@ -372,8 +379,8 @@ def test_a_destroyed_version_opens_nothing_from_before_the_rotation(acme: Sealed
     with writing(service.engine) as session:
         row = session.get_one(SealedObject, (acme.id, backup[0].id))
         row.key_version, row.wrapped_key = backup[0].key_version, backup[0].wrapped_key
-    with reading(service.engine) as session, pytest.raises(TenantKeyRefused):
-        vault.data_key(session, service.keys, tenant_id=acme.id, object_id=backup[0].id)
+    with asked_reading(service) as session, pytest.raises(TenantKeyRefused):
+        vault.data_key(session, tenant_id=acme.id, object_id=backup[0].id)
     assert acme.rotate().unopened == [backup[0].id]
 
 
@@ -442,7 +449,7 @@ def test_what_is_sealed_and_opened_amid_rotations_is_never_refused(acme: Sealed,
         each.start()
     try:
         for turn in range(6):
-            acme.rotate(provider=("local", "second")[turn % 2])
+            acme.rotate(to=("second", "local")[turn % 2])
     finally:
         over.set()
         for each in threads:
@@ -560,6 +567,34 @@ def test_a_rotation_gives_way_to_a_tenants_end(acme: Sealed, service: Service) -
 
 
 @ON_SQLITE
+def test_a_tenant_may_be_shredded_between_two_that_are_rotated(acme: Sealed, service: Service) -> None:
+    other, ended = Sealed(service, "other", count=1), []
+
+    def end_other(tenant_id: str, step: str, _: int) -> None:
+        if tenant_id == acme.id and step == "begun":  # in a turn: nobody else has one
+            with writing(service.engine) as session:
+                session.get_one(Tenant, other.id).status = "shredding"
+            ended.append(other.id)
+
+    done = keys.rotate_all(service, request_id="request-of-a-test", on_progress=end_other)
+    assert ended == [each.tenant for each in done.left] == [other.id] and done.refused == []
+    assert [each.tenant for each in done.rotated] == [SYSTEM, acme.id]
+
+
+@ON_SQLITE
+def test_the_lock_is_free_between_two_tenants(acme: Sealed, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    Sealed(service, "other", count=1)
+    turns, alone = [], keys.alone
+
+    def counted(service: Service) -> Any:
+        turns.append(service)
+        return alone(service)
+
+    monkeypatch.setattr(keys, "alone", counted)
+    assert len(keys.rotate_all(service, request_id="request-of-a-test").rotated) == len(turns) == 3
+
+
+@ON_SQLITE
 def test_two_operators_do_not_rotate_at_once(acme: Sealed, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     def another(*_: Any) -> None:
         with keys.alone(service):
@@ -592,7 +627,7 @@ def test_a_keystore_is_copied_without_its_root_and_is_on_record(acme: Sealed, se
     root = LocalKeyProvider.open(service.settings.key_dir, key_file=service.settings.key_file).root_key
     assert root not in place.read_bytes()
     restored = {"kind": "local", "directory": tmp_path / "restored", "key_file": service.settings.key_file}
-    acme.require_all_open(KeyRing("local", {"local": restored}))
+    acme.require_all_open(KeyRing("local", {"local": restored}, record=KeyRecord(tmp_path / "record")))
     before = place.read_bytes()
     with pytest.raises(Invalid, match="nothing is overwritten"):
         keystore_backups.backup(service, place)
@@ -644,7 +679,7 @@ def test_a_provider_file_that_was_broken_since_refuses_the_new_name_alone(
     (tmp_path / "providers.json").write_text("{")
     with pytest.raises(KeyProviderError, match="cannot be read as JSON"):
         service.keys.of("third")
-    acme.rotate(provider="second")
+    acme.rotate(to="second")
     acme.require_all_open()
 
 

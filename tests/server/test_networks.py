@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy.pool import QueuePool
 from starlette.testclient import TestClient
 
+from asked import asked_reading, asked_writing
 from certificates import CERTIFICATE, signed
 from cloister.wire.architecture import Architecture
 from cloister.wire.certificate import sign, verify
@@ -30,7 +31,7 @@ from cloister_server.errors import ServerError, TenantKeyRefused, Unavailable
 from cloister_server.networks import Networks
 from cloister_server.service import Service
 from cloister_server.store.queries import public_keys
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import writing
 from cloister_server.store.tables import Model, ModelVersion, new_id
 
 HELD = "held"
@@ -102,7 +103,7 @@ def opened(service: Service, keeper: Keeper, tmp_path: Path) -> Iterator[Callabl
     def open_again(**settings: Any) -> Service:
         given = {"key_providers": file, "key_cache_s": KEPT_S, **settings}
         made.append(deployment.open_service(service.settings.model_copy(update=given)))
-        with writing(made[-1].engine) as session:
+        with asked_writing(made[-1]) as session:
             for name, provider in ((HELD, HELD), ("acme", None)):
                 tenants.create_tenant(
                     session, made[-1].keys, name=name, request_id="request-of-a-test", provider=provider
@@ -116,7 +117,7 @@ def opened(service: Service, keeper: Keeper, tmp_path: Path) -> Iterator[Callabl
 
 def publish(service: Service, tenant: str, *, versions: int = 1, spec: Architecture = SPEC) -> list[ModelVersion]:
     """Versions of a model as a worker publishes them, certificate and all; each has weights of its own."""
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         tenant_id = tenants.find_tenant(session, tenant).id
         model = Model(tenant_id=tenant_id, id=new_id("mdl"), name=f"m{new_id('x')[-12:]}", champion=versions)
         session.add(model)
@@ -143,9 +144,7 @@ def _version(session: Any, service: Service, model: Model, number: int, body: by
         model_id=model.id,
         version=number,
         job_id=new_id("job"),
-        weights_id=vault.seal_object(
-            session, service.keys, service.blobs, body, tenant_id=model.tenant_id, kind="weights"
-        ),
+        weights_id=vault.seal_object(session, service.blobs, body, tenant_id=model.tenant_id, kind="weights"),
         certificate=sign(certificate, private_key=private_key, key_id=key_id),
     )
 
@@ -162,10 +161,8 @@ def answer(network: Network) -> list[float]:
 
 def expected(service: Service, version: ModelVersion) -> list[float]:
     """What the version's weights answer when they are opened by themselves."""
-    with reading(service.engine) as session:
-        body = vault.open_object(
-            session, service.keys, service.blobs, tenant_id=version.tenant_id, object_id=version.weights_id
-        )
+    with asked_reading(service) as session:
+        body = vault.open_object(session, service.blobs, tenant_id=version.tenant_id, object_id=version.weights_id)
     return answer(from_bytes(body))
 
 
@@ -342,17 +339,17 @@ def test_a_tenant_whose_provider_hangs_takes_no_endless_number_of_threads(
     opened: Callable[..., Service], keeper: Keeper
 ) -> None:
     service = opened()
-    networks, versions, (other,) = Networks(service), publish(service, HELD, versions=34), publish(service, "acme")
+    networks, versions, (other,) = Networks(service), publish(service, HELD, versions=18), publish(service, "acme")
     keeper.answers.clear()
-    opening = [networks.get(each) for each in versions[:32]]
+    opening = [networks.get(each) for each in versions[:16]]
     with pytest.raises(Unavailable, match="at once"):
-        networks.get(versions[32])
+        networks.get(versions[16])
     assert networks.get(versions[0]) is opening[0], "whoever asks for one of these waits with the others"
     assert answer(network_of(networks, other)) == expected(service, other)
     keeper.answers.set()
     for each in opening:
         assert isinstance(each, Future) and each.result(20)
-    assert network_of(networks, versions[33])
+    assert network_of(networks, versions[17])
 
 
 def test_the_models_asked_for_least_recently_make_room(opened: Callable[..., Service], keeper: Keeper) -> None:
@@ -444,14 +441,14 @@ def test_strict_refuses_by_name_what_is_not_certified_and_without_it_nobody_noti
 def test_strict_holds_the_schema_against_the_certificate_too(opened: Callable[..., Service]) -> None:
     service = opened(strict=True)
     first, second = publish(service, "acme", versions=2)
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         key_id, private_key = vault.certificate_signer(session, service.keys)
         other = verify(second.certificate, public_keys(session, "certificate")).model_copy(
             update={"architecture_digest": "0" * 64}
         )
         row = session.get_one(ModelVersion, (second.tenant_id, second.model_id, 2))
         row.certificate = sign(other, private_key=private_key, key_id=key_id)
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         assert models.schema_of(session, service, first).target == "kind"
         with pytest.raises(ServerError) as refusal:
             models.schema_of(session, service, row)
@@ -461,8 +458,7 @@ def test_strict_holds_the_schema_against_the_certificate_too(opened: Callable[..
 def test_a_schema_is_not_remembered_beyond_the_key(opened: Callable[..., Service], keeper: Keeper) -> None:
     service = opened()
     (version,) = publish(service, HELD)
-    with reading(service.engine) as session:
-        assert models.schema_of(session, service, version).target == "kind"
-        keeper.withdraw()
-        with pytest.raises(TenantKeyRefused):
-            models.schema_of(session, service, version)
+    assert service.read(lambda session: models.schema_of(session, service, version)).target == "kind"
+    keeper.withdraw()
+    with pytest.raises(TenantKeyRefused):
+        service.read(lambda session: models.schema_of(session, service, version))

@@ -16,12 +16,13 @@ from joserfc.jwk import ECKey
 from sqlalchemy import delete, event
 from starlette.testclient import TestClient
 
+from asked import asked_reading
 from cloister_server import vault
 from cloister_server.errors import Unauthenticated
 from cloister_server.oauth import client_secrets, verifier
 from cloister_server.oauth.verifier import authenticate
 from cloister_server.service import Service
-from cloister_server.store.session import reading, writing
+from cloister_server.store.session import writing
 from cloister_server.store.tables import App
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -39,7 +40,7 @@ def claims_of(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def sign(service: Service, claims: dict[str, Any], header: dict[str, Any] | None = None) -> str:
     """A token that our own key signed, so that nothing but what it says can refuse it."""
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         key = vault.signing_key(session, service.keys, "token")
     return jwt.encode(
         {"alg": "ES256", "typ": "at+jwt", "kid": key.id, **(header or {})}, claims, ECKey.import_key(key.secret)

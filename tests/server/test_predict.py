@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from asked import asked_writing
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, NumberColumn
 from cloister.wire.layers import Encode, Linear
@@ -80,14 +81,12 @@ def published(service: Service, steward: Any, weights: bytes) -> Published:
 
 def publish(service: Service, tenant_id: str, weights: bytes, *, name: str = "kinds", versions: int = 2) -> Published:
     """A model whose versions are sealed and stored as the worker does it."""
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         model = Model(tenant_id=tenant_id, id=new_id("mdl"), name=name, champion=versions)
         session.add(model)
         session.flush()
         for number in range(1, versions + 1):
-            sealed = vault.seal_object(
-                session, service.keys, service.blobs, weights, tenant_id=tenant_id, kind="weights"
-            )
+            sealed = vault.seal_object(session, service.blobs, weights, tenant_id=tenant_id, kind="weights")
             session.add(
                 ModelVersion(
                     tenant_id=tenant_id, model_id=model.id, version=number, job_id=new_id("job"), weights_id=sealed,

@@ -15,6 +15,7 @@ from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
 from accounts import COLUMNS, Person, grant
+from asked import asked_writing
 from cloister.wire.columns import Schema
 from cloister.wire.rows import arrays_of, encode_rows
 from cloister.wire.sources import CreateDataset
@@ -81,7 +82,7 @@ def test_a_dataset_counts_from_its_declaration_on_what_it_will_take_however_many
     assert declared > 0 and on_disk(service, tenant_id) == 0
     schema = TypeAdapter(Schema).validate_python(columns)
     rows = {name: np.zeros((3, *shape), dtype) for name, dtype, shape in arrays_of(schema)}
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         datasets.add_part(
             session, person.client.principal, service, dataset_id=dataset, number=0, rows=rows
         )  # three rows, of which nobody learns

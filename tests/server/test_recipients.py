@@ -17,6 +17,7 @@ from sqlalchemy import func, select
 from starlette.testclient import TestClient
 
 import cloister
+from asked import asked_reading
 from cloister.wire.columns import Schema
 from cloister.wire.recipients import SEALED_ROWS_TYPE, RecipientKey, padded_bytes, seal_part
 from cloister.wire.rows import decode_rows, encode_rows
@@ -78,25 +79,24 @@ def sealed_for(line: str, dataset: str, number: int, body: bytes) -> bytes:
 
 def stored(service: Service, dataset: str, number: int) -> bytes:
     """What the stored part opens to."""
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         part = session.scalars(select(Part).where(Part.dataset_id == dataset, Part.number == number)).one()
         place = {"tenant_id": part.tenant_id, "object_id": part.object_id}
-        return vault.open_object(session, service.keys, service.blobs, **place)
+        return vault.open_object(session, service.blobs, **place)
 
 
 def operator_of(service: Service, name: str) -> Principal:
-    with reading(service.engine) as session:
-        return tenants.operator_of(tenants.find_tenant(session, name), request_id="request-of-a-test")
+    return service.read(
+        lambda session: tenants.operator_of(tenants.find_tenant(session, name), request_id="request-of-a-test")
+    )
 
 
 def new_recipient(service: Service, name: str = "acme") -> str:
-    with writing(service.engine) as session:
-        return recipients.create(session, operator_of(service, name), service)
+    return service.write(lambda session: recipients.create(session, operator_of(service, name), service))
 
 
 def lines_of(service: Service, name: str = "acme") -> list[str]:
-    with reading(service.engine) as session:
-        return recipients.listed(session, operator_of(service, name), service)
+    return service.read(lambda session: recipients.listed(session, operator_of(service, name), service))
 
 
 @pytest.fixture
@@ -262,23 +262,22 @@ def test_what_is_no_recipient_of_the_tenant_is_not_removed(
 
 
 def test_recipients_are_the_operators_alone(service: Service, steward: Any, line: str) -> None:
-    with reading(service.engine) as session:
-        for act in (
-            lambda: recipients.create(session, steward.principal, service),
-            lambda: recipients.listed(session, steward.principal, service),
-            lambda: recipients.remove(session, steward.principal, service, RecipientKey.parse(line).id),
-        ):
-            with pytest.raises(policy.Denied):
-                act()
+    for act in (
+        lambda session: recipients.create(session, steward.principal, service),
+        lambda session: recipients.listed(session, steward.principal, service),
+        lambda session: recipients.remove(session, steward.principal, service, RecipientKey.parse(line).id),
+    ):
+        with pytest.raises(policy.Denied):
+            service.read(act)
     assert lines_of(service) == [line]
 
 
 def test_the_private_key_is_nowhere_and_the_line_is_the_same_at_every_look(service: Service, line: str) -> None:
     assert lines_of(service) == lines_of(service) == [line]
     named = RecipientKey.parse(line)
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         row = session.get_one(SealedObject, (named.tenant, named.id))
-        key = vault.data_key(session, service.keys, tenant_id=named.tenant, object_id=named.id)
+        key = vault.data_key(session, tenant_id=named.tenant, object_id=named.id)
         assert (row.kind, key.context.kind) == ("recipient", "recipient")
     assert key.secret not in row.wrapped_key
     as_it_is = X25519PrivateKey.from_private_bytes(key.secret).public_key().public_bytes_raw()
@@ -298,7 +297,7 @@ def test_a_recipient_ends_with_its_tenants_key(uploader: Uploader, service: Serv
     with writing(service.engine) as session:
         tenant_id = session.scalars(select(Tenant.id).where(Tenant.name == "acme")).one()
         key = session.scalars(select(TenantKey).where(TenantKey.tenant_id == tenant_id)).one()
-        service.keys.of(key.provider).destroy_key(key.key_id)
+    service.keys.of(key.provider).destroy_key(key.key_id)
     answer = uploader.put(dataset, 0, sealed_for(line, dataset, 0, body_of()))
     assert (answer.status_code, answer.json()["code"]) == (403, "tenant_key_refused")
     with pytest.raises(TenantKeyRefused):

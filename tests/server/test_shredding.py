@@ -21,6 +21,7 @@ from sqlalchemy import create_engine, func, make_url, select, text
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from asked import asked_reading, asked_writing
 from cloister.cli import main
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, NumberColumn, Schema
@@ -33,10 +34,11 @@ from cloister_privacy.sealing import InvalidSeal, LocalKeyProvider
 from cloister_server import deployment, grants, keys, keystore_backups, processes, shredding, sources, tenants, vault
 from cloister_server.app import create_app
 from cloister_server.cli.admin import cli
-from cloister_server.errors import Conflict, ServerError, TenantKeyRefused
+from cloister_server.errors import Conflict, ServerError, TenantKeyRefused, Unavailable
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store import chain
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
@@ -156,12 +158,12 @@ def furnish(
 
 
 def publish(service: Service, house: House, weights: bytes) -> None:
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         model = Model(tenant_id=house.id, id=new_id("mdl"), name="kinds", champion=1)
         session.add(model)
         session.flush()
         of = {"tenant_id": house.id, "kind": "weights"}
-        sealed = vault.seal_object(session, service.keys, service.blobs, weights, **of)  # type: ignore[arg-type]
+        sealed = vault.seal_object(session, service.blobs, weights, **of)  # type: ignore[arg-type]
         session.add(
             ModelVersion(tenant_id=house.id, model_id=model.id, version=1, job_id=new_id("job"), weights_id=sealed,
                          certificate={})
@@ -207,14 +209,14 @@ def counted(service: Service, house: House) -> int:
 def opened(service: Service, house: House) -> dict[str, bytes | str]:
     """What each of a tenant's sealed objects opens to, or the code of the refusal."""
     found: dict[str, bytes | str] = {}
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         for row in session.scalars(select(SealedObject).where(SealedObject.tenant_id == house.id)):
             of: dict[str, Any] = {"tenant_id": house.id, "object_id": row.id}
             try:
                 found[row.id] = (
-                    vault.data_key(session, service.keys, **of).secret
+                    vault.data_key(session, **of).secret
                     if row.kind == "units"
-                    else vault.open_object(session, service.keys, service.blobs, **of)
+                    else vault.open_object(session, service.blobs, **of)
                 )
             except (ServerError, InvalidSeal) as error:
                 found[row.id] = str(getattr(error, "code", type(error).__name__))
@@ -385,13 +387,13 @@ def test_a_shredded_tenant_takes_nothing_new_from_the_operator_either(
         ),
     ]
     for act in acts:
-        with pytest.raises(Conflict) as refused, writing(service.engine) as session:
-            act(session)
+        with pytest.raises(Conflict) as refused:
+            service.write(act)
         assert refused.value.code == "tenant_shredded"
     with pytest.raises(Conflict):
         keys.rotate(service, house.id, request_id="request-of-a-test")
-    with pytest.raises(TenantKeyRefused), writing(service.engine) as session:
-        vault.seal_object(session, service.keys, service.blobs, b"x", tenant_id=house.id, kind="part")
+    with pytest.raises(TenantKeyRefused), asked_writing(service) as session:
+        vault.seal_object(session, service.blobs, b"x", tenant_id=house.id, kind="part")
     assert_nothing_is_left(service, house)
 
 
@@ -461,8 +463,8 @@ def test_a_provider_that_is_away_leaves_the_tenant_closed_and_the_next_run_goes_
     with pytest.raises(Conflict, match="no key provider 'second'") as refused:
         shredding.shred(service, house.operator)
     assert refused.value.code == "shredding_unfinished" and "run the command again" in refused.value.message
-    with pytest.raises(TenantKeyRefused), writing(both.engine) as session:
-        vault.seal_object(session, both.keys, both.blobs, b"x", tenant_id=house.id, kind="part")
+    with pytest.raises(TenantKeyRefused), asked_writing(both) as session:
+        vault.seal_object(session, both.blobs, b"x", tenant_id=house.id, kind="part")
     with reading(service.engine) as session:
         assert session.get_one(Tenant, house.id).status == "shredding"
         with pytest.raises(Conflict, match="not shredded yet"):
@@ -470,6 +472,58 @@ def test_a_provider_that_is_away_leaves_the_tenant_closed_and_the_next_run_goes_
     receipt = shred(both, house)
     assert [(key.provider, key.outcome) for key in receipt.keys] == [("local", "destroyed"), ("second", "destroyed")]
     assert list((tmp_path / "second").glob("*.kek")) == []
+    assert_nothing_is_left(service, house)
+
+
+def test_keys_that_a_restored_database_does_not_know_are_destroyed_with_the_others(
+    service: Service, furnish: Callable[[str], House], backed_up: Callable[..., Any]
+) -> None:
+    house = furnish("acme")
+    restore = backed_up(service)
+    keys.rotate(service, house.id, request_id="request-of-a-test")
+    with reading(service.engine) as session:
+        older, newer = session.scalars(
+            select(TenantKey.key_id).where(TenantKey.tenant_id == house.id).order_by(TenantKey.version)
+        )
+    with restore() as restored:
+        receipt = shred(restored, house)
+        assert_nothing_is_left(restored, house)
+    assert [(key.key_id, key.outcome) for key in receipt.keys] == [(older, "destroyed"), (newer, "destroyed")]
+    assert not any(service.keys.of("local").has_key(each) for each in (older, newer))
+
+
+def test_no_key_is_made_that_cannot_be_put_on_record(service: Service) -> None:
+    directory = service.settings.key_record_dir
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    shutil.rmtree(directory)
+    directory.write_text("in the way")
+    with pytest.raises(Unavailable, match="on no record is not made"):
+        service.keys.of("local").create_key("tn_1.first")
+    directory.unlink()
+    assert not service.keys.of("local").has_key("tn_1.first")
+    deployment.initialise(service.settings).engine.dispose()
+    again = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert again.keys() == before.keys() and before, "an upgrade puts the keys on record that there are"
+    (directory / next(iter(before))).write_text("{")
+    with pytest.raises(Unavailable, match="damaged"):
+        KeyRecord(directory).of("system")
+
+
+def test_a_provider_that_its_customer_took_away_holds_up_no_shredding_and_the_receipt_says_so(
+    service: Service, furnish: Callable[[str], House], with_providers: Callable[..., Service], tmp_path: Path
+) -> None:
+    house = furnish("acme")
+    both = with_providers(second={**second_keystore(tmp_path), "holder": "customer"})
+    keys.migrate(both, to="second", tenant_id=house.id, request_id="request-of-a-test")
+    (tmp_path / "second").rename(tmp_path / "withdrawn")
+    without = deployment.open_service(both.settings)
+    local, withdrawn = shred(without, house).keys
+    without.engine.dispose()
+    assert (local.outcome, withdrawn.outcome, withdrawn.waiting_days, withdrawn.gone) == (
+        "destroyed", "unreached", None, None,
+    )  # fmt: skip
+    assert "could not be reached" in withdrawn.claim and "the customer's to see to" in withdrawn.claim
+    assert list((tmp_path / "withdrawn").glob("*.kek")), "nothing is claimed that was not done"
     assert_nothing_is_left(service, house)
 
 

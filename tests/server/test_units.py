@@ -8,7 +8,7 @@ import hmac
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, local
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from pydantic import TypeAdapter
 from sqlalchemy import func, select, update
 from starlette.testclient import TestClient
 
+from asked import asked_reading, asked_writing
 from cloister.wire.columns import Schema
 from cloister.wire.rows import encode_rows
-from cloister_server import grants, tenants, units, vault
+from cloister_server import grants, keys, tenants, units, vault
 from cloister_server.errors import TenantKeyRefused
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
@@ -192,12 +193,11 @@ def test_neither_the_column_nor_its_padding_hides_a_user(uploader: Uploader, ser
     for width in (16, 40, 64):  # however wide the column is, and whatever lies behind an id
         ids = np.full((1, width), 7, np.uint8)
         ids[0, : len(ANNA)] = np.frombuffer(ANNA.encode(), np.uint8)
-        with writing(service.engine) as session:
+        with asked_writing(service) as session:
             dataset = session.scalars(select(Dataset).where(Dataset.name == "first")).one()
             units.register(
                 session,
                 steward.principal,
-                service,
                 dataset,
                 {"who": ids, "who.length": np.array([len(ANNA)], np.int32)},
             )
@@ -284,8 +284,15 @@ def test_first_uploads_at_the_same_moment_make_one_key(
     source = uploader.source("people")
     datasets = [uploader.declare(source, f"d{number}") for number in range(3)]
     if service.engine.dialect.name == "postgresql":
-        together, key = Barrier(3, timeout=30), vault._units_key
-        monkeypatch.setattr(vault, "_units_key", lambda *given: (together.wait(), key(*given))[1])
+        together, key, mine = Barrier(3, timeout=30), vault.units_key, local()
+
+        def units_key(*given: Any, **of: Any) -> Any:
+            mine.calls = getattr(mine, "calls", 0) + 1
+            if mine.calls == 2:  # the provider has made a key for each of them by now
+                together.wait()
+            return key(*given, **of)
+
+        monkeypatch.setattr(vault, "units_key", units_key)
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda dataset: uploader.put(dataset, [ANNA]), datasets))
     assert {answer.status_code for answer in answers} == {201}
@@ -331,10 +338,10 @@ def test_a_mac_is_hmac_sha256_under_a_key_derived_from_the_tenants_units_key(
 ) -> None:
     dataset = uploader.declare(uploader.source("people"), "d")
     assert uploader.put(dataset, [ANNA]).status_code == 201
-    with reading(service.engine) as session:
+    with asked_reading(service) as session:
         unit = session.scalars(select(Unit)).one()
-        key = vault.data_key(session, service.keys, tenant_id=unit.tenant_id, object_id="units")
-        again = vault.unit_macs(session, service.keys, [ANNA.encode()], tenant_id=unit.tenant_id)
+        key = vault.data_key(session, tenant_id=unit.tenant_id, object_id="units")
+        again = vault.unit_macs(session, [ANNA.encode()], tenant_id=unit.tenant_id)
     context = b"".join(len(field).to_bytes(2) + field for field in (unit.tenant_id.encode(), b"units", b"units"))
     extracted = hmac.digest(bytes(64), key.secret, "sha512")  # RFC 5869, no salt
     derived = hmac.digest(extracted, b"cloister.units/1\n" + context + b"\x01", "sha512")[:32]
@@ -352,21 +359,18 @@ def test_users_are_known_after_the_tenants_key_is_rotated_and_never_once_it_is_d
     service.keys.of("local").destroy_key(old)
     refused(uploader.put(second, [ANNA]), row=0)
     service.keys.of("local").destroy_key(new)
-    with reading(service.engine) as session, pytest.raises(TenantKeyRefused):
-        vault.unit_macs(session, service.keys, [ANNA.encode()], tenant_id=session.scalars(select(Unit.tenant_id)).one())
+    with asked_reading(service) as session, pytest.raises(TenantKeyRefused):
+        vault.unit_macs(session, [ANNA.encode()], tenant_id=session.scalars(select(Unit.tenant_id)).one())
 
 
 def rotate(service: Service) -> tuple[str, str]:
     """Give the tenant a second key, and wrap the units' key anew under it."""
-    with writing(service.engine) as session:
-        row = session.scalars(select(SealedObject).where(SealedObject.kind == "units")).one()
-        first = session.get_one(TenantKey, (row.tenant_id, 1))
-        old, new, first.state = first.key_id, f"{row.tenant_id}.second", "decrypt-only"
-        service.keys.of("local").create_key(new)
-        session.add(TenantKey(tenant_id=row.tenant_id, version=2, key_id=new))
-        key = vault.data_key(session, service.keys, tenant_id=row.tenant_id, object_id=row.id)
-        row.wrapped_key, row.key_version = service.keys.of("local").wrap(new, key.secret, context=key.context), 2
-    return old, new
+    with reading(service.engine) as session:
+        tenant_id = session.scalars(select(SealedObject.tenant_id).where(SealedObject.kind == "units")).one()
+        old = session.get_one(TenantKey, (tenant_id, 1)).key_id
+    keys.rotate(service, tenant_id, request_id="request-of-a-test")
+    with reading(service.engine) as session:
+        return old, session.get_one(TenantKey, (tenant_id, 2)).key_id
 
 
 def test_whoever_uploads_is_told_the_same_whether_they_may_see_the_other_source_or_not(
@@ -379,7 +383,7 @@ def test_whoever_uploads_is_told_the_same_whether_they_may_see_the_other_source_
     first, second = (uploader.declare(uploader.source(name), f"d-{name}") for name in ("one", "other"))
     assert uploader.put(first, [ANNA]).status_code == 201
     guest = make_client(role="none")
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         operator = tenants.operator_of(tenants.find_tenant(session, "acme"), request_id="request-of-a-test")
         grants.add(session, operator, to=guest.id, verb="dataset.upload", resource_id=second)
     audited = count(service, AuditRow)

@@ -16,6 +16,7 @@ from pydantic import SecretStr, TypeAdapter
 from sqlalchemy import Engine, func, select, update
 from starlette.testclient import TestClient
 
+from asked import asked_writing
 from cloister.wire.columns import Schema
 from cloister.wire.rows import encode_rows
 from cloister_privacy.sealing import LocalKeyProvider
@@ -25,6 +26,7 @@ from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store.blobs import Blobs
+from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Dataset, Grant, IdempotencyKey, Part, SealedObject
 
@@ -37,12 +39,13 @@ SCHEMA = TypeAdapter(Schema).validate_python(COLUMNS)
 def service(engine: Engine, tmp_path: Path) -> Service:
     """A deployment on either database."""
     keys = LocalKeyProvider.create(tmp_path / "keystore", key_file=tmp_path / "root.key")
-    ring = KeyRing("local", {"local": {"kind": "local", "directory": tmp_path / "keystore", "root_key": keys.root_key}})
-    with writing(engine) as session:
-        vault.new_tenant_key(session, ring, vault.SYSTEM)
+    given = {"kind": "local", "directory": tmp_path / "keystore", "root_key": keys.root_key}
+    ring = KeyRing("local", {"local": given}, record=KeyRecord(tmp_path / "record"))
+    with asked_writing(None, engine=engine, keys=ring) as session:
+        vault.new_tenant_key(session, provider="local", tenant_id=vault.SYSTEM)
         session.flush()
         for purpose in ("token", "certificate", "pepper"):
-            vault.new_signing_key(session, ring, purpose)  # type: ignore[arg-type]  # mypy widens the tuple to str
+            vault.new_signing_key(session, purpose)  # type: ignore[arg-type]  # mypy widens the tuple to str
     url = SecretStr(engine.url.render_as_string(hide_password=False))
     settings = Settings(data_dir=tmp_path / "data", key_dir=tmp_path / "keystore", database_url=url)
     return Service(settings, engine, ring, Blobs.open_at(settings))
@@ -133,7 +136,7 @@ def test_parts_that_hold_the_same_have_no_digest_in_common(
     dataset = uploader.declare(capacity=300)  # five parts: two of rows, three empty, all but the last of one size
     sealed: list[bytes] = []
     seal = vault.seal_object
-    monkeypatch.setattr(vault, "seal_object", lambda *a, **k: (sealed.append(a[3]), seal(*a, **k))[1])
+    monkeypatch.setattr(vault, "seal_object", lambda *a, **k: (sealed.append(a[2]), seal(*a, **k))[1])
     for number in (0, 1):
         uploader.put(dataset, number, 0.5)
     assert uploader.ask("POST", f"/datasets/{dataset}/complete").status_code == 200
@@ -232,7 +235,7 @@ def test_only_who_may_upload_may_delete(
 ) -> None:
     dataset = uploader.declare()
     reader, stranger, friend = make_client(role="trainer"), make_client("other"), make_client("other", role="none")
-    with writing(service.engine) as session:
+    with asked_writing(service) as session:
         tenant = tenants.find_tenant(session, "acme")
         operator = tenants.operator_of(tenant, request_id="request-of-a-test")
         grants.add(session, operator, to=friend.id, verb="dataset.upload", resource_id=dataset)

@@ -32,10 +32,10 @@ class DestroyedKey(Response):
     kind: Literal["local", "pkcs11", "aws_kms", "aws_kms_held", "vault_transit"] | str | None
     """None where the service does not know the provider any more."""
     created: AwareDatetime
-    outcome: Literal["destroyed", "absent", "earlier", "left"] | str
+    outcome: Literal["destroyed", "absent", "earlier", "left", "unreached"] | str
     """'destroyed' by the shredding; 'absent': when it was asked for, its provider did not have it any more, and who took it
     away is not known; 'earlier': the service had destroyed it before the shredding; 'left': it is the customer's own, which
-    nobody but the customer destroys."""
+    nobody but the customer destroys; 'unreached': it is with a provider that the customer holds, and had withdrawn by then."""
     destroyed: AwareDatetime
     """When its provider had destroyed it, or been told to; when it was missed, where it was absent."""
     claim: _Text

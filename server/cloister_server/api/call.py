@@ -24,7 +24,6 @@ from cloister_server.audit import denials_kept
 from cloister_server.errors import IdempotencyMismatch, Unauthenticated
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import IdempotencyKey
 
 __all__ = ["Call", "Cursor", "Limit", "ReadCall", "WriteCall"]
@@ -50,13 +49,13 @@ class Call:
 
     def read(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in a transaction that writes nothing."""
-        with denials_kept(self.service.engine), reading(self.service.engine) as session:
-            return work(session)
+        with denials_kept(self.service.engine):
+            return self.service.read(work)
 
     def write(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in one write transaction; nothing of it is kept for a retry."""
-        with denials_kept(self.service.engine), writing(self.service.engine) as session:
-            return work(session)
+        with denials_kept(self.service.engine):
+            return self.service.write(work)
 
     def once(self, body: BaseModel | bytes, work: Callable[[Session], BaseModel], *, status: int = 201) -> Response:
         """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again.
@@ -74,7 +73,8 @@ class Call:
 
     def _once(self, key: str, content: bytes, work: Callable[[Session], BaseModel], status: int) -> Response:
         place = (self.principal.tenant_id, self.principal.id, self.route, key)
-        with denials_kept(self.service.engine), writing(self.service.engine) as session:
+
+        def claimed(session: Session) -> Response:
             # Keyed: a plain hash of rows would let whoever reads the database try out what they are.
             pepper = vault.signing_key(session, self.service.keys, "pepper").secret
             digest = hmac.new(pepper, content, hashlib.sha256).hexdigest()
@@ -83,8 +83,9 @@ class Call:
                 return _replay(stored, digest)
             row = _claim(session, place, digest)
             row.answer, row.status = _answer(work(session)), status
-            answer = row.answer
-        return _response(answer, status)
+            return _response(row.answer, status)
+
+        return self.write(claimed)
 
 
 def _claim(session: Session, place: tuple[str, str, str, str], digest: str) -> IdempotencyKey:

@@ -27,7 +27,6 @@ from cloister_server.oauth.pages import Page
 from cloister_server.oauth.redirects import origin_of
 from cloister_server.oauth.sign_in import NotSignedIn, Person, mac
 from cloister_server.service import Service
-from cloister_server.store.session import reading
 
 __all__ = ["address_of", "router"]
 
@@ -279,8 +278,7 @@ def _checked_form(service: Service, request: Request, body: bytes, cookie: str) 
 
 
 def _form_token(service: Service, cookie: str) -> str:
-    with reading(service.engine) as session:
-        return mac(vault.signing_key(session, service.keys, "pepper").secret, "form", cookie).hex()
+    return mac(vault.pepper(service), "form", cookie).hex()
 
 
 def _cookie_of(service: Service, request: Request) -> str | None:

@@ -28,7 +28,6 @@ from cloister_server.oauth.signed import read_public_key, thumbprint
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
 from cloister_server.store import chain
-from cloister_server.store.session import reading
 from cloister_server.store.tables import App, Grant, Source
 
 __all__ = ["main"]
@@ -90,8 +89,7 @@ def init(
         passphrase = None if passphrase_fd is None else _read_line(passphrase_fd)
         settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
         service = deployment.initialise(settings, passphrase=passphrase)
-        with reading(service.engine) as session:
-            keys = [vault.signing_key(session, service.keys, "certificate").public]
+        keys = [vault.service_key(service, "certificate").public]
         show({"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}, as_json)
 
 

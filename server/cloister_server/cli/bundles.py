@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cloister.wire.bundles import public_key_of
-from cloister_server import bundles
+from cloister_server import asking, bundles
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import JSON, at_work, operator_in, show, write_file
 from cloister_server.errors import Invalid
@@ -34,6 +34,9 @@ def export(
         with denials_kept(service.engine), writing(service.engine) as session:
             operator = operator_in(session, tenant)
             bundles.note(session, operator)
-        with snapshot(service.engine) as session:
-            size = write_file(to, bundles.sealed(session, operator, service, recipient=public_key))
+        size = asking.run(
+            lambda: snapshot(service.engine),
+            service.keys,
+            lambda session: write_file(to, bundles.sealed(session, operator, service, recipient=public_key)),
+        )
         show({"tenant": operator.tenant_id, "bundle": str(to), "bytes": size}, as_json)

@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from cloister_server import deployment
+from cloister_privacy.sealing import KeyProviderError
+from cloister_server import deployment, marking
 from cloister_server.cli.terminal import HOW_TO_MEND
 from cloister_server.errors import ServerError
+from cloister_server.service import Service
 from cloister_server.settings import Settings, load_settings
 
 __all__ = ["Row", "audited", "diagnosed"]
@@ -91,6 +93,8 @@ def _opened(settings: Settings) -> Iterator[Row]:
         yield _row("keys and database", "FAULT", refusal.message)
         return
     yield _row("keys and database", "ok", "they open, belong together, and are at this release's migration")
+    yield from (_provider(service, name) for name in service.keys)
+    yield _store(service)
     behind = deployment.rolled_back(service)
     service.engine.dispose()
     for each in behind:
@@ -99,6 +103,25 @@ def _opened(settings: Settings) -> Iterator[Row]:
         yield _row(
             "ledger", "ok", "every tenant's goes on from its anchor; `cloister-admin audit verify` reads them whole"
         )
+
+
+def _provider(service: Service, name: str) -> Row:
+    """Asked for a key that it does not have: it is there, lets us in, and answers."""
+    check = f"key provider {name}"
+    try:
+        service.keys.of(name).has_key("doctor.asks")
+    except (KeyProviderError, ServerError) as refusal:
+        return _row(check, "FAULT", f"{refusal}; what its tenants sealed does not open until that is mended")
+    return _row(check, "ok", "it answers")
+
+
+def _store(service: Service) -> Row:
+    try:
+        marking.require_ours(service)
+    except ServerError as refusal:
+        told = f"{refusal.message} (it was told: {refusal.cause})" if refusal.cause else refusal.message
+        return _row("sealed objects", "FAULT", told)
+    return _row("sealed objects", "ok", f"{marking.place_of(service)} answers, and is this deployment's")
 
 
 def _private(name: str, place: Path) -> Row:

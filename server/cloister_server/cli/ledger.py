@@ -17,7 +17,7 @@ from cloister_server.cli.terminal import (
     Confirmation,
     DryRun,
     InTenant,
-    looking,
+    look,
     operator_in,
     refusals,
     run,
@@ -43,11 +43,7 @@ OneTenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenan
 def audit_verify(tenant: OneTenant = None, as_json: JSON = False) -> None:
     """Find the first ledger or audit row that was altered, removed, reordered or put in; exit status 1 where there is one."""
     with refusals(as_json):
-        with looking() as (session, service):
-            # Looked at first: a chain that grows meanwhile must not look shorter than its anchor.
-            behind = {each.tenant_id: each for each in deployment.rolled_back(service)}
-            rows = [_verified(session, each, behind.pop(each.id, None)) for each in _tenants(session, tenant)]
-            rows += [_row(each.tenant_id, problem=_told(each)) for each in behind.values() if tenant is None]
+        rows = look(lambda session, service: _all_verified(session, service, tenant))
         show(rows, as_json)
     _fail_on_problems(rows)
 
@@ -55,11 +51,13 @@ def audit_verify(tenant: OneTenant = None, as_json: JSON = False) -> None:
 @audit_cli.command("head")
 def audit_head(tenant: OneTenant = None, as_json: JSON = False) -> None:
     """Print how far each chain has come, signed: kept elsewhere, it tells a restored or rewritten database by `audit compare`."""
-    with refusals(as_json), looking() as (session, service):
-        heads = [
-            evidence.signed_head(session, operator_in(session, each.id), service.keys)
-            for each in _tenants(session, tenant)
-        ]
+    with refusals(as_json):
+        heads = look(
+            lambda session, service: [
+                evidence.signed_head(session, operator_in(session, each.id), service.keys)
+                for each in _tenants(session, tenant)
+            ]
+        )
         print(json.dumps(heads))
 
 
@@ -71,8 +69,7 @@ def audit_compare(
     """Say whether the present chains go on from heads that were signed earlier; exit status 1 where one does not."""
     with refusals(as_json):
         envelopes = _envelopes(old)
-        with looking() as (session, _):
-            rows = [_compared(session, evidence.opened_head(session, each)) for each in envelopes]
+        rows = look(lambda session, _: [_compared(session, evidence.opened_head(session, each)) for each in envelopes])
         show(rows, as_json)
     _fail_on_problems(rows)
 
@@ -80,9 +77,13 @@ def audit_compare(
 @ledger_cli.command("export")
 def ledger_export(tenant: InTenant, as_json: JSON = False) -> None:
     """Print a tenant's ledger and audit log, link by link, as JSON lines: what `ledger replay` takes after a restore."""
-    with refusals(as_json), looking() as (session, _):
+
+    def work(session: Session, _: Service) -> None:
         for line in restores.export(session, operator_in(session, tenant)):
             print(json.dumps(line))
+
+    with refusals(as_json):
+        look(work)
 
 
 @ledger_cli.command("replay")
@@ -141,6 +142,13 @@ def _is_lost(session: Session, tenant: str) -> bool:
 
 def _tenants(session: Session, named: str | None) -> list[Tenant]:
     return tenants.tenants(session) if named is None else [tenants.find_tenant(session, named)]
+
+
+def _all_verified(session: Session, service: Service, tenant: str | None) -> list[dict[str, Any]]:
+    # Looked at first: a chain that grows meanwhile must not look shorter than its anchor.
+    behind = {each.tenant_id: each for each in deployment.rolled_back(service)}
+    rows = [_verified(session, each, behind.pop(each.id, None)) for each in _tenants(session, tenant)]
+    return rows + [_row(each.tenant_id, problem=_told(each)) for each in behind.values() if tenant is None]
 
 
 def _verified(session: Session, tenant: Tenant, behind: LedgerRolledBack | None) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cloister_server import deployment, logs, processes
-from cloister_server.errors import StartRefused
+from cloister_server import deployment, logs, marking, processes
+from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.keyring import KeyRing
 from cloister_server.settings import Settings, load_settings
 
 __all__ = ["main"]
@@ -65,7 +66,7 @@ def _supervise(settings: Settings) -> None:
         settings.data_dir / "locks" / "serve.lock", wait_s=5, what=f"the data directory {settings.data_dir}"
     ) as lock:
         keys = deployment.open_keys(settings)
-        deployment.open_service(settings, keys=keys).engine.dispose()  # refuse here what every child would
+        _check(settings, keys)
         _check_port(settings)
         message = {"settings": settings.dump_with_secrets(), "keys": keys.to_message()}
         children = {name: _start(name, message, lock) for name in _MODULES}
@@ -78,6 +79,17 @@ def _supervise(settings: Settings) -> None:
                     if not stopping.wait(_RESTART_S):
                         children[name] = _start(name, message, lock)
         _stop(list(children.values()))
+
+
+def _check(settings: Settings, keys: KeyRing) -> None:
+    """Refuse here what every child would, and a store of objects that is not this deployment's, or cannot be asked."""
+    service = deployment.open_service(settings, keys=keys)
+    try:
+        marking.require_ours(service)
+    except Unavailable as refusal:
+        raise StartRefused(f"{refusal.message} {refusal.cause}".strip()) from None
+    finally:
+        service.engine.dispose()
 
 
 def _check_port(settings: Settings) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import collection, policy, quotas
-from cloister_server.cli.terminal import JSON, InTenant, at_work, operator_in, run, show
+from cloister_server import collection, marking, policy, quotas
+from cloister_server.cli.terminal import JSON, InTenant, at_work, operator_in, require_confirmed, run, show
 from cloister_server.errors import Invalid
 from cloister_server.service import Service
 from cloister_server.store.tables import Tenant
@@ -28,6 +28,23 @@ def collect(
     with at_work(as_json) as service:
         collected = collection.collect(service, dry_run=dry_run)
         show({**asdict(collected), "dry_run": dry_run}, as_json)
+
+
+@storage_cli.command("adopt")
+def adopt(
+    confirm: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help="The store's place once more; asked for at the terminal otherwise."),
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """Mark the store that the settings name as this deployment's: of objects that were copied there, or from before markers."""
+    with at_work(as_json) as service:
+        place = marking.place_of(service)
+        warning = "Objects there that this database does not know are deleted by the next collection."
+        require_confirmed(place, confirm, warning=warning)
+        marking.adopt(service)
+        show({"adopted": place}, as_json)
 
 
 @storage_cli.command("quota")

@@ -14,7 +14,7 @@ from cloister_server.cli.terminal import (
     JSON,
     DryRun,
     at_work,
-    looking,
+    look,
     operator_in,
     refusals,
     request_id,
@@ -108,8 +108,8 @@ def shred(
     What was cut short is finished by running it again.
     """
     if dry_run:
-        with refusals(as_json), looking() as (session, _):
-            show(shredding.plan(session, operator_in(session, name)), as_json=True)
+        with refusals(as_json):
+            show(look(lambda session, _: shredding.plan(session, operator_in(session, name))), as_json=True)
         return
     with at_work(as_json) as service:
         with reading(service.engine) as session:
@@ -126,5 +126,5 @@ def shred(
 @tenant_cli.command("receipt")
 def receipt(name: Named, as_json: JSON = False) -> None:
     """Print the signed receipt of a tenant that was shredded, as JSON: `cloister verify` checks it."""
-    with refusals(as_json), looking() as (session, _):
-        show(shredding.receipt(session, operator_in(session, name)), as_json=True)
+    with refusals(as_json):
+        show(look(lambda session, _: shredding.receipt(session, operator_in(session, name))), as_json=True)

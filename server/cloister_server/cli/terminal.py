@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from cloister_privacy.errors import PrivacyError
 from cloister_privacy.sealing.files import write_new
-from cloister_server import deployment, tenants
+from cloister_server import asking, deployment, tenants
 from cloister_server.audit import denials_kept
 from cloister_server.errors import Conflict, Invalid, LedgerRolledBack, NotFound, ServerError
 from cloister_server.grants import NoSuch
@@ -27,7 +27,7 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
 from cloister_server.store.queries import OPERATOR_VERBS
-from cloister_server.store.session import reading, snapshot, writing
+from cloister_server.store.session import reading, snapshot
 
 __all__ = [
     "HOW_TO_MEND",
@@ -37,7 +37,7 @@ __all__ = [
     "DryRun",
     "InTenant",
     "at_work",
-    "looking",
+    "look",
     "operator_in",
     "refusals",
     "request_id",
@@ -46,6 +46,8 @@ __all__ = [
     "show",
     "write_file",
 ]
+
+T = TypeVar("T")
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
@@ -80,14 +82,19 @@ def run(
             with reading(service.engine) as session:
                 name = confirm.name_in(session)
             require_confirmed(name, confirm.given, warning=confirm.warning)
+
+        def done(session: Session) -> Any:
+            answer = work(session, service)
+            if dry_run:
+                session.flush()  # the database's own checks, too
+                raise _Planned({name: value for name, value in answer.items() if name not in fresh})
+            return answer
+
         try:
-            with denials_kept(service.engine), writing(service.engine) as session:
-                answer = work(session, service)
-                if dry_run:
-                    session.flush()  # the database's own checks, too
-                    raise _Planned
-        except _Planned:
-            answer = {"dry_run": True, **{name: value for name, value in answer.items() if name not in fresh}}
+            with denials_kept(service.engine):
+                answer = service.write(done)
+        except _Planned as planned:
+            answer = {"dry_run": True, **planned.answer}
         show(answer, as_json)
 
 
@@ -101,7 +108,11 @@ class Confirmation:
 
 
 class _Planned(Exception):
-    """Ends the transaction of a dry run."""
+    """Ends the transaction of a dry run, and says what it would have answered."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__()
+        self.answer = answer
 
 
 @contextmanager
@@ -123,12 +134,11 @@ def require_confirmed(name: str, given: str | None, *, warning: str) -> None:
         raise Invalid(f"nothing was changed: confirm it with --confirm {name}. {warning}", code="not_confirmed")
 
 
-@contextmanager
-def looking() -> Iterator[tuple[Session, Service]]:
+def look(work: Callable[[Session, Service], T]) -> T:
     """For a command that only reads, maybe for long: a snapshot, so that nobody waits for it."""
     service = deployment.open_service(load_settings())
-    with denials_kept(service.engine), snapshot(service.engine) as session:
-        yield session, service
+    with denials_kept(service.engine):
+        return asking.run(lambda: snapshot(service.engine), service.keys, lambda session: work(session, service))
 
 
 @contextmanager
@@ -143,6 +153,8 @@ def refusals(as_json: bool) -> Iterator[None]:
     except (ServerError, PrivacyError) as refusal:
         code = refusal.code if isinstance(refusal, ServerError) else "refused"
         message = refusal.message if isinstance(refusal, ServerError) else str(refusal)
+        if isinstance(refusal, ServerError) and refusal.cause:
+            message = f"{message} (it was told: {refusal.cause})"
     except ValidationError as refusal:
         code = "invalid_request"
         message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in refusal.errors())

@@ -156,11 +156,12 @@ def allow(service: Service, request: AuthorizationRequest, person: Person) -> st
             state=request.state,
         )
     code = f"cla_{secrets.token_hex(32)}"
+    key = mac(vault.pepper(service), "code", code)
     with writing(service.engine) as session:
         _forget_old(session)
         session.add(
             Authorization(
-                mac=_mac(session, service, "code", code),
+                mac=key,
                 kind="code",
                 client_id=request.client.id,
                 state="allowed",
@@ -189,8 +190,9 @@ def redeem_code(
     code, verifier = parameters.get("code", ""), parameters.get("code_verifier", "")
     if not _CODE.fullmatch(code) or not _VERIFIER.fullmatch(verifier):
         return None
+    pepper = vault.pepper(service)
     with writing(service.engine) as session:
-        row = session.get(Authorization, _mac(session, service, "code", code), with_for_update=True)
+        row = session.get(Authorization, mac(pepper, "code", code), with_for_update=True)
         if row is None or row.kind != "code" or row.client_id != client.id:
             return None
         if row.state == "used":
@@ -201,7 +203,7 @@ def redeem_code(
             return None
         if parameters.get("redirect_uri") != row.redirect_uri or (row.jkt is not None and row.jkt != proven):
             return None
-        return _begin(session, service, row, client, proven, request_id)
+        return _begin(session, pepper, row, client, proven, request_id)
 
 
 def new_device(service: Service, client: App, *, address: str) -> Device:
@@ -218,8 +220,9 @@ def find_device(service: Service, person: Person, user_code: str, *, address: st
     """The code as it is kept, and the app whose device shows it; None where none does. Raises RateLimited: none is to be guessed."""
     attempt(service, "user-code", person.id, address)
     code = _normal(user_code)
+    key = mac(vault.pepper(service), "user-code", code)
     with reading(service.engine) as session:
-        row = _device(session, service, code)
+        row = _device(session, key)
         client = client_of_id(session, row.client_id) if row is not None else None
     if row is None or client is None or client.tenant_id not in ("", person.tenant_id):
         return None
@@ -232,8 +235,9 @@ def decide_device(service: Service, person: Person, user_code: str, *, is_allowe
     found = find_device(service, person, user_code, address=address)
     if found is None:
         return False
+    key = mac(vault.pepper(service), "user-code", found[0])
     with writing(service.engine) as session:
-        row = _device(session, service, found[0], is_locked=True)
+        row = _device(session, key, is_locked=True)
         if row is None:
             return False
         row.state = "allowed" if is_allowed else "denied"
@@ -248,8 +252,9 @@ def redeem_device(
     code = parameters.get("device_code", "")
     if not _DEVICE_CODE.fullmatch(code):
         return "invalid_grant"
+    pepper = vault.pepper(service)
     with writing(service.engine) as session:
-        row = session.get(Authorization, _mac(session, service, "device", code), with_for_update=True)
+        row = session.get(Authorization, mac(pepper, "device", code), with_for_update=True)
         if row is None or row.kind != "device" or row.client_id != client.id:
             return "invalid_grant"
         if row.state == "used":
@@ -269,25 +274,26 @@ def redeem_device(
             return "slow_down"
         if row.state == "pending":
             return "authorization_pending"
-        return _begin(session, service, row, client, proven, request_id) or "access_denied"
+        return _begin(session, pepper, row, client, proven, request_id) or "access_denied"
 
 
 def _new_device(service: Service, client: App, address: str) -> Device:
     device_code = f"cld_{secrets.token_hex(32)}"
     user_code = "".join(secrets.choice(_LETTERS) for _ in range(8))
+    pepper = vault.pepper(service)
+    asked_from = mac(pepper, "asked-from", network(address))
     with writing(service.engine) as session:
         _forget_old(session)
-        asked_from = _mac(session, service, "asked-from", network(address))
         waiting = session.scalar(select(func.count()).where(Authorization.asked_from == asked_from)) or 0
         if waiting >= _MOST_DEVICES:
             raise RateLimited("too many devices wait at this address already; try again in some minutes")
         session.add(
             Authorization(
-                mac=_mac(session, service, "device", device_code),
+                mac=mac(pepper, "device", device_code),
                 kind="device",
                 client_id=client.id,
                 state="pending",
-                user_code_mac=_mac(session, service, "user-code", user_code),
+                user_code_mac=mac(pepper, "user-code", user_code),
                 asked_from=asked_from,
                 interval_s=INTERVAL_S,
                 until=now() + timedelta(seconds=DEVICE_S),
@@ -296,9 +302,9 @@ def _new_device(service: Service, client: App, address: str) -> Device:
     return Device(SecretStr(device_code), f"{user_code[:4]}-{user_code[4:]}")
 
 
-def _device(session: Session, service: Service, code: str, *, is_locked: bool = False) -> Authorization | None:
+def _device(session: Session, user_code_mac: bytes, *, is_locked: bool = False) -> Authorization | None:
     waiting = select(Authorization).where(
-        Authorization.user_code_mac == _mac(session, service, "user-code", code),
+        Authorization.user_code_mac == user_code_mac,
         Authorization.kind == "device",
         Authorization.state == "pending",
         Authorization.until > now(),
@@ -307,7 +313,7 @@ def _device(session: Session, service: Service, code: str, *, is_locked: bool = 
 
 
 def _begin(
-    session: Session, service: Service, row: Authorization, client: App, proven: str | None, request_id: str
+    session: Session, pepper: bytes, row: Authorization, client: App, proven: str | None, request_id: str
 ) -> Begun | None:
     """Begin what was allowed, once, where the person is still there to have allowed it."""
     if row.state != "allowed" or row.tenant_id is None or row.user_id is None:
@@ -316,7 +322,7 @@ def _begin(
         return None
     begun = logins.begin(
         session,
-        service,
+        pepper,
         tenant_id=row.tenant_id,
         user_id=row.user_id,
         client_id=client.id,
@@ -330,10 +336,6 @@ def _begin(
 def _forget_old(session: Session) -> None:
     """What is over for as long as it lasted: until then a second use is known for one."""
     session.execute(delete(Authorization).where(Authorization.until < now() - timedelta(seconds=DEVICE_S)))
-
-
-def _mac(session: Session, service: Service, kind: str, code: str) -> bytes:
-    return mac(vault.signing_key(session, service.keys, "pepper").secret, kind, code)
 
 
 def _normal(user_code: str) -> str:

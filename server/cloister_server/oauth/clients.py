@@ -66,9 +66,9 @@ def _public(service: Service, client_id: str) -> App:
 def _by_secret(service: Service, client_id: str, secret: str) -> App:
     if not _CLIENT_ID.fullmatch(client_id) or not client_secrets.is_well_formed(secret):
         raise invalid_client()
+    pepper = vault.pepper(service)
     with reading(service.engine) as session:
         app = app_of_id(session, client_id)
-        pepper = vault.signing_key(session, service.keys, "pepper").secret
     # Without a secret, or without an app, it is compared with what nobody has.
     stored = app.secret_mac if app and app.secret_mac else None
     if not client_secrets.matches(pepper, client_id, secret, stored=stored) or app is None:

@@ -16,7 +16,9 @@ import threading
 from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import SplitResult, urlsplit
 
-__all__ = ["NETWORKS", "Network", "NotFetched", "fetch_json", "require_allowed"]
+from cloister_server.store.session import in_transaction
+
+__all__ = ["NETWORKS", "Network", "NotFetched", "fetch_json", "require_allowed", "require_no_transaction"]
 
 Network = Literal["public", "private", "loopback"]
 """Where a server may be: anywhere on the Internet; there or in a network of ours (RFC 1918, RFC 4193); or on this machine,
@@ -48,8 +50,15 @@ def require_allowed(url: str, *, network: Network) -> SplitResult:
     return parts
 
 
+def require_no_transaction() -> None:
+    """Others would wait for a connection, or on SQLite for the database, as long as the other server takes."""
+    if in_transaction():
+        raise RuntimeError("another server is asked in no transaction")
+
+
 def fetch_json(url: str, *, network: Network) -> dict[str, Any]:
-    """The JSON object at this URL. Raises NotFetched."""
+    """The JSON object at this URL. Raises NotFetched. A fault of ours where this thread has a transaction open."""
+    require_no_transaction()
     parts = require_allowed(url, network=network)
     address = _address(parts, network)
     connection = _connection(parts, address)

@@ -16,7 +16,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey, RSAPublicNumbers
 
-from cloister_server.oauth.fetching import WITHIN_S, Network, NotFetched, fetch_json
+from cloister_server.oauth.fetching import WITHIN_S, Network, NotFetched, fetch_json, require_no_transaction
 from cloister_server.oauth.signed import InvalidSigned, decoded, require_public
 
 __all__ = ["ALGORITHMS", "IssuerKeys", "Key", "fetch_keys"]
@@ -92,6 +92,7 @@ class IssuerKeys:
         self, issuer_id: str, key_id: str, *, jwks_uri: str, network: Network, algorithms: Collection[str]
     ) -> Key | None:
         """The issuer's key of this id, which may take some seconds to be known; never asked for in a transaction."""
+        require_no_transaction()
         with self._lock:
             issuer, at = self._issuers.setdefault(issuer_id, _Issuer()), time.monotonic()
             known = issuer.keys.get(key_id) if at < issuer.fetched + KEPT_UNANSWERED_S else None

@@ -60,7 +60,7 @@ class Begun:
 
 def begin(
     session: Session,
-    service: Service,
+    pepper: bytes,
     *,
     tenant_id: str,
     user_id: str,
@@ -84,7 +84,7 @@ def begin(
     session.add(login)
     person = Principal(tenant_id=tenant_id, id=user_id, kind="user", request_id=request_id)
     audit.told(session, person, "login.begin", client_id)
-    return _begun(session, service, login)
+    return _begun(pepper, login)
 
 
 def refresh(service: Service, token: str, *, client_id: str, proven: str | None, is_public: bool) -> Begun | None:
@@ -93,7 +93,8 @@ def refresh(service: Service, token: str, *, client_id: str, proven: str | None,
     `proven`: the key that the request proves to have. A login that is bound to one asks for that one of a public client, and for
     some proof of any other (RFC 9449, section 5).
     """
-    read = _read(service, token)
+    pepper = vault.pepper(service)
+    read = _read(pepper, token)
     if read is None:
         return None
     handle, generation = read
@@ -114,7 +115,7 @@ def refresh(service: Service, token: str, *, client_id: str, proven: str | None,
         login.generation, login.used = login.generation + 1, now()
         last = login.created + timedelta(seconds=LONGEST_S)
         login.until = min(last, now() + timedelta(seconds=IDLE_S))
-        return _begun(session, service, login)
+        return _begun(pepper, login)
 
 
 def end(session: Session, service: Service, login_id: str | None) -> None:
@@ -126,7 +127,7 @@ def end(session: Session, service: Service, login_id: str | None) -> None:
 
 def end_by_refresh_token(service: Service, token: str, *, client_id: str) -> bool:
     """End the login of this refresh token, whichever generation, where it is this client's; whether it was."""
-    read = _read(service, token)
+    read = _read(vault.pepper(service), token)
     if read is None:
         return False
     with writing(service.engine) as session:
@@ -139,7 +140,7 @@ def end_by_refresh_token(service: Service, token: str, *, client_id: str) -> boo
 
 def of_refresh_token(service: Service, token: str) -> Login | None:
     """The login of a refresh token that is good now."""
-    read = _read(service, token)
+    read = _read(vault.pepper(service), token)
     if read is None:
         return None
     with reading(service.engine) as session:
@@ -180,19 +181,16 @@ def _end(session: Session, service: Service, login: Login) -> None:
     verifier.forget_after(session, service)
 
 
-def _begun(session: Session, service: Service, login: Login) -> Begun:
-    pepper = vault.signing_key(session, service.keys, "pepper").secret
+def _begun(pepper: bytes, login: Login) -> Begun:
     token = f"clr_{login.handle}.{login.generation}.{_mac(pepper, login.handle, str(login.generation))}"
     return Begun(login.tenant_id, login.id, login.user_id, SecretStr(token), login.jkt)
 
 
-def _read(service: Service, token: str) -> tuple[str, int] | None:
+def _read(pepper: bytes, token: str) -> tuple[str, int] | None:
     """Handle and generation of a refresh token that this service made; None of all else."""
     match = _TOKEN.fullmatch(token)
     if match is None:
         return None
-    with reading(service.engine) as session:
-        pepper = vault.signing_key(session, service.keys, "pepper").secret
     if not hmac.compare_digest(_mac(pepper, match[1], match[2]), match[3]):
         return None
     return match[1], int(match[2])

@@ -22,7 +22,6 @@ from authlib.oauth2.rfc6749.grants import ClientCredentialsGrant
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from authlib.oauth2.rfc9068 import JWTBearerTokenGenerator
 from joserfc.jwk import ECKey, KeySet
-from sqlalchemy.orm import Session
 
 from cloister_server import vault
 from cloister_server.oauth import verifier
@@ -33,7 +32,6 @@ from cloister_server.oauth.form import TokenRequest, read_token_request
 from cloister_server.oauth.logins import Begun, refresh
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.service import Service
-from cloister_server.store.session import reading
 from cloister_server.store.tables import App, new_id
 
 __all__ = ["GRANT_TYPES", "issue_token"]
@@ -73,10 +71,7 @@ def issue_token(
     except OAuth2Error as error:
         status, answer, more = error()
         return status, answer, dict(more)
-    with reading(service.engine) as session:
-        answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(
-            service, session, client, jkt
-        ).create_token_response(request)
+    answered: tuple[int, dict[str, Any], dict[str, str]] = _Server(service, client, jkt).create_token_response(request)
     return answered
 
 
@@ -111,10 +106,9 @@ def _issue_for_person(
         begun = redeem_device(service, app, form, proven=jkt, request_id=request_id)
     if not isinstance(begun, Begun):
         raise _Refused(begun or "invalid_grant")
-    with reading(service.engine) as session:
-        token = _Tokens(service, session, jkt, begun).generate(
-            grant_type, client, user=_Person(begun.user_id), scope="", include_refresh_token=False
-        )
+    token = _Tokens(service, jkt, begun).generate(
+        grant_type, client, user=_Person(begun.user_id), scope="", include_refresh_token=False
+    )
     token["refresh_token"] = begun.refresh_token.get_secret_value()
     return 200, token, {"Cache-Control": "no-store", "Pragma": "no-cache"}
 
@@ -191,16 +185,16 @@ class _Request(OAuth2Request):  # type: ignore[misc]  # Authlib has no types
 class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no types
     """RFC 9068 tokens for this very server: audience and issuer are one."""
 
-    def __init__(self, service: Service, session: Session, jkt: str | None, begun: Begun | None = None) -> None:
+    def __init__(self, service: Service, jkt: str | None, begun: Begun | None = None) -> None:
         super().__init__(service.settings.issuer, ALGORITHM, expires_generator=self._lifetime_s)
-        self._service, self._session, self._jkt, self._begun = service, session, jkt, begun
+        self._service, self._jkt, self._begun = service, jkt, begun
 
     def generate(self, *given: Any, **more: Any) -> dict[str, Any]:
         token: dict[str, Any] = super().generate(*given, **more)
         return token if self._jkt is None else {**token, "token_type": "DPoP"}
 
     def get_jwks(self) -> KeySet:
-        key = vault.signing_key(self._session, self._service.keys, "token")
+        key = vault.service_key(self._service, "token")
         # A set, though of one key: with a bare key the header has no kid.
         return KeySet([ECKey.import_key(key.secret, {"kid": key.id, "use": "sig", "alg": ALGORITHM})])
 
@@ -224,11 +218,11 @@ class _Tokens(JWTBearerTokenGenerator):  # type: ignore[misc]  # Authlib has no 
 class _Server(AuthorizationServer):  # type: ignore[misc]  # Authlib has no types
     """Authlib's core for one request."""
 
-    def __init__(self, service: Service, session: Session, client: _Client, jkt: str | None) -> None:
+    def __init__(self, service: Service, client: _Client, jkt: str | None) -> None:
         super().__init__()
         self._client = client
         self.register_grant(ClientCredentialsGrant)
-        self.register_token_generator("default", _Tokens(service, session, jkt))
+        self.register_token_generator("default", _Tokens(service, jkt))
 
     def create_oauth2_request(self, request: TokenRequest) -> OAuth2Request:
         return _Request(request)

@@ -83,9 +83,9 @@ def sign_in(service: Service, *, account: str, passphrase: str, code: str, addre
     """Who this is. Raises NotSignedIn, RateLimited where this account was tried too often from this address, or Unavailable."""
     with passphrases.at_work():
         attempt(service, "sign-in", account, address)
+        pepper = vault.pepper(service)
         with reading(service.engine) as session:
             user = user_of_account(session, account)
-            pepper = vault.signing_key(session, service.keys, "pepper").secret
         is_active = user is not None and user.status == "active"
         stored = user.passphrase if user is not None and is_active else None
         is_right = passphrases.matches(passphrase, stored, pepper=pepper)
@@ -112,9 +112,9 @@ def attempt(service: Service, kind: str, what: str, address: str) -> None:
 
 
 def _count(service: Service, kind: str, what: str, address: str) -> None:
+    key = mac(vault.pepper(service), f"try-{kind}", what, network(address))
     with writing(service.engine) as session:
-        pepper = vault.signing_key(session, service.keys, "pepper").secret
-        at, key = now(), mac(pepper, f"try-{kind}", what, network(address))
+        at = now()
         session.execute(delete(SignInTry).where(SignInTry.until < at))
         row = session.get(SignInTry, key, with_for_update=True)
         if row is None:
@@ -133,9 +133,9 @@ def _count(service: Service, kind: str, what: str, address: str) -> None:
 
 def refund(service: Service, kind: str, what: str, address: str) -> None:
     """A try that was none: it succeeded, and says nothing of those before it."""
+    key = mac(vault.pepper(service), f"try-{kind}", what, network(address))
     with writing(service.engine) as session:
-        pepper = vault.signing_key(session, service.keys, "pepper").secret
-        row = session.get(SignInTry, mac(pepper, f"try-{kind}", what, network(address)), with_for_update=True)
+        row = session.get(SignInTry, key, with_for_update=True)
         if row is not None:
             row.failures, row.next_try = row.failures - 1, now()
 
@@ -147,12 +147,12 @@ def forget_tries(session: Session, pepper: bytes, kind: str, what: str, address:
 
 def remember_browser(service: Service, cookie: str, person: Person) -> None:
     """Whoever shows this cookie is this person, for an hour."""
+    key = mac(vault.pepper(service), "browser", cookie)
     with writing(service.engine) as session:
-        pepper = vault.signing_key(session, service.keys, "pepper").secret
         session.execute(delete(BrowserSession).where(BrowserSession.until < now()))
         session.add(
             BrowserSession(
-                mac=mac(pepper, "browser", cookie),
+                mac=key,
                 tenant_id=person.tenant_id,
                 user_id=person.id,
                 until=now() + timedelta(seconds=BROWSER_S),
@@ -161,16 +161,16 @@ def remember_browser(service: Service, cookie: str, person: Person) -> None:
 
 
 def forget_browser(service: Service, cookie: str) -> None:
+    key = mac(vault.pepper(service), "browser", cookie)
     with writing(service.engine) as session:
-        pepper = vault.signing_key(session, service.keys, "pepper").secret
-        session.execute(delete(BrowserSession).where(BrowserSession.mac == mac(pepper, "browser", cookie)))
+        session.execute(delete(BrowserSession).where(BrowserSession.mac == key))
 
 
 def of_browser(service: Service, cookie: str) -> Person | None:
     """Who is signed in where this cookie is: asked of the database each time, so that a disabled person is nobody at once."""
+    key = mac(vault.pepper(service), "browser", cookie)
     with reading(service.engine) as session:
-        pepper = vault.signing_key(session, service.keys, "pepper").secret
-        row = session.get(BrowserSession, mac(pepper, "browser", cookie))
+        row = session.get(BrowserSession, key)
         user = user_of_id(session, row.user_id) if row is not None and row.until > now() else None
         tenant = session.get(Tenant, user.tenant_id) if user is not None else None
     if user is None or tenant is None or user.status != "active":

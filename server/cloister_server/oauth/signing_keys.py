@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session
 
 from cloister_server import vault
 from cloister_server.errors import Conflict, NotFound, ServerError
-from cloister_server.keyring import KeyRing
 from cloister_server.oauth import verifier
 from cloister_server.service import Service
 from cloister_server.store.tables import SigningKey, now
@@ -42,10 +41,10 @@ def listed(session: Session) -> list[SigningKey]:
     return list(session.scalars(of_tokens.order_by(SigningKey.created, SigningKey.id)))
 
 
-def complete(session: Session, keys: KeyRing) -> None:
+def complete(session: Session) -> None:
     """Make the next key where there is none."""
     if not any(key.state == "next" for key in _locked(session)):
-        vault.new_signing_key(session, keys, "token", state="next")
+        vault.new_signing_key(session, "token", state="next")
 
 
 def rotate(session: Session, service: Service) -> SigningKey:
@@ -85,11 +84,11 @@ def revoke(session: Session, service: Service, kid: str) -> SigningKey:
     if was == "active":
         following = next((each for each in known if each.state == "next"), None)
         if following is None:
-            vault.new_signing_key(session, service.keys, "token")
+            vault.new_signing_key(session, "token")
             session.flush()
         _succeed(session, service, following)
     elif was == "next":
-        complete(session, service.keys)
+        complete(session)
     verifier.forget_after(session, service)
     log.info("token_key.revoked", extra={"kid": kid, "was": was})
     return key
@@ -100,7 +99,7 @@ def _succeed(session: Session, service: Service, following: SigningKey | None) -
         following.state = "active"
         log.info("token_key.active", extra={"kid": following.id})
     session.flush()
-    complete(session, service.keys)
+    complete(session)
 
 
 def _locked(session: Session) -> list[SigningKey]:

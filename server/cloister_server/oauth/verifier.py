@@ -234,8 +234,9 @@ class _Memory:
             if time.monotonic() < self._keys_loaded + kept_s:
                 return self._keys
         loaded_at = time.monotonic()
-        with reading(service.engine) as session:
-            secrets = [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)]
+        secrets = service.read(
+            lambda session: [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)]
+        )
         # The public half comes from the wrapped private one: a key that someone wrote into the table opens nothing.
         keys = {each.id: _public(each) for each in secrets}
         with self._lock:

@@ -6,24 +6,26 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, InvalidPathError
 from obstore.store import LocalStore, S3Store
 
 from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.settings import Settings
 
-__all__ = ["Blobs", "Stored"]
+__all__ = ["Blobs", "OnOdd", "Stored"]
 
 log = logging.getLogger(__name__)
+
+_MARKER = "store-id"
 
 _AT_ONCE = 500
 """Objects in one page of a listing. S3 gives, and deletes, 1000 at most with one request."""
@@ -36,6 +38,17 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OS_ERROR, _STATUS = re.compile(r"\(os error ([0-9]+)\)"), re.compile(r"non-2xx status code: ([0-9]{3})")
 _FULL_BY_NAME = re.compile(r"status code: 507|<Code>(?:[A-Za-z]*StorageFull|QuotaExceeded|InsufficientCapacity)</Code>")
 """S3 itself is never full; other stores that speak its protocol say so in these words."""
+
+
+_TENANT = re.compile(r"tn_[0-9a-f]{32}")
+_QUOTED = re.compile(r'Path "([^"]{1,1024})')
+
+OnOdd = Callable[[str], None]
+"""Is told the name of what lies in the store and is not of our naming."""
+
+
+def _ignored(_: str) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +101,28 @@ class Blobs:
         with _asking("read"), _missing():
             return bytes(obstore.get(self._store, f"{tenant_id}/{object_id}").bytes())
 
+    def marker(self) -> bytes | None:
+        """What the store is marked with; None where there is no marker."""
+        with _asking("read"):
+            try:
+                return bytes(obstore.get(self._store, _MARKER).bytes())
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise
+                return None
+
+    def mark(self, content: bytes, *, is_new: bool) -> None:
+        """Put a marker into the store. A new one replaces none: `storage_conflict`."""
+        with _asking("stored"):
+            try:
+                obstore.put(
+                    self._store, _MARKER, content, mode="create" if is_new else "overwrite", use_multipart=False
+                )
+            except AlreadyExistsError:
+                raise Unavailable(
+                    "the store is marked already, by another process; try again", code="storage_conflict"
+                ) from None
+
     def sealed(self, tenant_id: str, object_id: str) -> Path | bytes:
         """What the object can be opened from: the file that it is, to be mapped, or else its bytes. Raises as `get`."""
         return self.get(tenant_id, object_id)
@@ -97,13 +132,57 @@ class Blobs:
         with _asking("deleted"):
             obstore.delete(self._store, [f"{tenant_id}/{name}" for name in names])
 
-    def pages(self, tenant_id: str | None = None) -> Iterator[list[Stored]]:
-        """All that is stored, or all of one tenant, some of one tenant at a time; what is not of our naming is left out."""
+    def pages(self, tenant_id: str | None = None, *, on_odd: OnOdd = _ignored) -> Iterator[list[Stored]]:
+        """All that is stored, or all of one tenant, some of one tenant at a time; what is not of our naming is left out.
+
+        `on_odd` is told that, as far as it is come upon: a bucket may hold names that its library cannot even read.
+        """
+        for each in self.tenants(on_odd=on_odd) if tenant_id is None else [tenant_id]:
+            with _asking("listed"):
+                yield from self._pages_of(each, on_odd)
+
+    def tenants(self, *, on_odd: OnOdd = _ignored) -> list[str]:
+        """The ids of tenants under which something is stored. `on_odd` is told what else lies beside them."""
         with _asking("listed"):
-            for page in obstore.list(self._store, prefix=tenant_id, chunk_size=_AT_ONCE):
-                found = [_stored(each["path"], each["size"]) for each in page]
-                for _, of_tenant in groupby(filter(None, found), key=lambda each: each.tenant_id):
-                    yield list(of_tenant)
+            try:
+                found = obstore.list_with_delimiter(self._store)
+            except InvalidPathError as error:
+                on_odd(_named_in(error))
+                return []
+        names = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
+        return _sorted_out(names, on_odd)
+
+    def _pages_of(self, tenant_id: str, on_odd: OnOdd) -> Iterator[list[Stored]]:
+        """Names that cannot be read end a listing, and all that came with them in one answer is lost: it is begun anew behind them.
+
+        All of ours begin with obj_. What cannot be read behind that is stepped over by asking for one level alone.
+        """
+        last = ""
+        for attempt in (self._listed, self._listed_from_ours, self._listed_level):
+            try:
+                for page in attempt(tenant_id):
+                    fresh = [each for each in page if each["path"] > last]  # a bucket is listed in order
+                    found = [_stored(each["path"], each["size"]) for each in fresh]
+                    for each, ours in zip(fresh, found, strict=True):
+                        if ours is None:
+                            on_odd(each["path"])
+                    last = max([last, *(each["path"] for each in fresh)])
+                    if some := [each for each in found if each is not None]:
+                        yield some
+                return
+            except InvalidPathError as error:
+                on_odd(_named_in(error))
+
+    def _listed(self, tenant_id: str) -> Iterator[Any]:
+        return iter(obstore.list(self._store, prefix=tenant_id, chunk_size=_AT_ONCE))
+
+    def _listed_from_ours(self, tenant_id: str) -> Iterator[Any]:
+        return iter(obstore.list(self._store, prefix=tenant_id, offset=f"{tenant_id}/obj", chunk_size=_AT_ONCE))
+
+    def _listed_level(self, tenant_id: str) -> Iterator[Any]:
+        objects = iter(obstore.list_with_delimiter(self._store, prefix=tenant_id)["objects"])
+        while some := list(islice(objects, _AT_ONCE)):
+            yield some
 
 
 class _Files(Blobs):
@@ -124,6 +203,17 @@ class _Files(Blobs):
                 path.unlink(missing_ok=True)
                 raise
 
+    def marker(self) -> bytes | None:
+        with _asking("read"):
+            self._root.stat()  # a directory that is gone is no store without a marker
+        return super().marker()
+
+    def mark(self, content: bytes, *, is_new: bool) -> None:
+        super().mark(content, is_new=is_new)
+        with _asking("stored"):
+            for place in (self._root / _MARKER, self._root):
+                _sync(place)
+
     def sealed(self, tenant_id: str, object_id: str) -> Path:
         path = self._root / tenant_id / object_id
         with _asking("read"), _missing():
@@ -135,15 +225,21 @@ class _Files(Blobs):
             for name in names:
                 (self._root / tenant_id / name).unlink(missing_ok=True)
 
-    def pages(self, tenant_id: str | None = None) -> Iterator[list[Stored]]:
-        with _asking("listed"):  # obstore lists no files that were being written
-            names = [each.name for each in os.scandir(self._root) if each.is_dir()]
-            for directory in names if tenant_id is None else [each for each in names if each == tenant_id]:
-                with os.scandir(self._root / directory) as entries:
-                    while some := list(islice(entries, _AT_ONCE)):
-                        found = [_stored(f"{directory}/{each.name}", _size(each)) for each in some]
-                        if ours := [each for each in found if each is not None]:
-                            yield ours
+    def tenants(self, *, on_odd: OnOdd = _ignored) -> list[str]:
+        with _asking("listed"):
+            return _sorted_out([each.name for each in os.scandir(self._root)], on_odd)
+
+    def _pages_of(self, tenant_id: str, on_odd: OnOdd) -> Iterator[list[Stored]]:
+        if not (self._root / tenant_id).is_dir():
+            return
+        with os.scandir(self._root / tenant_id) as entries:  # obstore lists no files that were being written
+            while some := list(islice(entries, _AT_ONCE)):
+                found = [(each, _stored(f"{tenant_id}/{each.name}", _size(each))) for each in some]
+                for each, ours in found:
+                    if ours is None and each.is_file():
+                        on_odd(f"{tenant_id}/{each.name}")
+                if page := [ours for _, ours in found if ours is not None]:
+                    yield page
 
 
 def _bucket(settings: Settings) -> S3Store:
@@ -221,17 +317,39 @@ def _asking(done: Literal["stored", "read", "deleted", "listed"]) -> Iterator[No
                 "is_full": is_full,
             },
         )
-        if is_full:
-            raise Unavailable(
-                f"the store of sealed objects is full, so nothing was {done}, and no part of it is left; retry when its operator "
-                "has made room on it",
-                code="storage_full",
-            ) from None
-        raise Unavailable(
-            f"the store of sealed objects does not answer, or refuses, so nothing was {done}; retry in a moment. If it stays so, "
-            "its operator must see to the disk or the bucket, and to the rights on it: the server's log says more",
-            code="storage_unavailable",
-        ) from None
+        refusal = _refusal(done, is_full=is_full)
+        refusal.cause = f"{type(error).__name__}: {' '.join(told.split())[:300]}"
+        raise refusal from None
+
+
+def _refusal(done: str, *, is_full: bool) -> Unavailable:
+    if is_full:
+        return Unavailable(
+            f"the store of sealed objects is full, so nothing was {done}, and no part of it is left; retry when its operator "
+            "has made room on it",
+            code="storage_full",
+        )
+    return Unavailable(
+        f"the store of sealed objects does not answer, or refuses, so nothing was {done}; retry in a moment. If it stays so, "
+        "its operator must see to the disk or the bucket, and to the rights on it: the server's log says more",
+        code="storage_unavailable",
+    )
+
+
+def _sorted_out(names: Iterable[str], on_odd: OnOdd) -> list[str]:
+    """Of what lies at the top the tenants' ids; `on_odd` is told the others."""
+    ours = []
+    for name in sorted(names):
+        if _TENANT.fullmatch(name):
+            ours.append(name)
+        elif name != _MARKER:
+            on_odd(name)
+    return ours
+
+
+def _named_in(error: InvalidPathError) -> str:
+    named = _QUOTED.search(str(error))
+    return named[1] if named else "(a name that cannot be read)"
 
 
 def _stored(path: str, size: int | None) -> Stored | None:

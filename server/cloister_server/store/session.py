@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -14,11 +16,30 @@ from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.store import chain
 from cloister_server.store.anchors import Anchors, Draft
 
-__all__ = ["anchors_of", "check_durability", "new_engine", "reading", "snapshot", "writing"]
+__all__ = [
+    "anchors_of",
+    "check_durability",
+    "empty_log",
+    "in_transaction",
+    "new_engine",
+    "reading",
+    "snapshot",
+    "writing",
+]
 
 log = logging.getLogger(__name__)
 
 _WRITES, _ANCHORS = "cloister_writes", "cloister_anchors"
+
+
+class _Begun(threading.local):
+    """The connections on which this thread began transactions, as long as these may be open."""
+
+    def __init__(self) -> None:
+        self.on: list[weakref.ref[Connection]] = []
+
+
+_BEGUN = _Begun()
 
 
 class _Writing(Session):
@@ -36,10 +57,13 @@ def new_engine(url: str, *, anchors: Anchors | None = None) -> Engine:
     options = {_ANCHORS: anchors}
     if not url.startswith("sqlite"):
         of_psycopg = url.replace("postgresql://", "postgresql+psycopg://", 1)
-        return create_engine(of_psycopg, pool_pre_ping=True, execution_options=options)
+        engine = create_engine(of_psycopg, pool_pre_ping=True, execution_options=options)
+        event.listen(engine, "begin", _note_begun)
+        return engine
     engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False}, execution_options=options)
     event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", _begin)
+    event.listen(engine, "begin", _note_begun)
     return engine
 
 
@@ -53,6 +77,19 @@ def _begin(connection: Connection) -> None:
     # A write transaction takes the lock at once: upgrading from a read would fail under contention.
     writes = connection.get_execution_options().get(_WRITES, False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _note_begun(connection: Connection) -> None:
+    _BEGUN.on = [*_open(), weakref.ref(connection)]
+
+
+def _open() -> list[weakref.ref[Connection]]:
+    return [each for each in _BEGUN.on if (connection := each()) is not None and connection.in_transaction()]
+
+
+def in_transaction() -> bool:
+    """Whether this thread has a transaction open, on whatever database."""
+    return bool(_open())
 
 
 @contextmanager
@@ -118,3 +155,14 @@ def check_durability(engine: Engine) -> None:
                 raise StartRefused(
                     f"PostgreSQL runs with {setting}=off; a crash could refund a budget; set {setting}=on and restart it"
                 )
+
+
+def empty_log(engine: Engine) -> bool:
+    """Take deleted rows out of SQLite's write-ahead log, too; False where a reader is in the way. (Deleted pages are zeroed.)"""
+    if engine.dialect.name != "sqlite":
+        return True
+    with closing(engine.raw_connection()) as connection:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA busy_timeout=2000")
+        (is_busy, *_) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    return not is_busy

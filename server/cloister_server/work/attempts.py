@@ -85,7 +85,8 @@ def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> None:
 
 def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
     """Publish or settle, if the last attempt said how it ended; True when the job is over. No child of it is alive."""
-    with writing(service.engine) as session:
+
+    def concluded(session: Session) -> bool:
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.status in FINAL:
             return True
@@ -100,6 +101,9 @@ def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
         outcome = attempts[0].outcome if attempts else None
         if outcome == "trained":
             spec = TrainingSpec.model_validate_json(_spec(session, service, job))
+            vault.certificate_signer(
+                session, service.keys
+            )  # asked for before the job is closed, which is told in the log
             _close(session, service, job, "done", left=attempts[0])
             job.version = models.publish(session, service, job, attempt=attempts[0], spec=spec)
         elif outcome == "answered":
@@ -113,6 +117,8 @@ def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
         elif len(attempts) == MAX_DEATHS and all(a.outcome is None and a.from_step == job.steps_done for a in attempts):
             _close(session, service, job, "failed", error_code="gave_up")
         return job.status in FINAL
+
+    return service.write(concluded)
 
 
 def _close(
@@ -137,7 +143,7 @@ def _close(
 
 
 def _spec(session: Session, service: Service, job: Job) -> bytes:
-    return vault.open_object(session, service.keys, service.blobs, tenant_id=job.tenant_id, object_id=job.spec_id)
+    return vault.open_object(session, service.blobs, tenant_id=job.tenant_id, object_id=job.spec_id)
 
 
 def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | None:
@@ -145,7 +151,8 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | No
 
     None where the job was cancelled since it was last looked at. Raises TenantSuspended where nothing is to begin.
     """
-    with writing(service.engine) as session:
+
+    def begun(session: Session) -> dict[str, Any] | None:
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.cancel_requested or job.status in FINAL:
             return None
@@ -165,6 +172,8 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | No
             **(_for_query(keys, job) if job.kind == "query" else _for_training(keys, job)),
         }
 
+    return service.write(begun)
+
 
 def _for_training(keys: _Keys, job: Job) -> dict[str, Any]:
     """What a training child is given besides: the dataset's keys, those of where it starts, and fresh ones for what it leaves."""
@@ -172,14 +181,15 @@ def _for_training(keys: _Keys, job: Job) -> dict[str, Any]:
     spec = TrainingSpec.model_validate_json(_spec(session, service, job))
     chunk_steps = max(service.settings.chunk_steps, -(-job.steps // MAX_CHUNKS))
     checkpoints = -(-(job.steps - job.steps_done) // chunk_steps)
+    weights = keys.fresh("weights")  # before the many: what a run takes before its last question is made anew
     initial = session.get_one(Weights, (tenant_id, spec.initial.id)).object_id if spec.initial is not None else None
     return {
         "chunk_steps": chunk_steps,
         "initial": keys.of(initial) if initial else None,
         "parts": [part for each in (spec.dataset, *spec.with_datasets) for part in keys.of_parts(each)],
         "resume": keys.of(job.checkpoint_id) if job.checkpoint_id else None,
-        "checkpoints": [keys.fresh("checkpoint") for _ in range(checkpoints)],
-        "weights": keys.fresh("weights"),
+        "checkpoints": keys.fresh("checkpoint", checkpoints),
+        "weights": weights[0],
     }
 
 
@@ -197,7 +207,7 @@ def _for_query(keys: _Keys, job: Job) -> dict[str, Any]:
             }
             for model, version in sorted(versions)
         ],
-        "answer": keys.fresh("answer"),
+        "answer": keys.fresh("answer")[0],
     }
 
 
@@ -210,14 +220,13 @@ class _Keys:
     job: Job
 
     def of(self, object_id: str) -> dict[str, str]:
-        tenant_id = self.job.tenant_id
-        return vault.data_key(self.session, self.service.keys, tenant_id=tenant_id, object_id=object_id).to_message()
+        return vault.data_key(self.session, tenant_id=self.job.tenant_id, object_id=object_id).to_message()
 
     def of_parts(self, dataset_id: str) -> list[dict[str, str]]:
         dataset = self.session.get_one(Dataset, (self.job.tenant_id, dataset_id))
-        return [self.of(part) for part in datasets.part_objects(self.session, self.service, dataset)]
+        parts = datasets.part_objects(self.session, self.service, dataset)
+        return [key.to_message() for key in vault.data_keys(self.session, parts, tenant_id=self.job.tenant_id)]
 
-    def fresh(self, kind: vault.Kind) -> dict[str, str]:
-        tenant_id = self.job.tenant_id
-        key = vault.new_data_key(self.session, self.service.keys, tenant_id=tenant_id, kind=kind, job=self.job)
-        return key.to_message()
+    def fresh(self, kind: vault.Kind, count: int = 1) -> list[dict[str, str]]:
+        made = vault.new_data_keys(self.session, tenant_id=self.job.tenant_id, kind=kind, count=count, job=self.job)
+        return [key.to_message() for key in made]
