@@ -5,6 +5,7 @@ Being on the list lets nobody in: each subject is let in by a row, as one princi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -27,6 +28,8 @@ from cloister_server.store.tables import App, Tenant, new_id
 
 __all__ = ["Discovered", "add", "discover", "find", "listed", "map_subject", "remove", "subjects", "unmap_subject"]
 
+log = logging.getLogger(__name__)
+
 DEFAULT_ALGORITHMS = ("RS256", "ES256")
 _MOST_ISSUERS = 64
 
@@ -46,6 +49,8 @@ def discover(url: str, *, network: Network, algorithms: Sequence[str]) -> Discov
     """Ask an issuer where its keys are (OpenID Connect Discovery, else RFC 8414), and for them, in no transaction. Raises Invalid."""
     if not algorithms or not set(algorithms) <= ALGORITHMS.keys() or network not in get_args(Network):
         raise Invalid(f"an issuer signs with {', '.join(ALGORITHMS)}; name one or more of these, and no other")
+    if len(url) > 512:
+        raise Invalid("an issuer's URL is at most 512 characters long here")
     try:
         told = _metadata(url, network)
         jwks_uri = told.get("jwks_uri")
@@ -86,6 +91,7 @@ def add(session: Session, service: Service, found: Discovered, *, audience: str 
     )
     session.add(issuer)
     verifier.forget_after(session, service)
+    log.info("issuer.added", extra={"issuer": issuer.url, "issuer_id": issuer.id})
     return issuer
 
 
@@ -119,6 +125,7 @@ def remove(session: Session, service: Service, url: str, *, request_id: str) -> 
             session, policy.authorize(session, operator, "tenant.administer", tenant), "issuer.remove", issuer.id
         )
     verifier.forget_after(session, service)
+    log.info("issuer.removed", extra={"issuer": url, "issuer_id": issuer.id, "subjects": gone})
     return gone
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Engine, select
 from starlette.testclient import TestClient
 
 from asked import asked_writing
@@ -22,8 +22,10 @@ from cloister_server.errors import Conflict, Invalid
 from cloister_server.oauth import issuer_keys
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.session import reading
-from cloister_server.store.tables import AuditRow
+from cloister_server.store.identities import User
+from cloister_server.store.issuers import Issuer, IssuerSubject, standing_of_subject
+from cloister_server.store.session import reading, writing
+from cloister_server.store.tables import App, AuditRow, Tenant, now
 from issuers import JWKS, Elsewhere, elsewhere, list_issuer, send_json
 from keys_of_clients import Signer, b64
 from security.test_commands import admin  # noqa: F401 (a fixture)
@@ -125,6 +127,10 @@ def twice(issuer: Elsewhere, claim: str) -> str:
     )
 
 
+def infinite(issuer: Elsewhere) -> str:
+    return json.dumps(issuer.claims(exp=7777)).replace("7777", "1e999")
+
+
 def at(seconds: float) -> int:
     return int(time.time() + seconds)
 
@@ -165,6 +171,10 @@ WRONG: dict[str, Callable[[Elsewhere, Elsewhere], str]] = {
     "without an end": lambda a, b: a.token(exp=None),
     "without a beginning": lambda a, b: a.token(iat=None),
     "an end that is no number": lambda a, b: a.token(exp="9999999999"),
+    "an end that no float holds": lambda a, b: a.token(exp=10**400),
+    "an end that is infinite": lambda a, b: a.signer.sign({"typ": "at+jwt", "kid": "k1"}, None, raw=infinite(a)),
+    "half a character": lambda a, b: a.token(sub="\ud800"),
+    "a subject with a zero byte": lambda a, b: a.token(sub="ada\x00"),
     "an end that is true": lambda a, b: a.token(exp=True),
     "alg none": lambda a, b: unsigned(a, "none"),
     "alg None": lambda a, b: unsigned(a, "None"),
@@ -336,6 +346,44 @@ def test_a_shredded_tenant_has_no_subject(http: TestClient, service: Service, st
     while asked(http, known.token()).status_code == 200:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_subject_stands_while_all_does_that_it_stands_on(engine: Engine) -> None:
+    with writing(engine) as session:
+        for name in ("tn_1", "tn_2"):
+            session.add(Tenant(id=name, name=name))
+        for name in ("active", "invited", "disabled"):
+            session.add(User(tenant_id="tn_1", id=f"us_{name}", name=name, status=name, totp_step=0))
+        session.add(App(tenant_id="tn_1", id="ap_1", name="app", secret_mac=b""))
+        rules = {"jwks_uri": "x", "audience": "x", "algorithms": ["ES256"], "typ": "JWT", "network": "public"}
+        session.add(Issuer(id="is_1", url="https://one.example", **rules))
+        session.add(Issuer(id="is_2", url="https://two.example", **rules))
+        rows = {
+            "active": ("is_1", "tn_1", "us_active"),
+            "invited": ("is_1", "tn_1", "us_invited"),
+            "app": ("is_1", "tn_1", "ap_1"),
+            "disabled": ("is_1", "tn_1", "us_disabled"),
+            "gone": ("is_1", "tn_1", "us_gone"),
+            "of another tenant": ("is_1", "tn_2", "us_active"),
+            "of an issuer that is gone": ("is_3", "tn_1", "us_active"),
+        }
+        for subject, (issuer_id, tenant_id, principal_id) in rows.items():
+            more = {"tenant_id": tenant_id, "principal_id": principal_id}
+            session.add(IssuerSubject(issuer_id=issuer_id, subject=subject, **more))
+
+    def standing() -> dict[str, Any]:
+        with reading(engine) as session:
+            found = {subject: standing_of_subject(session, row[0], subject) for subject, row in rows.items()}
+            assert standing_of_subject(session, "is_2", "active") is None
+        return {subject: each for subject, each in found.items() if each is not None}
+
+    right = {"active": "us_active", "invited": "us_invited", "app": "ap_1"}
+    assert standing() == {subject: ("tn_1", each) for subject, each in right.items()}
+    for change in ({"suspended": now()}, {"status": "shredding"}):
+        with writing(engine) as session:
+            tenant = session.get_one(Tenant, "tn_1")
+            tenant.suspended, tenant.status = change.get("suspended"), change.get("status", "active")
+        assert standing() == {}
 
 
 def test_the_operators_commands(admin: Any, http: TestClient, steward: Any, ada: str, service: Service) -> None:  # noqa: F811

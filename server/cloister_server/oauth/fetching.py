@@ -13,6 +13,7 @@ import json
 import socket
 import ssl
 import threading
+import time
 from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import SplitResult, urlsplit
 
@@ -60,8 +61,7 @@ def fetch_json(url: str, *, network: Network) -> dict[str, Any]:
     """The JSON object at this URL. Raises NotFetched. A fault of ours where this thread has a transaction open."""
     require_no_transaction()
     parts = require_allowed(url, network=network)
-    address = _address(parts, network)
-    connection = _connection(parts, address)
+    connection = _connection(parts, _addresses(parts, network))
     over = threading.Timer(WITHIN_S, connection.cut)  # a time limit on each read alone could be stretched byte by byte
     over.daemon = True
     over.start()
@@ -96,8 +96,8 @@ def _read(connection: http.client.HTTPConnection, path: str) -> bytes:
     return body
 
 
-def _address(parts: SplitResult, network: Network) -> str:
-    """One of the host's addresses, all of which are where they may be."""
+def _addresses(parts: SplitResult, network: Network) -> list[str]:
+    """The host's addresses, all of which are where they may be."""
     host = str(parts.hostname)
     try:
         found = socket.getaddrinfo(host, _port(parts), type=socket.SOCK_STREAM)
@@ -107,7 +107,7 @@ def _address(parts: SplitResult, network: Network) -> str:
     for each in addresses:
         if not _is_in(each, network):
             raise NotFetched(f"{host} is at {each}, which is not in a {network} network")
-    return addresses[0]
+    return addresses
 
 
 def _is_in(address: str, network: Network) -> bool:
@@ -120,8 +120,8 @@ def _is_in(address: str, network: Network) -> bool:
     return (parsed.is_global and not parsed.is_multicast) or (network == "private" and is_ours)
 
 
-def _connection(parts: SplitResult, address: str) -> _Plain:
-    return (_Plain if parts.scheme == "http" else _Secured)(str(parts.hostname), _port(parts), address)
+def _connection(parts: SplitResult, addresses: list[str]) -> _Plain:
+    return (_Plain if parts.scheme == "http" else _Secured)(str(parts.hostname), _port(parts), addresses)
 
 
 def _port(parts: SplitResult) -> int:
@@ -129,21 +129,38 @@ def _port(parts: SplitResult) -> int:
 
 
 class _Plain(http.client.HTTPConnection):
-    """A connection to the address that was checked, whatever the name means by now."""
+    """A connection to one of the addresses that were checked, whatever the name means by now."""
 
-    def __init__(self, host: str, port: int, address: str) -> None:
+    def __init__(self, host: str, port: int, addresses: list[str]) -> None:
         super().__init__(host, port, timeout=WITHIN_S)
-        self._address = address
+        self._addresses, self._ends = addresses, time.monotonic() + WITHIN_S
         self._opened: socket.socket | None = None
+        self._is_cut = False
 
     def connect(self) -> None:
-        self.sock = self._opened = socket.create_connection((self._address, self.port), WITHIN_S)
+        why: OSError = TimeoutError()
+        for address in self._addresses:
+            try:
+                left_s = max(0.001, self._ends - time.monotonic())
+                self._keep(socket.create_connection((address, self.port), left_s))
+                self.sock.settimeout(WITHIN_S)
+                return
+            except OSError as error:
+                why = error
+        raise why
 
     def cut(self) -> None:
         """Let whoever reads find the end; `sock` is forgotten before the answer is read, where the other side is to close."""
+        self._is_cut = True
         if self._opened is not None:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._opened, socket.SHUT_RDWR)
+
+    def _keep(self, opened: socket.socket) -> None:
+        """What is to be cut from here on. Raises TimeoutError where that was to happen already."""
+        self.sock = self._opened = opened
+        if self._is_cut:
+            raise TimeoutError
 
 
 class _Secured(_Plain):
@@ -151,12 +168,11 @@ class _Secured(_Plain):
 
     def connect(self) -> None:
         super().connect()
-        context = ssl.create_default_context()
         # The handshake by itself: it is to be cut, too, and before it there would be nothing to cut.
-        self.sock = self._opened = context.wrap_socket(
-            self.sock, server_hostname=self.host, do_handshake_on_connect=False
-        )
-        self.sock.do_handshake()
+        context = ssl.create_default_context()
+        secured = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        self._keep(secured)
+        secured.do_handshake()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

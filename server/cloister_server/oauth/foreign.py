@@ -7,7 +7,6 @@ which algorithms, for whom and of what type it must be (RFC 9068; RFC 8725). Whe
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,7 +110,7 @@ def _checked_claims(rules: Rules, claims: Mapping[str, Any]) -> ForeignToken:
     audiences = audience if isinstance(audience, list) else [audience]
     if claims.get("iss") != rules.url or len(audiences) > _MOST_AUDIENCES or rules.audience not in audiences:
         raise InvalidSigned("of or for somebody else")
-    if not isinstance(subject, str) or not 0 < len(subject) <= LONGEST_SUBJECT or "\x00" in subject:
+    if not isinstance(subject, str) or not 0 < len(subject) <= LONGEST_SUBJECT or not subject.isprintable():
         raise InvalidSigned("of nobody")
     if rules.typ == "at+jwt" and any(not isinstance(claims.get(name), str) for name in ("client_id", "jti")):
         raise InvalidSigned("without what RFC 9068, section 2.2, requires")
@@ -134,7 +133,7 @@ def _checked_claims(rules: Rules, claims: Mapping[str, Any]) -> ForeignToken:
 def _time(claims: Mapping[str, Any], name: str) -> float:
     """RFC 7519, section 2: seconds, which may have a fraction."""
     value = claims.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > 2**40:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -(2**40) < value < 2**40:
         raise InvalidSigned(f"{name} is no time")
     return float(value)
 
