@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS, PKCS1v15
+from cryptography.hazmat.primitives.hashes import SHA256
 from sqlalchemy import Engine, select
 from starlette.testclient import TestClient
 
@@ -228,6 +231,31 @@ def test_whatever_is_wrong_with_a_token_is_refused_in_the_same_words(
     expected = told["iss of nobody"]
     assert expected[0] == 401 and 'error="invalid_token"' in str(expected[2])
     assert {case: answer for case, answer in told.items() if answer != expected} == {}
+
+
+def test_a_key_of_rsa_signs_with_the_algorithms_that_are_the_issuers_and_with_no_other(
+    http: TestClient, service: Service, steward: Any, ada: str
+) -> None:
+    private = rsa.generate_private_key(65537, 2048)
+    n, e = (
+        b64(each.to_bytes((each.bit_length() + 7) // 8)) for each in (private.public_key().public_numbers().n, 65537)
+    )
+
+    def signed(issuer: Elsewhere, alg: str, padding: Any) -> str:
+        header = {"alg": alg, "typ": "at+jwt", "kid": "rsa"}
+        content = ".".join(b64(json.dumps(part).encode()) for part in (header, issuer.claims()))
+        return f"{content}.{b64(private.sign(content.encode(), padding, SHA256()))}"
+
+    paddings = {"RS256": PKCS1v15(), "PS256": PSS(MGF1(SHA256()), 32)}
+    for taken, refused in (("RS256", "PS256"), ("PS256", "RS256")):
+        with elsewhere(service.settings.issuer) as made:
+            made.keys[:] = [{"kty": "RSA", "n": n, "e": e, "kid": "rsa"}]
+            list_issuer(service, made.url, algorithms=(taken,))
+            let_in(service, steward.tenant_id, made.url)
+            assert asked(http, signed(made, taken, paddings[taken])).json()["id"] == ada
+            assert asked(http, signed(made, refused, paddings[refused])).status_code == 401
+            assert asked(http, signed(made, taken, paddings[refused])).status_code == 401
+            assert asked(http, signed(made, "ES256", paddings[taken])).status_code == 401
 
 
 def test_a_flood_of_unknown_keys_fetches_nothing(http: TestClient, known: Elsewhere) -> None:
