@@ -9,11 +9,12 @@ from httpx2 import Response
 from starlette.testclient import TestClient
 
 from asked import asked_writing
-from cloister_server import grants
+from cloister_server import grants, request_rate
+from cloister_server.errors import RateLimited
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 
-__all__ = ["COLUMNS", "Person", "grant"]
+__all__ = ["COLUMNS", "Person", "grant", "requests_passed"]
 
 COLUMNS: dict[str, Any] = {
     "x": {"type": "number", "low": 0, "high": 1},
@@ -77,3 +78,15 @@ def grant(service: Service, tenant_id: str, to: Any, *verbs: str, on: str) -> No
     with asked_writing(service) as session:
         for verb in verbs:
             grants.add(session, operator, to=to.id, verb=verb, resource_id=on)
+
+
+def requests_passed(service: Service, tenant_id: str) -> int:
+    """How many requests of a tenant pass in this process before one is refused."""
+    number = 0
+    while True:
+        try:
+            if not request_rate.admit_from_memory(service, tenant_id):
+                request_rate.admit(service, tenant_id)
+        except RateLimited:
+            return number
+        number += 1

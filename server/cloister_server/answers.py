@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from sqlalchemy.orm import Session
 
 from cloister.wire import answers as wire
@@ -15,7 +17,14 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.tables import Dataset, Job, Model, ModelVersion, Source, new_id
 
-__all__ = ["get", "price", "start"]
+__all__ = ["get", "padded", "price", "start"]
+
+_PAGE = 4096
+"""Sealed answers are filled up with blanks to multiples of so many bytes."""
+
+_ANSWER_BYTES, _RESULT_BYTES, _BIN_BYTES = 512, 1024, 96
+"""The most that an answer takes as JSON altogether; for each result with its single figures; and for each released integer: told
+twice at most (20 digits), with a share and an edge (25 each)."""
 
 
 def price(session: Session, principal: Principal, service: Service, query: QueryRequest) -> wire.QueryPrice:
@@ -59,6 +68,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
         steps=event.steps,
         epsilon=event.epsilon,
         delta=source.delta,
+        reserved_bytes=quotas.sealed_bytes(_most_bytes(plan)),
     )
     budgets.reserve(session, source, job_id=job.id, principal_id=principal.id, event=event, blocks=(dataset.block,))
     # As it is asked, with models by their ids: a name may come to mean another.
@@ -73,7 +83,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     session.add(job)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, job)
-    quotas.require_sealed(session, principal, service, tenant_id=job.tenant_id, object_id=job.spec_id)
+    quotas.require_job(session, principal, service, job)
     audit.allowed(session, authorized, "dataset.query", dataset.id)
     for model, version in evaluated:
         audit.allowed(session, model, "model.evaluate", f"{model.resource.id}/{version.version}")
@@ -89,6 +99,25 @@ def get(session: Session, principal: Principal, service: Service, job_id: str) -
         raise Conflict(f"the query is {job.status} and has no answer; wait until it is done", code="no_answer")
     sealed = vault.open_object(session, service.blobs, tenant_id=job.tenant_id, object_id=job.result_id)
     return wire.Answer.model_validate_json(sealed)
+
+
+def padded(answer: wire.Answer) -> bytes:
+    """An answer as it is sealed: a size on the disk tells no digits."""
+    plain = answer.model_dump_json().encode()
+    return plain.ljust(_pages(len(plain)))
+
+
+def _most_bytes(plan: QueryPlan) -> int:
+    """The most that `padded` gives of any answer to this plan."""
+    length = _ANSWER_BYTES
+    for planned in plan.queries:
+        length += _RESULT_BYTES + sum(len(json.dumps(each)) + 1 for each in planned.classes)
+        length += sum(_BIN_BYTES * getattr(part.vector, "size", 1) for part in planned.parts)
+    return _pages(length)
+
+
+def _pages(length: int) -> int:
+    return -(-length // _PAGE) * _PAGE
 
 
 def _planned(

@@ -9,11 +9,11 @@ ServerError                500  internal, weights_differ: what is stored is not 
 ├── Invalid                422  invalid_request, rows_refused, batch_too_large, plan_impossible, unit_not_supported,
 │                               sealed_part_refused, not_confirmed
 │   └── IdempotencyMismatch 422 idempotency_mismatch
-├── Conflict               409  conflict, dataset_not_ready, quota_exceeded, tenant_shredded, shredding_unfinished
+├── Conflict               409  conflict, dataset_not_ready, quota_exceeded, job_quota_exceeded, tenant_shredded, shredding_unfinished
 │   ├── BudgetExceeded     409  budget_exceeded
 │   └── RevisionMoved      409  revision_moved
 ├── TooLarge               413  too_large
-├── RateLimited            429  rate_limited
+├── RateLimited            429  rate_limited, request_quota_exceeded: `retry_after_s` in its details is the Retry-After
 ├── Unavailable            503  unavailable, key_provider_busy, storage_full, storage_unavailable, storage_missing, storage_conflict,
 │   │                           storage_foreign
 │   └── LedgerRolledBack   503  ledger_rolled_back: the database is older than its anchor; only reads go on

@@ -25,19 +25,26 @@ FAILURES = {
 """Why a job can fail, in words that say nothing of rows."""
 
 
-def require_start(session: Session, principal: Principal, service: Service, body: wire.StartJob) -> None:
-    """Refuse a run whose network could not start as its spec says; what it looks at never changes, and it writes nothing."""
+def require_start(session: Session, principal: Principal, service: Service, body: wire.StartJob) -> int:
+    """Refuse a run whose network could not start as its spec says; the most bytes that any other comes to store.
+
+    What it looks at never changes, and it writes nothing.
+    """
     spec = body.training
     read = plans.readable(session, principal, spec)
     plans.check_spec(read, spec)
     start = weights.usable(session, principal, spec.initial.id if spec.initial else None, dataset=read.first)
     weights.require_start(session, service, spec.architecture, spec.lora, start)
+    return quotas.training_bytes(spec)
 
 
-def start(session: Session, principal: Principal, service: Service, body: wire.StartJob) -> wire.Job:
-    """Reserve the whole run and queue it, in one transaction; `require_start` has let it pass.
+def start(
+    session: Session, principal: Principal, service: Service, body: wire.StartJob, *, reserved_bytes: int
+) -> wire.Job:
+    """Reserve the whole run and queue it, in one transaction; `require_start` has let it pass, and told `reserved_bytes`.
 
-    Raises BudgetExceeded or RevisionMoved with the ledger unchanged. A worker picks the job up from its row.
+    Raises BudgetExceeded, RevisionMoved, or Conflict where a quota does not admit it, with the ledger unchanged. A worker picks the
+    job up from its row.
     """
     spec = body.training
     read = plans.readable(session, principal, spec)
@@ -60,6 +67,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
         steps=plan.steps,
         epsilon=plan.epsilon(),
         delta=plan.delta,
+        reserved_bytes=reserved_bytes,
     )
     budgets.reserve(session, source, job_id=job.id, principal_id=principal.id, event=plan.event(), blocks=read.blocks)
     job.model_id = _claim_model(session, read.authorized[0], name=body.model).id
@@ -73,7 +81,7 @@ def start(session: Session, principal: Principal, service: Service, body: wire.S
     session.add(job)
     session.flush()  # the grants name the row
     grants.grant_to_creator(session, principal, job)
-    quotas.require_sealed(session, principal, service, tenant_id=job.tenant_id, object_id=job.spec_id)
+    quotas.require_job(session, principal, service, job)
     for authorized in read.authorized:
         audit.allowed(session, authorized, "dataset.train", authorized.resource.id)
     if start is not None:

@@ -52,7 +52,9 @@ def test_a_model_is_trained_and_served_with_all_that_is_sealed_in_a_bucket(
     )
 
     def objects() -> set[str]:
-        return {each["Key"] for each in outside.list_objects_v2(Bucket="sealed").get("Contents", ())}
+        """All but the mark that the store is this deployment's."""
+        found = {each["Key"] for each in outside.list_objects_v2(Bucket="sealed").get("Contents", ())}
+        return found - {"of/cloister/store-id"}
 
     deployment.init()
     app = deployment.app(deployment.tenant("acme"), "steward")
@@ -79,10 +81,10 @@ def test_a_model_is_trained_and_served_with_all_that_is_sealed_in_a_bucket(
         assert (collected["blobs"], collected["bytes"]) == (1, 9)
         assert collected["keys"] > 0, "keys that the attempt was given and had no use for"
         assert objects() == before | {"of/cloister/another/thing"}
-        quota = deployment.admin("storage", "quota", "--tenant", "acme")
-        assert quota["quota_bytes"] is None
+        quota = deployment.admin("tenant", "quota", "acme")["storage"]
+        assert quota["allowed"] is None
         total = sum(each["Size"] for each in outside.list_objects_v2(Bucket="sealed")["Contents"])
-        assert total * 0.99 < quota["used_bytes"] + len(b"not ours") < total * 1.01
+        assert total * 0.99 < quota["used"] + len(b"not ours") < total * 1.01
         doctor = {row["check"]: row["state"] for row in deployment.admin("doctor")}
         assert "FAULT" not in doctor.values()
         assert SECRET not in deployment.log.read_text()

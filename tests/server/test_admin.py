@@ -342,6 +342,7 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(acme: Callable[..
         (("tenant", "create", "new"), {"name": "new", "key_provider": "local"}),
         (("tenant", "suspend", "acme"), {"name": "acme", "jobs_not_over": 0}),
         (("tenant", "resume", "acme"), {"suspended": None}),
+        (("tenant", "quota", "acme", "--jobs", "3"), {"jobs": {"used": 0, "allowed": 3}}),
         (("client", "create", "--tenant", "acme", "--name", "b"), {"name": "b", "role": "trainer"}),
         (("client", "rotate", "app", "--tenant", "acme"), {"client_id": made["client_id"], "name": "app"}),
         (("client", "remove", "app", "--tenant", "acme"), {"name": "app", "sources_without_owner": ["people"]}),
@@ -390,7 +391,18 @@ def test_no_command_takes_a_secret_as_an_argument_and_what_ends_something_can_be
     assert len(options) > 30
     for path, names in options.items():
         assert not {name for name in names if re.search("secret|passphrase$|password|^token$", name)}, path
-        if path[-1] in {"create", "rotate", "revoke", "remove", "shred", "destroy", "suspend", "resume", "write-off"}:
+        if path[-1] in {
+            "create",
+            "rotate",
+            "revoke",
+            "remove",
+            "shred",
+            "destroy",
+            "suspend",
+            "resume",
+            "write-off",
+            "quota",
+        }:
             assert "dry_run" in names or path[:2] == ("key", "recipient"), path
 
 

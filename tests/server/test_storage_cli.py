@@ -1,4 +1,4 @@
-"""`cloister-admin storage`: what is left over and what a tenant may take, at the operator's terminal."""
+"""`cloister-admin storage` and `tenant quota`: what is left over and what a tenant may take, at the operator's terminal."""
 
 from __future__ import annotations
 
@@ -93,14 +93,20 @@ def test_the_cause_is_told_of_a_store_that_cannot_be_asked(
     assert "not-to-be-told" not in refused["error"]
 
 
-def test_quota_shows_and_sets(admin: Callable[..., Result]) -> None:
+def test_quotas_are_shown_set_planned_and_lifted(admin: Callable[..., Result]) -> None:
     def quota(*more: str) -> Any:
-        return told(admin("storage", "quota", "--tenant", "acme", *more))
+        return told(admin("tenant", "quota", "acme", *more))
 
-    assert quota() == {"tenant": "acme", "used_bytes": 0, "quota_bytes": None}
-    assert quota("--bytes", "5000") == {"tenant": "acme", "used_bytes": 0, "quota_bytes": 5000}
-    assert quota()["quota_bytes"] == 5000
-    assert quota("--none")["quota_bytes"] is None
-    for tenant, *wrong in (("acme", "--none", "--bytes", "1"), ("acme", "--bytes", "-1"), ("nobody",)):
-        refused = admin("storage", "quota", "--tenant", tenant, *wrong)
+    def shown(storage: int | None = None, jobs: int | None = None, requests: int | None = None) -> dict[str, Any]:
+        allowed = {"storage": storage, "jobs": jobs, "requests_per_minute": requests}
+        return {"tenant": "acme", **{kind: {"used": 0, "allowed": each} for kind, each in allowed.items()}}
+
+    assert quota() == shown()
+    assert quota("--storage", "5000", "--jobs", "3", "--dry-run") == {"dry_run": True, **shown(5000, 3)}
+    assert quota() == shown()
+    assert quota("--storage", "5000", "--requests-per-minute", "600") == shown(5000, None, 600)
+    assert quota("--jobs", "3", "--storage", "none") == shown(None, 3, 600)
+    assert quota() == shown(None, 3, 600)
+    for tenant, *wrong in (("acme", "--jobs", "many"), ("acme", "--storage", "-1"), ("nobody",)):
+        refused = admin("tenant", "quota", tenant, *wrong)
         assert refused.exit_code == 1 and json.loads(refused.stderr)["error"]

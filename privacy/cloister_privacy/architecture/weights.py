@@ -15,20 +15,25 @@ from cloister_privacy.architecture.network import Network
 from cloister_privacy.errors import ArchitectureRefused, WeightsRefused
 from cloister_privacy.sealing import SealedReader
 
-__all__ = ["architecture_of", "digest_of", "from_bytes", "from_tensors", "to_bytes"]
+__all__ = ["FORMAT", "architecture_of", "digest_of", "from_bytes", "from_tensors", "metadata_of", "to_bytes"]
 
-_FORMAT = "cloister.weights/1"
+FORMAT = "cloister.weights/1"
 
 
 def to_bytes(network: Network) -> bytes:
     """The network's weights, its spec and the digest of its initial weights."""
-    metadata = {"architecture": network.architecture.model_dump_json(), "initial_digest": network.initial_digest}
-    return tensors.write(network.state_dict(), format=_FORMAT, metadata=metadata)
+    metadata = metadata_of(network.architecture, initial_digest=network.initial_digest)
+    return tensors.write(network.state_dict(), format=FORMAT, metadata=metadata)
+
+
+def metadata_of(architecture: Architecture, *, initial_digest: str) -> dict[str, str]:
+    """What the header of weights tells beside their tensors."""
+    return {"architecture": architecture.model_dump_json(), "initial_digest": initial_digest}
 
 
 def from_bytes(body: bytes | memoryview) -> Network:
     """The network that `to_bytes` wrote, on the CPU and ready to predict; raises WeightsRefused for any other bytes."""
-    weights, metadata = tensors.read(body, format=_FORMAT, refused=WeightsRefused)
+    weights, metadata = tensors.read(body, format=FORMAT, refused=WeightsRefused)
     return from_tensors(weights, metadata=metadata)
 
 
@@ -55,10 +60,8 @@ def from_tensors(weights: Mapping[str, Tensor], *, metadata: Mapping[str, str]) 
 
 def architecture_of(metadata: Mapping[str, str]) -> Architecture:
     """The spec in the header of such a body. Raises WeightsRefused for a header of any other."""
-    if metadata.get("format") != _FORMAT:
-        raise WeightsRefused(
-            f"the format is {metadata.get('format')!r}, not {_FORMAT!r}; use the version that wrote it"
-        )
+    if metadata.get("format") != FORMAT:
+        raise WeightsRefused(f"the format is {metadata.get('format')!r}, not {FORMAT!r}; use the version that wrote it")
     try:
         return Architecture.model_validate_json(metadata.get("architecture", ""))
     except ValidationError:

@@ -25,14 +25,17 @@ _WHY = {
     409: "It does not fit what is there: a name is taken, a budget would be exceeded, something is not ready.",
     413: "The body is too large.",
     422: "The request can be read, and does not hold; `details` says where.",
-    429: "Too many requests; `Retry-After` says when the next is welcome.",
+    429: "The tenant has sent as many requests in this minute as its quota allows, or too many were tried from this address.",
     500: "The server failed. It never should; tell its operator the request id.",
     503: "Not at this moment; `Retry-After` says when to try again.",
 }
 _OF_ALL = (400, 413, 500, 503)
-_OF_OAUTH = (*_OF_ALL, 401, 429)
+_OF_OAUTH = (*_OF_ALL, 401)
+_OF_DEVICES = (*_OF_OAUTH, 429)
 _OF_RESOURCES = tuple(_WHY)
-_HEADERS = {401: "WWW-Authenticate", 403: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
+_CHALLENGE = {"WWW-Authenticate": {"schema": {"type": "string"}}}
+_RETRY = {"Retry-After": {"description": "Seconds until it may be tried again.", "schema": {"type": "integer"}}}
+_HEADERS = {401: _CHALLENGE, 403: _CHALLENGE, 429: _RETRY, 503: _RETRY}
 _REFUSAL = {"$ref": "#/components/schemas/ErrorBody"}
 _OAUTH_ERROR = {"$ref": "#/components/schemas/OAuthError"}
 _SCHEMAS = {
@@ -87,15 +90,23 @@ def _complete(document: dict[str, Any]) -> None:
 
 
 def _add_refusals(path: str, operation: dict[str, Any]) -> None:
-    is_oauth, is_resource = path.startswith("/oauth/"), path.startswith("/v1/")
+    is_oauth = path.startswith("/oauth/")
     if is_oauth:
         operation["security"] = [{}, {"Client": []}]
-    for status in _OF_RESOURCES if is_resource else _OF_OAUTH if is_oauth else _OF_ALL:
+    for status in _statuses(path):
         schema = {"anyOf": [_OAUTH_ERROR, _REFUSAL]} if is_oauth else _REFUSAL
         answer: dict[str, Any] = {"description": _WHY[status], "content": {"application/json": {"schema": schema}}}
         if status in _HEADERS:
-            answer["headers"] = {_HEADERS[status]: {"schema": {"type": "string"}}}
+            answer["headers"] = _HEADERS[status]
         operation["responses"][str(status)] = answer
+
+
+def _statuses(path: str) -> tuple[int, ...]:
+    if path == "/oauth/device_authorization":
+        return _OF_DEVICES
+    if path.startswith("/oauth/"):
+        return _OF_OAUTH
+    return _OF_RESOURCES if path.startswith("/v1/") else _OF_ALL
 
 
 def _tighten(schema: dict[str, Any], named: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """What every request passes, whatever answers it: an id, limits, a token, one log line, headers. Knows ASGI; no framework.
 
 From the outside in: `Edge` names the request, answers what nobody else did and logs one line; `Limits` bounds what is
-read; `Guard` lets nobody past without a token but to the few public paths; `StrictJSON` refuses JSON that two readers
-could read differently.
+read; `Guard` lets nobody past without a token but to the few public paths, and no tenant beyond its quota of requests;
+`StrictJSON` refuses JSON that two readers could read differently.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from starlette.concurrency import run_in_threadpool
 
+from cloister_server import request_rate
 from cloister_server.api.problems import response_to, to_server_error
 from cloister_server.audit import keep_denial
 from cloister_server.errors import BadRequest, NotFound, ServerError, TooLarge
@@ -161,7 +162,7 @@ class Limits:
 
 
 class Guard:
-    """Nobody passes without a valid token but to what is public, and before their body is read."""
+    """Before a body is read, nobody passes without a valid token but to what is public, or beyond their tenant's requests a minute."""
 
     def __init__(self, app: App, service: Service) -> None:
         self._app, self._service = app, service
@@ -175,6 +176,8 @@ class Guard:
                 place = {"method": scope["method"], "path": scope["path"]}  # what a proof of possession is for
                 principal = await run_in_threadpool(authenticate, self._service, scope["headers"], **place)
             scope["state"].update(principal=principal, principal_id=principal.id)
+            if not request_rate.admit_from_memory(self._service, principal.tenant_id):
+                await run_in_threadpool(request_rate.admit, self._service, principal.tenant_id)
         await self._app(scope, receive, send)
 
 

@@ -15,8 +15,8 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 @router.post("", status_code=201, response_model=Job)
 def start_job(body: StartJob, call: WriteCall) -> Response:
-    call.read(lambda session: jobs.require_start(session, call.principal, call.service, body))
-    return call.once(body, lambda session: jobs.start(session, call.principal, call.service, body))
+    room = call.read(lambda session: jobs.require_start(session, call.principal, call.service, body))
+    return call.once(body, lambda session: jobs.start(session, call.principal, call.service, body, reserved_bytes=room))
 
 
 @router.get("")

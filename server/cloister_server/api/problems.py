@@ -79,7 +79,7 @@ def response_to(error: Exception, *, request_id: str) -> Response:
     if isinstance(refusal, Forbidden):  # RFC 6750, section 3: the token is fine, and does not reach as far
         headers["WWW-Authenticate"] = 'Bearer realm="cloister", error="insufficient_scope"'
     if isinstance(refusal, (RateLimited, Unavailable)):
-        headers["Retry-After"] = "1"
+        headers["Retry-After"] = str(refusal.details.get("retry_after_s", 1))
     return Response(json.dumps(body.model_dump()), refusal.status, headers, media_type="application/json")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import shredding, suspension, tenants
+from cloister_server import policy, quotas, shredding, suspension, tenants
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import (
     JSON,
@@ -22,8 +22,10 @@ from cloister_server.cli.terminal import (
     run,
     show,
 )
+from cloister_server.errors import Invalid
 from cloister_server.service import Service
 from cloister_server.store.session import reading
+from cloister_server.store.tables import Tenant
 
 __all__ = ["tenant_cli"]
 
@@ -89,6 +91,50 @@ def resume(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
         return asdict(suspension.resume(session, service, operator_in(session, name)))
 
     run(work, as_json, dry_run=dry_run)
+
+
+@tenant_cli.command("quota")
+def quota(
+    name: Named,
+    storage: Annotated[
+        str | None, typer.Option(metavar="BYTES|none", help="The most that its sealed objects may take.")
+    ] = None,
+    jobs: Annotated[
+        str | None, typer.Option(metavar="N|none", help="The most jobs that may be queued or running at once.")
+    ] = None,
+    requests_per_minute: Annotated[
+        str | None,
+        typer.Option(metavar="N|none", help="The most requests of all its apps and people together, in each minute."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: JSON = False,
+) -> None:
+    """Show what a tenant uses and the most that it may, or set that from now on; `none` lifts a bound."""
+    given: dict[quotas.Kind, str | None] = {
+        "storage": storage,
+        "jobs": jobs,
+        "requests_per_minute": requests_per_minute,
+    }
+
+    def work(session: Session, _: Service) -> dict[str, Any]:
+        asked = {kind: _bound(kind, text) for kind, text in given.items() if text is not None}
+        operator = operator_in(session, name)
+        if asked:
+            told = quotas.set_quotas(session, operator, asked)
+        else:
+            policy.authorize(session, operator, "tenant.administer", session.get_one(Tenant, operator.tenant_id))
+            told = quotas.usage(session, operator.tenant_id)
+        return {"tenant": name, **asdict(told)}
+
+    run(work, as_json, dry_run=dry_run)
+
+
+def _bound(kind: quotas.Kind, text: str) -> int | None:
+    if text == "none":
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise Invalid(f"a quota of {kind} is a whole number, or none; {text!r} is neither")
+    return int(text)
 
 
 @tenant_cli.command("shred")

@@ -37,6 +37,7 @@ __all__ = [
     "Model",
     "ModelVersion",
     "Part",
+    "RequestCount",
     "RevokedToken",
     "SealedObject",
     "SeenProof",
@@ -97,9 +98,23 @@ class Tenant(Table):
     suspended: Mapped[datetime | None]
     """Since when nobody acts for it or on what it has; null while it is not suspended."""
     quota_bytes: Mapped[int | None] = mapped_column(BigInteger)
-    """The most that its sealed objects may take; null is without a bound."""
+    """The most bytes that its sealed objects may take; null, here and of the other quotas, is without a bound."""
+    quota_jobs: Mapped[int | None]
+    """The most jobs that may be queued or running at once."""
+    quota_requests: Mapped[int | None]
+    """The most requests that its principals may send in a minute, all together."""
     receipt: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """What was signed of its shredding; while that is under way, what is to be said of the steps that are done."""
+
+
+class RequestCount(Table):
+    """How many requests of a minute are taken by processes, of a tenant that has a quota of them or once had."""
+
+    __tablename__ = "request_counts"
+    tenant_id: Mapped[str] = _id()
+    minute: Mapped[int]
+    """The newest that any was taken of, by the clock: whole minutes since 1970."""
+    taken: Mapped[int]
 
 
 class TenantKey(Table):
@@ -368,6 +383,8 @@ class Job(Table):
     checkpoint_id: Mapped[str | None] = mapped_column(String(40))
     result_id: Mapped[str | None] = mapped_column(String(40))
     """The sealed answer of a query that is done."""
+    reserved_bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default=text("0"))
+    """The most that it may come to store, which counts until it is over; 0 of jobs that are older than the column."""
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     version: Mapped[int | None]
     error_code: Mapped[str | None]

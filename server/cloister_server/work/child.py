@@ -27,7 +27,7 @@ from cloister_privacy.errors import TrainingDiverged
 from cloister_privacy.plan import DPPlan
 from cloister_privacy.sealing import Arena, open_sealed, seal
 from cloister_privacy.sealing.sources import Sealed
-from cloister_server import budgets, datasets, logs, models, processes
+from cloister_server import answers, budgets, datasets, logs, models, processes
 from cloister_server.errors import Unavailable
 from cloister_server.settings import Settings
 from cloister_server.store.anchors import Anchors
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUDIT_STEPS = 8
-
-_ANSWERS_PAGE = 4096
-"""Sealed answers are filled up with blanks to multiples of so many bytes."""
 
 _Ending = Literal["trained", "answered", "paused", "cancelled", "budget", "diverged", "internal"]
 
@@ -185,9 +182,8 @@ class _Running:
             },
         )
         told = Answer(job=self.job_id, dataset=query.dataset, epsilon=plan.epsilon, results=results)
-        key, answer = self._key(self._message["answer"]), told.model_dump_json().encode()
-        padded = answer.ljust(-(-len(answer) // _ANSWERS_PAGE) * _ANSWERS_PAGE)  # a size on the disk tells no digits
-        sealed = self._seal(key, padded)
+        key = self._key(self._message["answer"])
+        sealed = self._seal(key, answers.padded(told))
         self._blobs.put(self.tenant_id, key.object_id, sealed)
         return {"answer_id": key.object_id, "sealed_bytes": len(sealed)}
 
