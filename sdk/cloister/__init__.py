@@ -25,12 +25,19 @@ if TYPE_CHECKING:
     from cloister._errors import JobCancelled as JobCancelled
     from cloister._errors import JobFailed as JobFailed
     from cloister._errors import NotFound as NotFound
+    from cloister._errors import PartiesNotApart as PartiesNotApart
+    from cloister._errors import PartyAnswerRefused as PartyAnswerRefused
+    from cloister._errors import PartyBusy as PartyBusy
+    from cloister._errors import PartyRefused as PartyRefused
+    from cloister._errors import PartyUnavailable as PartyUnavailable
     from cloister._errors import PermissionDenied as PermissionDenied
+    from cloister._errors import PrivateInferenceFailed as PrivateInferenceFailed
     from cloister._errors import RateLimited as RateLimited
     from cloister._errors import RevisionMoved as RevisionMoved
     from cloister._errors import RowsNotFit as RowsNotFit
     from cloister._errors import RowsRefused as RowsRefused
     from cloister._errors import ServerFault as ServerFault
+    from cloister._errors import StaleDeployment as StaleDeployment
     from cloister._errors import StillRunning as StillRunning
     from cloister._errors import TenantKeyRefused as TenantKeyRefused
     from cloister._errors import TimedOut as TimedOut
@@ -42,6 +49,8 @@ if TYPE_CHECKING:
     from cloister._handles import Job as Job
     from cloister._handles import Model as Model
     from cloister._plans import Plan as Plan
+    from cloister._private import AsyncPrivateModel as AsyncPrivateModel
+    from cloister._private import PrivateModel as PrivateModel
     from cloister._queries import AsyncQueryJob as AsyncQueryJob
     from cloister._queries import QueryJob as QueryJob
     from cloister.wire import layers as layers
@@ -65,6 +74,7 @@ if TYPE_CHECKING:
     from cloister.wire.plans import Privacy as DP  # noqa: N814 (DP is its public name)
     from cloister.wire.plans import Schedule as Schedule
     from cloister.wire.plans import Tail as Tail
+    from cloister.wire.private_deployments import Role as Role
     from cloister.wire.sources import Allowance as Allowance
     from cloister.wire.sources import Block as Block
     from cloister.wire.sources import Budget as Budget
@@ -85,12 +95,19 @@ _ERRORS = [
     "JobCancelled",
     "JobFailed",
     "NotFound",
+    "PartiesNotApart",
+    "PartyAnswerRefused",
+    "PartyBusy",
+    "PartyRefused",
+    "PartyUnavailable",
     "PermissionDenied",
+    "PrivateInferenceFailed",
     "RateLimited",
     "RevisionMoved",
     "RowsNotFit",
     "RowsRefused",
     "ServerFault",
+    "StaleDeployment",
     "StillRunning",
     "TenantKeyRefused",
     "TimedOut",
@@ -103,6 +120,7 @@ _HOME: dict[str, tuple[str, str]] = {
     **{name: ("cloister._errors", name) for name in _ERRORS},
     **{name: ("cloister._client", name) for name in ("AsyncCloister", "Cloister")},
     **{name: ("cloister._handles", name) for name in ("AsyncJob", "AsyncModel", "Job", "Model")},
+    **{name: ("cloister._private", name) for name in ("AsyncPrivateModel", "PrivateModel")},
     **{name: ("cloister.wire.certificate", name) for name in ("Certificate", "InvalidCertificate", "verify")},
     **{
         name: ("cloister.wire.columns", f"{name}Column")
@@ -115,6 +133,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "ModelSchema": ("cloister.wire.jobs", "ModelSchema"),
     "DP": ("cloister.wire.plans", "Privacy"),
     "Plan": ("cloister._plans", "Plan"),
+    "Role": ("cloister.wire.private_deployments", "Role"),
     **{name: ("cloister._queries", name) for name in ("AsyncQueryJob", "QueryJob")},
     "layers": ("cloister.wire.layers", ""),
     "queries": ("cloister.wire.queries", ""),

@@ -18,6 +18,7 @@ from cloister._networks import ImportedNetwork, network_of
 from cloister._operations import Operations, id_or_blank
 from cloister._plans import Plan
 from cloister._possession import PrivateKey
+from cloister._private import AsyncPrivateModel, PrivateModel, private_model
 from cloister._profiles import Profile, ProfileStore
 from cloister._queries import AsyncQueries, Queries
 from cloister._resources import (
@@ -32,6 +33,7 @@ from cloister._resources import (
 )
 from cloister.wire import jobs as wire
 from cloister.wire.architecture import Loss
+from cloister.wire.dsse import Keys
 from cloister.wire.layers import Layer
 from cloister.wire.plans import LoRA, Optimizer, PlanRequest, Precision, Privacy
 from cloister.wire.sources import Dataset, Source
@@ -210,6 +212,17 @@ class Cloister:
         """
         return self._sender.run(self._operations.budget(source))
 
+    def private(
+        self, model: str, *, version: int | None = None, keys: Keys | None = None, development: bool = False
+    ) -> PrivateModel:
+        """A version that two parties answer for, none of whom sees a row or an answer (docs/private-inference.md).
+
+        `keys` are the certificate keys that you pinned; without them the server's word is taken for its own. Raises
+        InvalidCertificate, and PartiesNotApart where two roles are one, unless it is for `development`.
+        """
+        asked = private_model(self._operations, model, version, keys=keys, development=development)
+        return PrivateModel(self._sender, self._operations, *self._sender.run(asked))
+
     def certificate_keys(self) -> dict[str, bytes]:
         """The public keys that certificates are signed with, by key id, 32 raw bytes each; pin them out of band.
 
@@ -302,6 +315,13 @@ class AsyncCloister:
     async def budget(self, source: Source | str) -> BudgetReport:
         """As `Cloister.budget`."""
         return await self._sender.run(self._operations.budget(source))
+
+    async def private(
+        self, model: str, *, version: int | None = None, keys: Keys | None = None, development: bool = False
+    ) -> AsyncPrivateModel:
+        """As `Cloister.private`."""
+        asked = private_model(self._operations, model, version, keys=keys, development=development)
+        return AsyncPrivateModel(self._sender, self._operations, *await self._sender.run(asked))
 
     async def certificate_keys(self) -> dict[str, bytes]:
         """As `Cloister.certificate_keys`."""

@@ -11,6 +11,13 @@ CloisterError
 ├── JobFailed               the job ended without a model
 │   └── JobCancelled
 ├── StillRunning            wait(timeout_s=...) ended before the job did
+├── PrivateInferenceFailed  a private prediction that was not made
+│   ├── PartiesNotApart     two roles have one operator, host or certificate; nothing was sent
+│   ├── StaleDeployment     the version was deployed anew, or no more
+│   ├── PartyRefused        a certificate or permission that does not hold, or shares that the party does not take
+│   ├── PartyBusy           too many requests wait at a party
+│   ├── PartyUnavailable    a party or the dealer is away, late, or failed in the middle
+│   └── PartyAnswerRefused  an answer that is none
 └── APIError                the server refused: status, code, request_id, details
     ├── BadRequest          400
     ├── AuthenticationFailed 401
@@ -56,12 +63,19 @@ __all__ = [
     "JobCancelled",
     "JobFailed",
     "NotFound",
+    "PartiesNotApart",
+    "PartyAnswerRefused",
+    "PartyBusy",
+    "PartyRefused",
+    "PartyUnavailable",
     "PermissionDenied",
+    "PrivateInferenceFailed",
     "RateLimited",
     "RevisionMoved",
     "RowsNotFit",
     "RowsRefused",
     "ServerFault",
+    "StaleDeployment",
     "StillRunning",
     "TenantKeyRefused",
     "TimedOut",
@@ -111,6 +125,34 @@ class JobCancelled(JobFailed):
 
 class StillRunning(CloisterError):
     """The wait timed out; the job goes on."""
+
+
+class PrivateInferenceFailed(CloisterError):
+    """A private prediction that was not made."""
+
+
+class PartiesNotApart(PrivateInferenceFailed):
+    """Two of the parties and the dealer are one, as far as they say, and could put the shares together. Nothing was sent."""
+
+
+class StaleDeployment(PrivateInferenceFailed):
+    """The version was deployed privately anew, or is no more: ask for it again by `client.private(...)`."""
+
+
+class PartyRefused(PrivateInferenceFailed):
+    """A party's certificate does not hold, or it does not take the permission or the shares."""
+
+
+class PartyBusy(PrivateInferenceFailed):
+    """Too many requests wait at a party; try again in a moment."""
+
+
+class PartyUnavailable(PrivateInferenceFailed):
+    """A party or the dealer is away, late, or failed in the middle; what was shared is of no use to anybody."""
+
+
+class PartyAnswerRefused(PrivateInferenceFailed):
+    """A party answered what is no share of an answer."""
 
 
 class APIError(CloisterError):

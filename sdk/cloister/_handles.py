@@ -15,6 +15,7 @@ from cloister._progress import Progress
 from cloister.wire import jobs as wire
 from cloister.wire.certificate import Certificate, InvalidCertificate, Keys, verify
 from cloister.wire.plans import NetworkView
+from cloister.wire.private_deployments import Role
 
 __all__ = ["AsyncJob", "AsyncModel", "Job", "JobState", "Model"]
 
@@ -207,6 +208,23 @@ class Model(_ModelState):
         """Probabilities, [rows, categories], in the order of `schema().classes`."""
         return self._sender.run(self._operations.predict_proba(self.id, self.version, x))
 
+    def deploy_privately(
+        self, public_rows: Any, *, parties: tuple[Role, Role], dealer: Role, development: bool = False
+    ) -> dict[str, bytes]:
+        """Share this version's weights between two parties; by role, the file for its operator, sealed for that role alone.
+
+        The records are what `cloister-server identity` printed. `public_rows`, at most 64, as for `predict`, are nobody's secret: the
+        error against the model in the clear is measured on them, and stated. Takes `model.deploy_private`.
+        """
+        asked = self._operations.deploy_privately(
+            self.id, self.version, public_rows, parties=parties, dealer=dealer, development=development
+        )
+        return self._sender.run(asked)[1]
+
+    def end_private(self) -> None:
+        """End this version's private deployment: no client is permitted any more, within a minute."""
+        self._sender.run(self._operations.end_private(self.id, self.version))
+
 
 class AsyncModel(_ModelState):
     """A version of a model that answers predictions, asked from an event loop."""
@@ -238,3 +256,16 @@ class AsyncModel(_ModelState):
     async def predict_proba(self, x: Any) -> NDArray[np.float32]:
         """As `Model.predict_proba`."""
         return await self._sender.run(self._operations.predict_proba(self.id, self.version, x))
+
+    async def deploy_privately(
+        self, public_rows: Any, *, parties: tuple[Role, Role], dealer: Role, development: bool = False
+    ) -> dict[str, bytes]:
+        """As `Model.deploy_privately`."""
+        asked = self._operations.deploy_privately(
+            self.id, self.version, public_rows, parties=parties, dealer=dealer, development=development
+        )
+        return (await self._sender.run(asked))[1]
+
+    async def end_private(self) -> None:
+        """As `Model.end_private`."""
+        await self._sender.run(self._operations.end_private(self.id, self.version))

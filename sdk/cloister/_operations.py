@@ -25,6 +25,15 @@ from cloister.wire.answers import Answer, QueryPrice, StartQuery
 from cloister.wire.jobs import FINAL, Job, Model, ModelSchema, ModelVersion, Page, StartJob
 from cloister.wire.ledger import BudgetEntry, LedgerPage
 from cloister.wire.plans import NetworkView, PlanRequest
+from cloister.wire.private_deployments import (
+    ROLES,
+    DeployPrivately,
+    Permissions,
+    PrivateDeploymentView,
+    PrivateTerms,
+    Role,
+    RoleFile,
+)
 from cloister.wire.queries import QueryRequest
 from cloister.wire.recipients import SEALED_ROWS_TYPE, RecipientKey, padded_bytes, seal_part
 from cloister.wire.rows import encode_rows
@@ -233,6 +242,42 @@ class Operations:
         if "probabilities" not in outputs:
             raise _errors.InvalidArgument("this model predicts a number and has no probabilities; call predict")
         return outputs["probabilities"]
+
+    def deploy_privately(
+        self, model: str, version: int, x: Any, *, parties: tuple[Role, Role], dealer: Role, development: bool
+    ) -> Operation[tuple[PrivateDeploymentView, dict[str, bytes]]]:
+        """Share a version's weights; the deployment, and by role the file that its operator is to be given."""
+        inputs = model_inputs((yield from self.schema(model, version)).inputs, x)
+        rows = oip.encode_request(inputs)["inputs"]
+        body = _errors.valid(
+            DeployPrivately, version=version, parties=parties, dealer=dealer, public_rows=rows, development=development
+        )
+        path = f"/v1/models/{model}/private-deployments"
+        seen = _told(PrivateDeploymentView, (yield from self._ask("POST", path, body)))
+        files: dict[str, bytes] = {}
+        for role in ROLES:
+            path = f"/v1/models/{model}/versions/{version}/private-deployment/roles/{role}"
+            found = _told(RoleFile, (yield from self._ask("GET", path)))
+            if found.deployment != seen.id:
+                raise _errors.StaleDeployment(
+                    "the version was deployed anew by somebody else; take theirs, or deploy again"
+                )
+            files[role] = base64.b64decode(found.file)
+        return seen, files
+
+    def end_private(self, model: str, version: int) -> Operation[PrivateDeploymentView]:
+        path = f"/v1/models/{model}/versions/{version}/private-deployment"
+        return _told(PrivateDeploymentView, (yield from self._ask("DELETE", path)))
+
+    def private_terms(self, model: str, version: int) -> Operation[PrivateTerms]:
+        """What must be known to share an input."""
+        path = f"/v1/models/{model}/versions/{version}/private-deployment"
+        return _told(PrivateTerms, (yield from self._ask("GET", path)))
+
+    def permissions(self, model: str, version: int) -> Operation[Permissions]:
+        """One for each party."""
+        path = f"/v1/models/{model}/versions/{version}/private-deployment/permissions"
+        return _told(Permissions, (yield from self._ask("GET", path)))
 
     def certificate_keys(self) -> Operation[dict[str, bytes]]:
         """Key id -> raw Ed25519 public key. Pin them out of band: whoever serves a forged certificate can serve a forged key."""

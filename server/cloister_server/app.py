@@ -21,6 +21,7 @@ from cloister_server.api import (
     oauth,
     pages,
     plans,
+    private_deployments,
     problems,
     queries,
     sources,
@@ -72,7 +73,9 @@ def _api(service: Service) -> FastAPI:
         ),
     )
     api.state.service = service
-    for each in (discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, weights, queries):
+    for each in (
+        discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, private_deployments, weights, queries,
+    ):  # fmt: skip
         api.include_router(each.router)
     api.openapi = document.describe(api)  # type: ignore[method-assign]  # FastAPI's own way to replace it
     return api

@@ -31,6 +31,7 @@ from cloister_server.store.tables import (
     Link,
     Model,
     ModelVersion,
+    PrivateDeployment,
     Source,
     Table,
     Tenant,
@@ -41,7 +42,7 @@ from cloister_server.store.tables import (
 __all__ = ["note", "sealed"]
 
 _TABLES: tuple[type[Table], ...] = (
-    Source, Block, Dataset, Model, Job, Grant, LedgerEntry, Balance, Link, AuditRow, Weights
+    Source, Block, Dataset, Model, Job, Grant, LedgerEntry, Balance, Link, AuditRow, Weights, PrivateDeployment
 )  # fmt: skip
 _AT_ONCE = 1000
 

@@ -9,7 +9,7 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any
 
-from cloister_server.settings import Settings
+from cloister_server.settings import RoleSettings, Settings
 
 __all__ = ["JSONFormatter", "configure"]
 
@@ -39,7 +39,7 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure(settings: Settings) -> None:
+def configure(settings: Settings | RoleSettings) -> None:
     """Send every logger of this process to standard error; said again, it changes the level and adds nothing."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter())

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from cloister_privacy.architecture import Network
 
 __all__ = [
+    "architecture",
     "audit_statement",
     "certified",
     "deployment",
@@ -133,10 +134,10 @@ def audit_statement(
 
 
 def find_version(
-    session: Session, principal: Principal, id_or_name: str, number: int | None
+    session: Session, principal: Principal, id_or_name: str, number: int | None, *, verb: str = "model.predict"
 ) -> tuple[Authorized[Model], ModelVersion]:
-    """The version to answer with (the champion where none is named), if the principal may predict with it."""
-    authorized = policy.find(session, principal, "model.predict", Model, id_or_name)
+    """The version to answer with (the champion where none is named), if the principal may do this with the model."""
+    authorized = policy.find(session, principal, verb, Model, id_or_name)
     return authorized, _version(session, authorized.resource, number or authorized.resource.champion)
 
 
@@ -147,14 +148,14 @@ def schema(session: Session, principal: Principal, service: Service, id_or_name:
 
 def schema_of(session: Session, service: Service, row: ModelVersion) -> wire.ModelSchema:
     """What a version reads and predicts. Nothing of it is remembered: it outlives the tenant's key by no moment."""
-    spec = _architecture(session, service, row)
+    spec = architecture(session, service, row)
     return wire.ModelSchema(inputs=spec.inputs, target=spec.target, output=spec.output)
 
 
 def network(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> NetworkView:
     """A version's network as a table and as a picture, for whoever may publish to the model: it is sealed with the weights."""
     model = policy.find(session, principal, "model.publish", Model, id_or_name).resource
-    return plans.view_network(_architecture(session, service, _version(session, model, number)))
+    return plans.view_network(architecture(session, service, _version(session, model, number)))
 
 
 def certified(session: Session, settings: Settings, row: ModelVersion) -> Certificate | None:
@@ -309,7 +310,7 @@ def _charged(row: LedgerEntry) -> ChargedEvent:
     return ChargedEvent(source=row.source_id, id=chain.row_id(row), block=row.block, digest=digest)
 
 
-def _architecture(session: Session, service: Service, row: ModelVersion) -> Architecture:
+def architecture(session: Session, service: Service, row: ModelVersion) -> Architecture:
     """A version's spec, from the header of its sealed weights: no more of them is opened than the chunks it lies in."""
     from cloister_privacy.architecture.weights import architecture_of
 

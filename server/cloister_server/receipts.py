@@ -129,6 +129,8 @@ def _not_covered(settings: Settings, keys: Iterable[DestroyedKey]) -> dict[str, 
         "hold is sealed.",
         "memory": "What processes of the service still had opened, for at most 3600 s (their CLOISTER_KEY_CACHE_S) after the keys "
         "were destroyed, memory that they gave back without overwriting it, and swap.",
+        "parties": "Shares of weights, and architectures, that were handed to the parties and dealers of private deployments: they "
+        "are with those, who get no requests any more within a minute.",
         "clients": "What clients were given: predictions, answers, certificates, rows that they uploaded and still have.",
         "exports": "Bundles and exports that were given out.",
         "recordings": "Recordings of requests, on the way or by a proxy, of what clients had not sealed themselves.",

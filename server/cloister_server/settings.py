@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from cloister_server.errors import StartRefused
 
-__all__ = ["Settings", "child_environment", "load_settings"]
+__all__ = ["RoleSettings", "Settings", "child_environment", "load_role_settings", "load_settings"]
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def _home(kind: Literal["data", "config"]) -> Path:
@@ -118,13 +120,43 @@ class Settings(BaseModel):
         return json.dumps(values)
 
 
+class RoleSettings(BaseModel):
+    """Every knob of a party or a dealer of private inference; `CLOISTER_ROLE_<NAME>` in the environment sets `<name>`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directory: Path = Field(default_factory=lambda: _home("data").with_name("cloister-role"))
+    """Its identity, which indices it has burned and, sealed, randomness for later. One role's alone, and never a restored copy."""
+    file: Path
+    """The role file, sealed for it, of the deployment that it serves."""
+    certificate_keys: Path
+    """The platform's certificate keys, got by another way than the role file."""
+    listen: str | None = None
+    """The address to listen at; by default the host that its record names."""
+    form_s: Annotated[float, Field(ge=1, le=60)] = 10.0
+    """The most that forming the group may take, before it is tried anew."""
+    request_s: Annotated[float, Field(ge=1, le=600)] = 30.0
+    disk_bytes: Annotated[int, Field(ge=2**20)] = 2**28
+    """The most that randomness for later may take on disk at party 0."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
 def load_settings(**given: Any) -> Settings:
     """Read `CLOISTER_*`, what is given going before it; an impossible value refuses the start by name."""
-    read = {name: os.environ.get(f"CLOISTER_{name.upper()}") for name in Settings.model_fields}
+    return _load(Settings, "CLOISTER_", given)
+
+
+def load_role_settings(**given: Any) -> RoleSettings:
+    """Read `CLOISTER_ROLE_*`, as `load_settings` reads the server's."""
+    return _load(RoleSettings, "CLOISTER_ROLE_", given)
+
+
+def _load(model: type[S], prefix: str, given: dict[str, Any]) -> S:
+    read = {name: os.environ.get(f"{prefix}{name.upper()}") for name in model.model_fields}
     try:
-        return Settings.model_validate({**{name: value for name, value in read.items() if value}, **given})
+        return model.model_validate({**{name: value for name, value in read.items() if value}, **given})
     except ValidationError as error:
-        problems = "; ".join(f"CLOISTER_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(f"{prefix}{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
         raise StartRefused(f"the settings do not hold: {problems}; correct the environment") from None
 
 

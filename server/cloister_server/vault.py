@@ -91,7 +91,7 @@ _AT_ONCE = 500
 _UNITS_ID = "units"
 """The object id of the one key of a tenant that tells its users apart: a second one cannot be stored."""
 
-Kind = Literal["part", "manifest", "spec", "checkpoint", "weights", "initial", "units", "answer", "recipient"]
+Kind = Literal["part", "manifest", "spec", "checkpoint", "weights", "initial", "units", "answer", "recipient", "roles"]
 Purpose = Literal["token", "certificate", "pepper"]
 
 

@@ -301,10 +301,11 @@ def test_a_wire_between_the_roles_carries_tls_alone(group: Group, tmp_path: Path
         b"cloister.mpc",
         b"generation",
     ]
-    assert len(wire) > 20_000
+    assert len(wire) > 5_000, "one request and its randomness; more was dealt ahead where there was time"
     assert all(each[:16] not in wire for each in planted)
     body = np.frombuffer(wire, np.uint8)
-    assert np.bincount(body, minlength=256).max() < 3 * len(body) / 256
+    others = np.delete(np.bincount(body, minlength=256), [0x00, 0x03, 0x17])  # heads of records hold these
+    assert others.max() < 3 * len(body) / 256
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from cloister_privacy.mpc.errors import (
     PeerRefused,
     PrivateInferenceError,
     RequestDropped,
+    RoleFileRefused,
     ScaleRefused,
     SharesOfAnother,
 )
@@ -21,6 +22,7 @@ from cloister_privacy.mpc.links import Identity, Peer
 from cloister_privacy.mpc.network import SharedNetwork, split_weights
 from cloister_privacy.mpc.party import Party
 from cloister_privacy.mpc.rehearsal import MeasuredError, choose_fraction_bits, measure_error
+from cloister_privacy.mpc.role_files import OpenedRole, open_role_file, seal_role_file
 from cloister_privacy.mpc.weights import open_shares, seal_shares
 
 __all__ = [
@@ -34,17 +36,21 @@ __all__ = [
     "MaterialExhausted",
     "MaterialRefused",
     "MeasuredError",
+    "OpenedRole",
     "Party",
     "Peer",
     "PeerRefused",
     "PrivateInferenceError",
     "RequestDropped",
+    "RoleFileRefused",
     "ScaleRefused",
     "SharedNetwork",
     "SharesOfAnother",
     "choose_fraction_bits",
     "measure_error",
+    "open_role_file",
     "open_shares",
+    "seal_role_file",
     "seal_shares",
     "split_weights",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cloister.wire.private_deployments import shared_by
 from cloister_privacy.mpc.errors import CoLocated
 from cloister_privacy.mpc.links import Peer
 
@@ -23,17 +24,12 @@ class Deployment:
 
         What they declare is not proven. With `development` nothing is asked.
         """
-        roles = (*self.parties, self.dealer)
-        for what, values in {
-            "operator": [role.operator for role in roles],
-            "host": [role.host for role in roles],
-            "certificate": [role.digest for role in roles],
-        }.items():
-            if not development and len(set(values)) < len(roles):
-                raise CoLocated(
-                    f"two of the parties and the dealer share their {what}, and could put the shares together; run them under "
-                    "different administrators, or say development=True where nothing is private"
-                )
+        what = shared_by((*self.parties, self.dealer))
+        if what is not None and not development:
+            raise CoLocated(
+                f"two of the parties and the dealer share their {what}, and could put the shares together; run them under "
+                "different administrators, or say development=True where nothing is private"
+            )
 
 
 @dataclass(frozen=True, slots=True)

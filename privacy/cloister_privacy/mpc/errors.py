@@ -4,6 +4,8 @@ PrivateInferenceError
 ├── LayerNotShared (an ArchitectureRefused)
 ├── ScaleRefused
 ├── SharesOfAnother
+├── RoleFileRefused
+├── CoLocated
 ├── MaterialError
 │   ├── MaterialRefused
 │   ├── MaterialExhausted
@@ -26,6 +28,7 @@ __all__ = [
     "PeerRefused",
     "PrivateInferenceError",
     "RequestDropped",
+    "RoleFileRefused",
     "ScaleRefused",
     "SharesOfAnother",
 ]
@@ -49,6 +52,10 @@ class ScaleRefused(PrivateInferenceError):
 
 class SharesOfAnother(PrivateInferenceError):
     """Shares of another deployment, party, version or shape; nothing was spent on them."""
+
+
+class RoleFileRefused(PrivateInferenceError):
+    """What a role was given is not for it, not of this version, or not stated by whom it trusts."""
 
 
 class MaterialError(PrivateInferenceError):

@@ -80,15 +80,18 @@ class Identity:
     key: Path = field(repr=False)
 
     @classmethod
-    def create(cls, directory: Path, name: str, *, days: int = 365) -> Identity:
-        """A new key on P-256 and a certificate that it signs itself; raises FileExistsError where there is one."""
+    def create(cls, directory: Path, name: str, *, days: int = 365, subject: str | None = None) -> Identity:
+        """A new key on P-256 and a certificate that it signs itself; raises FileExistsError where there is one.
+
+        The certificate's `subject`, by default the name, must be another for each that one peer pins together.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        told = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject or name)])
         now = datetime.datetime.now(datetime.UTC)
         certificate = (
             x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(subject)
+            .subject_name(told)
+            .issuer_name(told)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(min(now, now + datetime.timedelta(days=days)) - datetime.timedelta(minutes=5))
@@ -106,13 +109,15 @@ class Identity:
         """How others know this role."""
         return Peer(name, self.certificate.read_text(), host, port, operator)
 
-    def context(self, peers: Iterable[Peer], *, is_server: bool) -> ssl.SSLContext:
-        """TLS 1.3 that asks for a certificate and takes these alone; the name in it says nothing, its bytes do."""
+    def context(self, peers: Iterable[Peer] | None, *, is_server: bool) -> ssl.SSLContext:
+        """TLS 1.3 that asks for a certificate and takes these alone; the name in it says nothing, its bytes do. With None it asks for
+        none: whoever comes must show who they are by other means."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(cadata="".join(peer.certificate for peer in peers))
+        context.verify_mode = ssl.CERT_NONE if peers is None else ssl.CERT_REQUIRED
+        if peers is not None:
+            context.load_verify_locations(cadata="".join(peer.certificate for peer in peers))
         context.load_cert_chain(self.certificate, self.key)
         if is_server:
             context.num_tickets = 0
@@ -218,9 +223,9 @@ def connect(identity: Identity, peer: Peer, deadline: Deadline) -> Link:
 
 
 def _secured(
-    context: ssl.SSLContext, raw: socket.socket, peers: Iterable[Peer], timeout_s: float, *, is_server: bool
+    context: ssl.SSLContext, raw: socket.socket, peers: Iterable[Peer] | None, timeout_s: float, *, is_server: bool
 ) -> Link:
-    names = {peer.digest: peer.name for peer in peers}
+    names = {peer.digest: peer.name for peer in peers or ()}
     told = "a peer" if len(names) != 1 else next(iter(names.values()))
     raw.settimeout(max(0.01, timeout_s))
     try:
@@ -233,6 +238,8 @@ def _secured(
     except OSError as exc:
         raw.close()
         raise RequestDropped(f"{told} broke the handshake off; try again") from exc
+    if peers is None:
+        return Link(sock, "a client")
     digest = _digest(sock.getpeercert(binary_form=True) or b"")
     if digest not in names:
         sock.close()
@@ -241,12 +248,21 @@ def _secured(
 
 
 class Listener:
-    """Takes links of pinned peers, each handed to `on_link` in a thread of its own; whoever else knocks holds nobody up."""
+    """Takes links of pinned peers, each handed to `on_link` in a thread of its own; whoever else knocks holds nobody up.
+
+    With None in place of peers it takes anybody's, for clients who show a permission.
+    """
 
     def __init__(
-        self, identity: Identity, peers: Iterable[Peer], host: str, port: int, *, on_link: Callable[[Link], None]
+        self,
+        identity: Identity,
+        peers: Iterable[Peer] | None,
+        host: str,
+        port: int,
+        *,
+        on_link: Callable[[Link], None],
     ) -> None:
-        self._peers = tuple(peers)
+        self._peers = None if peers is None else tuple(peers)
         self._context = identity.context(self._peers, is_server=True)
         self._on_link, self._is_closed = on_link, False
         self._handshakes = threading.BoundedSemaphore(_MOST_HANDSHAKES)

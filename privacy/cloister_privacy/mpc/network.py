@@ -5,7 +5,6 @@ All of it follows from the architecture, the number of rows and the fraction bit
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import AudioColumn, CategoryColumn, NumberColumn, TextColumn
+from cloister.wire.private_deployments import network_digest
 from cloister.wire.shares import FRACTION_BITS, encode, split
 from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.network import Network
@@ -64,8 +64,7 @@ class SharedNetwork:
     @property
     def digest(self) -> str:
         """SHA-256 of what both parties and the dealer must agree on."""
-        told = f"cloister.mpc/1 {self.fraction_bits} {self.architecture.model_dump_json()}"
-        return hashlib.sha256(told.encode()).hexdigest()
+        return network_digest(self.architecture, self.fraction_bits)
 
     def _inputs(self, nodes: list[Node]) -> dict[str, Shape]:
         found: dict[str, Shape] = {}

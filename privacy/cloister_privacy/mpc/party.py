@@ -103,7 +103,9 @@ class Party:
 
     @property
     def is_formed(self) -> bool:
-        return self._group is not None
+        """Whether there is a generation that nobody has ended."""
+        group = self._group
+        return group is not None and not group.is_over
 
     @property
     def bytes_sent(self) -> int:
@@ -240,7 +242,7 @@ class Party:
         """
         if self.number != 0:
             raise ValueError("party 0 leads, and party 1 follows")
-        rows = self._checked(shares)
+        rows = self.check(shares)
         with self._turn:
             group, deadline = self._current(), Deadline.after(self._limits.request_s)
             assert group.stock is not None  # noqa: S101 (party 0 has one)
@@ -297,12 +299,12 @@ class Party:
         shares = find(request)
         if shares is None or shares.request != request:
             raise SharesOfAnother("no share of this request came; send one to each party")
-        if self._checked(shares) != index.rows:
+        if self.check(shares) != index.rows:
             raise SharesOfAnother("the shares of the two parties have different numbers of rows; share them again")
         return shares, index
 
-    def _checked(self, shares: Shares) -> int:
-        """How many rows. Raises SharesOfAnother."""
+    def check(self, shares: Shares) -> int:
+        """How many rows these shares of a request have. Raises SharesOfAnother where this party would not take them."""
         expected: dict[str, Any] = {
             "deployment": self._deployment.id, "party": self.number, "fraction_bits": self._network.fraction_bits,
         }  # fmt: skip

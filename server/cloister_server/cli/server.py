@@ -1,4 +1,4 @@
-"""`cloister-server serve`: the supervisor of one API process and one worker. Trains nothing, answers nothing itself.
+"""`cloister-server serve`: the supervisor of one API process and one worker. Trains nothing, answers nothing itself. Roles: `roles`.
 
 A process that dies is started again; all of them die with the supervisor, by whatever death.
 """
@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cloister_server import deployment, logs, marking, processes
+from cloister_server.cli import roles
 from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.keyring import KeyRing
 from cloister_server.settings import Settings, load_settings
@@ -37,7 +38,7 @@ _GRACE_S = 8.0
 
 @cli.callback()
 def _root() -> None:
-    """The Cloister server; settings come from CLOISTER_* in the environment."""
+    """The Cloister server, and the roles of private inference; settings come from CLOISTER_* in the environment."""
 
 
 @cli.command()
@@ -55,6 +56,9 @@ def serve(
     except StartRefused as refusal:
         print(f"cloister-server: {refusal}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+roles.add_to(cli)
 
 
 def _supervise(settings: Settings) -> None:

@@ -73,6 +73,7 @@ VERBS: Mapping[str, type[Table]] = {
     "model.read": Model,
     "model.predict": Model,
     "model.publish": Model,
+    "model.deploy_private": Model,
     "weights.create": Tenant,
     "weights.use": Weights,
 }

@@ -37,6 +37,7 @@ __all__ = [
     "Model",
     "ModelVersion",
     "Part",
+    "PrivateDeployment",
     "RequestCount",
     "RevokedToken",
     "SealedObject",
@@ -430,6 +431,29 @@ class ModelVersion(Table):
     weights_id: Mapped[str] = _id(primary=False)
     certificate: Mapped[dict[str, Any]]
     created: Mapped[datetime] = mapped_column(default=now)
+
+
+class PrivateDeployment(Table):
+    """One time that a version's weights were shared between two parties; the newest that is not ended answers."""
+
+    __tablename__ = "private_deployments"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["tenant_id", "model_id", "version"],
+            ["model_versions.tenant_id", "model_versions.model_id", "model_versions.version"],
+        ),
+    )
+    tenant_id: Mapped[str] = _id()
+    model_id: Mapped[str] = _id()
+    version: Mapped[int] = mapped_column(primary_key=True)
+    generation: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[str] = _id(primary=False)
+    statement: Mapped[dict[str, Any]]
+    """The signed envelope, which is public."""
+    files_id: Mapped[str | None] = mapped_column(String(40))
+    """The sealed object with what each role is given; null once the deployment is ended, or a newer one is there."""
+    created: Mapped[datetime] = mapped_column(default=now)
+    ended: Mapped[datetime | None]
 
 
 class Weights(Table):

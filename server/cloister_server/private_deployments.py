@@ -1,0 +1,317 @@
+"""Private deployments: a version's weights shared between two parties, stated and signed, and permissions to ask them. Knows SQL.
+
+What a role is given is sealed for its key, and once more by the vault, so that it ends with the tenant's key. Whoever opens the
+weights to share them is this process, which knows them anyway; no share is ever stored in the clear.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version as installed
+from typing import TYPE_CHECKING, Any
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+from joserfc import jwt
+from joserfc.jwk import ECKey
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from cloister.wire._errors import InvalidArgument
+from cloister.wire.architecture import Architecture
+from cloister.wire.certificate import Certificate, digest_of
+from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs
+from cloister.wire.private_deployments import (
+    ROLES,
+    DeployPrivately,
+    Permissions,
+    PrivateDeploymentView,
+    PrivateTerms,
+    RoleFile,
+    RoleName,
+    shared_by,
+    sign_private_deployment,
+)
+from cloister.wire.private_deployments import PrivateDeployment as Statement
+from cloister.wire.private_requests import LONGEST_PERMISSION_S, PERMISSION_TYPE, audience
+from cloister_privacy.sealing import Arena
+from cloister_server import audit, models, quotas, vault
+from cloister_server.errors import Conflict, Invalid, NotFound
+from cloister_server.oauth.verifier import ALGORITHM
+from cloister_server.principal import Principal
+from cloister_server.service import Service
+from cloister_server.store.tables import Model, ModelVersion, PrivateDeployment, new_id, now
+from cloister_server.vault import DataKey
+
+if TYPE_CHECKING:
+    from cloister_privacy.architecture import Network
+    from cloister_privacy.mpc import MeasuredError
+
+__all__ = ["Opened", "Shared", "deploy", "end", "opened", "permissions", "role_file", "shared", "terms"]
+
+_DEPLOY = "model.deploy_private"
+_MOST_ROWS_MEASURED = 64
+_BYTES_AT_ONCE = 2**25
+"""The most randomness of one request, about: it decides how many rows one takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A version that may be deployed privately, and what opens it."""
+
+    tenant_id: str
+    model_id: str
+    version: int
+    weights_id: str
+    key: DataKey = field(repr=False)
+    certificate: Certificate | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A version's weights as two sealed shares, and what was measured of them."""
+
+    id: str
+    version: int
+    architecture: Architecture
+    network_digest: str
+    fraction_bits: int
+    rows: int
+    measured: MeasuredError
+    sealed: tuple[bytes, bytes] = field(repr=False)
+
+
+def opened(session: Session, principal: Principal, service: Service, id_or_name: str, body: DeployPrivately) -> Opened:
+    """The version that is asked for, if the principal may deploy it privately, and the request is one that can be met."""
+    model, row = models.find_version(session, principal, id_or_name, body.version, verb=_DEPLOY)
+    roles = (*body.parties, body.dealer)
+    what = shared_by(roles)
+    if what is not None and not body.development:
+        raise Invalid(
+            f"two of the parties and the dealer share their {what}, and could put the shares together; name roles of different "
+            "operators, or say development where nothing is private",
+            code="roles_not_apart",
+        )
+    if any(party.client_port is None for party in body.parties):
+        raise Invalid(
+            "a party has no client_port; give the record of a party, and not a dealer's", code="roles_not_apart"
+        )
+    if any(role.not_after <= now() for role in roles):
+        raise Invalid("a role's certificate has expired; have its operator make a new identity", code="role_expired")
+    if not body.public_rows:
+        raise Invalid(
+            "there are no public rows, and without them nobody can say how far the shared network is from the one in the clear; "
+            "send 1 to 64 rows that are nobody's secret, synthetic ones for instance",
+            code="public_rows_needed",
+        )
+    key = vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)
+    certificate = models.certified(session, service.settings, row)
+    return Opened(row.tenant_id, model.resource.id, row.version, row.weights_id, key, certificate)
+
+
+def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
+    """The weights as two shares, each sealed for its party, with the error on the public rows. Slow: in no transaction."""
+    from cloister_privacy.architecture.inputs import validate_inputs
+    from cloister_privacy.errors import ArchitectureRefused, InputRefused
+    from cloister_privacy.mpc import PrivateInferenceError, SharedNetwork, choose_fraction_bits, measure_error
+
+    sealed = service.blobs.sealed(version.tenant_id, version.weights_id)
+    network = models.open_network(
+        sealed, version.key, arena=Arena(service.settings.model_cache_bytes), certificate=version.certificate
+    )
+    try:
+        rows = validate_inputs(network.architecture, decode_inputs(InferRequest(inputs=list(body.public_rows))))
+        count = len(next(iter(rows.values())))
+        if count > _MOST_ROWS_MEASURED:
+            raise Invalid(
+                f"there are {count} public rows; {_MOST_ROWS_MEASURED} are the most", code="public_rows_needed"
+            )
+        bits = choose_fraction_bits(network, rows)
+        shape = SharedNetwork(network.architecture, fraction_bits=bits)
+        measured = measure_error(network, rows, fraction_bits=bits)
+        deployment_id = new_id("pd")
+        parts = _sealed_shares(shape, network, body, deployment_id)
+    except (PrivateInferenceError, ArchitectureRefused) as error:
+        raise Invalid(str(error), code="not_shared") from None
+    except (InputRefused, MalformedTensor, InvalidArgument) as error:
+        raise Invalid(f"this cannot be shared: {error}") from None
+    return Shared(deployment_id, version.version, network.architecture, shape.digest, bits, count, measured, parts)
+
+
+def _sealed_shares(shape: Any, network: Network, body: DeployPrivately, deployment_id: str) -> tuple[bytes, bytes]:
+    from cloister_privacy.mpc import seal_shares, split_weights
+
+    first, second = (
+        seal_shares(share, _public(role.seal_to), network=shape, deployment=deployment_id, party=party)
+        for party, (share, role) in enumerate(
+            zip(split_weights(shape, network.state_dict()), body.parties, strict=True)
+        )
+    )
+    return first, second
+
+
+def deploy(
+    session: Session, principal: Principal, service: Service, id_or_name: str, body: DeployPrivately, made: Shared
+) -> PrivateDeploymentView:
+    """Make these shares the version's newest private deployment: signed, audited, and the ones before it over."""
+    authorized, row = models.find_version(session, principal, id_or_name, made.version, verb=_DEPLOY)
+    model = authorized.resource
+    session.get_one(Model, (model.tenant_id, model.id), with_for_update=True)  # one generation at a time
+    before = _newest(session, row)
+    key_id, private = vault.certificate_signer(session, service.keys)
+    statement = Statement(
+        id=made.id,
+        tenant=row.tenant_id,
+        model=row.model_id,
+        version=row.version,
+        generation=1 if before is None else before.generation + 1,
+        certificate_digest=digest_of(row.certificate),
+        network_digest=made.network_digest,
+        fraction_bits=made.fraction_bits,
+        rows_at_once=max(1, min(256, _BYTES_AT_ONCE * made.rows // max(1, made.measured.bytes_dealt))),
+        rows_measured=made.rows,
+        max_error=made.measured.max_error,
+        equal_argmax=made.measured.equal_argmax,
+        parties=body.parties,
+        dealer=body.dealer,
+        issuer=service.settings.issuer,
+        development=body.development,
+        server=installed("cloister"),
+        since=now(),
+    )
+    envelope = sign_private_deployment(statement, private_key=private, key_id=key_id)
+    files = _role_files(statement, envelope, made)
+    files_id = vault.seal_object(session, service.blobs, files, tenant_id=row.tenant_id, kind="roles")
+    session.add(
+        PrivateDeployment(
+            tenant_id=row.tenant_id,
+            model_id=row.model_id,
+            version=row.version,
+            generation=statement.generation,
+            id=made.id,
+            statement=envelope,
+            files_id=files_id,
+        )
+    )
+    if before is not None:
+        _end(session, service, before)
+    audit.allowed(session, authorized, _DEPLOY, f"{model.id}/{row.version}")
+    quotas.require_sealed(session, principal, service, tenant_id=row.tenant_id, object_id=files_id)
+    return _view(row, statement.generation, made.id, envelope)
+
+
+def terms(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> PrivateTerms:
+    """What whoever may predict with a version needs in order to share an input: its architecture is public to them."""
+    _, row = models.find_version(session, principal, id_or_name, number)
+    found = _standing(session, row)
+    return PrivateTerms(
+        statement=found.statement,
+        certificate=row.certificate,
+        architecture=models.architecture(session, service, row),
+    )
+
+
+def permissions(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> Permissions:
+    """One for each party, for a minute: whoever loses the grant, or the tenant its key, gets none from then on."""
+    _, row = models.find_version(session, principal, id_or_name, number)
+    found = _standing(session, row)
+    vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)  # it must be to be had still
+    signer = vault.signing_key(session, service.keys, "token")
+    key = ECKey.import_key(signer.secret, {"kid": signer.id, "use": "sig", "alg": ALGORITHM})
+    header = {"alg": ALGORITHM, "typ": PERMISSION_TYPE, "kid": signer.id}
+    at = int(time.time())
+    claims = {"iss": service.settings.issuer, "sub": principal.id, "iat": at, "exp": at + LONGEST_PERMISSION_S}
+    first, second = (
+        jwt.encode(header, {**claims, "aud": audience(found.id, party), "jti": secrets.token_hex(16)}, key)
+        for party in (0, 1)
+    )
+    return Permissions(deployment=found.id, permissions=(first, second), expires_in=LONGEST_PERMISSION_S)
+
+
+def role_file(
+    session: Session, principal: Principal, service: Service, id_or_name: str, number: int, name: RoleName
+) -> RoleFile:
+    """What a role of the standing deployment is given: sealed for that role alone, and so for its owner to hand on."""
+    _, row = models.find_version(session, principal, id_or_name, number, verb=_DEPLOY)
+    found = _standing(session, row)
+    if found.files_id is None:
+        raise NotFound("role file")
+    files = vault.open_object(session, service.blobs, tenant_id=row.tenant_id, object_id=found.files_id)
+    body = _split(files)[ROLES.index(name)]
+    return RoleFile(role=name, deployment=found.id, file=base64.b64encode(body).decode())
+
+
+def end(
+    session: Session, principal: Principal, service: Service, id_or_name: str, number: int
+) -> PrivateDeploymentView:
+    """End the standing deployment: nobody gets a permission from here on. What the parties hold is theirs to delete."""
+    authorized, row = models.find_version(session, principal, id_or_name, number, verb=_DEPLOY)
+    found = _standing(session, row)
+    _end(session, service, found)
+    audit.allowed(session, authorized, "model.end_private", f"{row.model_id}/{row.version}")
+    return _view(row, found.generation, found.id, found.statement)
+
+
+def _newest(session: Session, row: ModelVersion) -> PrivateDeployment | None:
+    of_version = (
+        PrivateDeployment.tenant_id == row.tenant_id,
+        PrivateDeployment.model_id == row.model_id,
+        PrivateDeployment.version == row.version,
+    )
+    newest = select(PrivateDeployment).where(*of_version).order_by(PrivateDeployment.generation.desc()).limit(1)
+    return session.scalars(newest).one_or_none()
+
+
+def _standing(session: Session, row: ModelVersion) -> PrivateDeployment:
+    found = _newest(session, row)
+    if found is None or found.ended is not None:
+        raise Conflict(
+            "this version is not deployed privately; ask its owner, who deploys it by model.deploy_privately",
+            code="not_deployed_privately",
+        )
+    return found
+
+
+def _end(session: Session, service: Service, row: PrivateDeployment) -> None:
+    files_id, row.files_id, row.ended = row.files_id, None, row.ended or now()
+    session.flush()
+    if files_id is not None:
+        vault.forget_objects(session, service.blobs, [files_id], tenant_id=row.tenant_id)
+
+
+def _role_files(statement: Statement, envelope: dict[str, Any], made: Shared) -> bytes:
+    """The three files, each behind its length."""
+    from cloister_privacy.mpc import seal_role_file
+
+    files = [
+        seal_role_file(
+            name,
+            seal_to=_public(statement.role(name).seal_to),
+            statement=envelope,
+            architecture=made.architecture,
+            sealed_shares=shares,
+        )
+        for name, shares in zip(ROLES, (*made.sealed, b""), strict=True)
+    ]
+    return b"".join(len(each).to_bytes(8) + each for each in files)
+
+
+def _split(files: bytes) -> list[bytes]:
+    found, at = [], 0
+    while at < len(files):
+        length = int.from_bytes(files[at : at + 8])
+        found.append(files[at + 8 : at + 8 + length])
+        at += 8 + length
+    return found
+
+
+def _public(seal_to: str) -> X25519PublicKey:
+    return X25519PublicKey.from_public_bytes(bytes.fromhex(seal_to))
+
+
+def _view(row: ModelVersion, generation: int, deployment_id: str, statement: dict[str, Any]) -> PrivateDeploymentView:
+    return PrivateDeploymentView(
+        id=deployment_id, model=row.model_id, version=row.version, generation=generation, statement=statement
+    )

@@ -1,0 +1,183 @@
+"""A version deployed privately: a real server, two parties and a dealer as their operators start them, and the SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cloister
+from harness import App, Deployment
+from journeys import SQLITE, upload
+from private_roles import OPERATORS, PrivateRoles
+
+pytestmark = pytest.mark.parametrize("deployment", [SQLITE], indirect=True)
+
+
+@pytest.fixture
+def model(client: cloister.Cloister, digits: dict[str, np.ndarray]) -> cloister.Model:
+    layers = [cloister.layers.Flatten(), cloister.layers.Linear(in_features=64, out_features=10)]
+    plan = client.plan(
+        upload(client, digits),
+        target="digit",
+        layers=layers,
+        privacy=cloister.DP(epsilon=5.0),
+        batch_size=200,
+        epochs=2,
+    )
+    return client.train(plan, model="m").wait(timeout_s=120)
+
+
+@pytest.fixture
+def roles(
+    deployment: Deployment, client: cloister.Cloister, model: cloister.Model, tmp_path: Path
+) -> Iterator[PrivateRoles]:
+    """Deployed on rows of noise, and started."""
+    with PrivateRoles(deployment, tmp_path / "roles") as roles:
+        noise = np.random.default_rng(5).uniform(0, 16, (8, 8, 8)).astype(np.float32)
+        roles.deploy(model, noise)
+        roles.pin(client)
+        roles.start()
+        yield roles
+
+
+def _forged(client: cloister.Cloister, model: cloister.Model) -> None:
+    """A statement in which one letter of an operator's name was changed does not verify."""
+    terms = client._sender.run(client._operations.private_terms(model.id, model.version))
+    body = base64.b64decode(terms.statement["payload"]).replace(b"First Hospital", b"Worst Hospital")
+    changed = {**terms.statement, "payload": base64.b64encode(body).decode()}
+    operations = client._operations
+    real, forged = operations.private_terms, terms.model_copy(update={"statement": changed})
+
+    def answered(*_: object) -> Iterator[object]:
+        return forged
+        yield  # an operation that asks nothing
+
+    operations.private_terms = answered  # type: ignore[method-assign]  # what a forger in between would answer
+    try:
+        with pytest.raises(cloister.InvalidCertificate, match="changed or forged"):
+            client.private("m")
+    finally:
+        operations.private_terms = real  # type: ignore[method-assign]
+
+
+def _right_or_unavailable(private: cloister.PrivateModel, clear: np.ndarray, rows: np.ndarray) -> bool:
+    """Whether an answer came; a wrong one fails the test."""
+    try:
+        assert np.abs(private.predict_proba(rows) - clear).max() < 1e-4
+    except cloister.PartyUnavailable:
+        return False
+    return True
+
+
+def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill(
+    deployment: Deployment,
+    app: App,
+    client: cloister.Cloister,
+    model: cloister.Model,
+    roles: PrivateRoles,
+    digits: dict[str, np.ndarray],
+) -> None:
+    rows = digits["scan"][:32]
+    clear = model.predict_proba(rows)
+    private = client.private("m")
+    assert [party.operator for party in private.parties] == list(OPERATORS.values())[:2]
+    assert private.dealer.operator == OPERATORS["dealer"]
+    assert private.statement.max_error < 1e-4 and private.statement.rows_measured == 8
+    assert np.abs(private.predict_proba(rows) - clear).max() < 1e-4
+    assert np.array_equal(private.predict(rows, decoded=True), model.predict(rows, decoded=True))
+
+    async def asked() -> np.ndarray:
+        credentials = {"client_id": app.client_id, "client_secret": app.client_secret}
+        async with cloister.AsyncCloister(deployment.url, **credentials) as other:
+            return await (await other.private("m")).predict(rows)
+
+    assert np.array_equal(asyncio.run(asked()), model.predict(rows))
+    with pytest.raises(cloister.RowsNotFit, match="shape"):
+        private.predict(rows[:, :4])
+    with pytest.raises(cloister.InvalidArgument, match="beyond"):
+        private.predict(np.full((1, 8, 8), 1e12, np.float32))
+
+    stranger = deployment.app(app.tenant, "stranger", "none")
+    with deployment.client(stranger) as other, pytest.raises(cloister.NotFound):
+        other.private(model.id, version=model.version)
+    _forged(client, model)
+
+    # A party that dies: an error or a right answer, and then right answers again, the survivors as they were.
+    survivors = {role: roles.running[role].pid for role in ("party-1", "dealer")}
+    roles.kill("party-0")
+    roles.start("party-0")
+    assert _right_or_unavailable(private, clear, rows) or _right_or_unavailable(private, clear, rows)
+    assert {role: roles.running[role].pid for role in survivors} == survivors
+    assert all(roles.running[role].poll() is None for role in survivors)
+
+    # A new generation: what the client holds is stale, and is told so before a share is sent.
+    roles.records["dealer"] = roles.records["dealer"].model_copy(update={"operator": OPERATORS["party-0"]})
+    with pytest.raises(cloister.InvalidRequest, match="share their operator"):
+        roles.deploy(model, np.full((1, 8, 8), 3, np.float32))
+    roles.deploy(model, np.full((1, 8, 8), 3, np.float32), development=True)
+    with pytest.raises(cloister.PartiesNotApart, match="share their operator"):
+        client.private("m")
+    assert client.private("m", development=True).statement.generation == 2
+    private._permissions = None  # a minute later
+    with pytest.raises(cloister.StaleDeployment):
+        private.predict(rows)
+    model.end_private()
+    with pytest.raises(cloister.Conflict, match="not deployed privately"):
+        client.private("m")
+    assert roles.kill("party-1", signal.SIGTERM) == 0
+    assert roles.kill("dealer", signal.SIGTERM) == 0
+
+
+@pytest.mark.long
+def test_roles_killed_at_any_instant_leave_an_error_or_a_right_answer_and_come_back(
+    client: cloister.Cloister, model: cloister.Model, roles: PrivateRoles, digits: dict[str, np.ndarray]
+) -> None:
+    rows, instants = digits["scan"][:4], random.Random(8)
+    clear = model.predict_proba(rows)
+    private = client.private("m")
+    assert _right_or_unavailable(private, clear, rows)
+    for _ in range(4 if os.environ.get("SHORT") else 20):
+        role = instants.choice(("dealer", "party-0", "party-1"))
+        for _ in range(instants.randrange(20)):
+            assert _right_or_unavailable(private, clear, rows)
+        roles.kill(role)
+        _right_or_unavailable_soon(private, clear, rows)
+        roles.start(role)
+        assert any(_right_or_unavailable(private, clear, rows) for _ in range(5))
+    for role in ("party-0", "party-1", "dealer"):
+        held = b"".join(p.read_bytes() for p in (roles.directory / role).rglob("*") if p.is_file())
+        assert rows[0].tobytes() not in held and json.dumps(clear[0].tolist()).encode() not in held
+        assert roles.kill(role, signal.SIGTERM) == 0
+
+
+@pytest.mark.long
+def test_the_example_runs_three_roles_on_one_machine_and_says_that_nothing_is_private(
+    deployment: Deployment, app: App, model: cloister.Model
+) -> None:
+    given = {"URL": deployment.url, "CLIENT_ID": app.client_id, "CLIENT_SECRET": app.client_secret}
+    clean = {name: value for name, value in deployment.env.items() if not name.startswith("CLOISTER_")}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parents[2] / "examples" / "private_inference.py", model.name],
+        env=clean | {f"CLOISTER_{name}": value for name, value in given.items()},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["equal"] is True
+
+
+def _right_or_unavailable_soon(private: cloister.PrivateModel, clear: np.ndarray, rows: np.ndarray) -> None:
+    """While a role is away: within the deadline that the caller gives."""
+    with contextlib.suppress(cloister.PartyUnavailable):
+        assert np.abs(private.predict_proba(rows, timeout_s=2) - clear).max() < 1e-4

@@ -1,0 +1,124 @@
+"""A role beside its arithmetic: its identity on disk, who waits in what order, and what a start is refused for."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cloister.wire.shares import Shares
+from cloister_server.cli.server import cli
+from cloister_server.errors import StartRefused
+from cloister_server.roles import identity
+from cloister_server.roles.permissions import fetched_keys
+from cloister_server.roles.waiting import Busy, Held, Queue, Request
+
+
+def request(caller: str, number: int = 0) -> Request:
+    return Request(caller, Shares("dep", number.to_bytes(16), 0, {"x": np.zeros(1, np.uint64)}))
+
+
+def taken(queue: Queue) -> list[tuple[str, int]]:
+    found = []
+    while (each := queue.take(wait_s=0)) is not None:
+        found.append((each.caller, int.from_bytes(each.shares.request)))
+    return found
+
+
+def test_callers_take_turns_and_each_ones_requests_keep_their_order() -> None:
+    queue = Queue(most=10, most_each=5)
+    for caller, number in (("a", 1), ("a", 2), ("a", 3), ("b", 1), ("c", 1), ("b", 2)):
+        queue.put(request(caller, number))
+    assert taken(queue) == [("a", 1), ("b", 1), ("c", 1), ("a", 2), ("b", 2), ("a", 3)]
+
+
+@pytest.mark.parametrize("place", [Queue, Held])
+def test_whoever_comes_when_all_places_are_taken_is_told_so(place: Callable[..., Queue | Held]) -> None:
+    waiting = place(most=3, most_each=2)
+    first = request("a", 1)
+    waiting.put(first)
+    waiting.put(request("a", 2))
+    with pytest.raises(Busy):
+        waiting.put(request("a", 3))
+    waiting.put(request("b", 4))
+    with pytest.raises(Busy):
+        waiting.put(request("c", 5))
+    assert first.answer.cancel(), "who leaves makes room"
+    waiting.put(request("c", 6))
+    assert [each.caller for each in waiting.left()] == ["a", "b", "c"] and waiting.left() == []
+
+
+def test_a_request_that_nobody_waits_for_is_not_taken() -> None:
+    queue, held = Queue(most=3, most_each=3), Held(most=3, most_each=3)
+    for waiting in (queue, held):
+        gone = request("a", 1)
+        waiting.put(gone)
+        gone.answer.cancel()
+    assert queue.take(wait_s=0) is None and held.take((1).to_bytes(16)) is None
+    kept = request("a", 2)
+    held.put(kept)
+    with pytest.raises(Busy):
+        held.put(request("b", 2))
+    assert held.take((2).to_bytes(16)) is kept and held.take((2).to_bytes(16)) is None
+    assert not kept.answer.cancel(), "what is being computed is answered"
+
+
+def test_an_identity_is_made_once_with_keys_that_nobody_else_reads(tmp_path: Path) -> None:
+    place = tmp_path / "role"
+    given = [
+        "identity",
+        "--init",
+        "--role",
+        "party",
+        "--operator",
+        "A",
+        "--host",
+        "a.example",
+        "--directory",
+        str(place),
+    ]
+    made = CliRunner().invoke(cli, given)
+    assert made.exit_code == 0, made.output
+    printed = json.loads(made.stdout)
+    assert printed["client_port"] == 9443 and "BEGIN CERTIFICATE" in printed["certificate"]
+    for path in place.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    secrets = [(place / "role.key").read_text().splitlines()[1], (place / "role.open").read_bytes().hex()]
+    assert not any(secret in made.output for secret in secrets)
+    assert json.loads(CliRunner().invoke(cli, ["identity", "--directory", str(place)]).stdout) == printed
+    assert CliRunner().invoke(cli, given).exit_code == 1, "there is one"
+    (place / "role.open").chmod(0o644)
+    with pytest.raises(StartRefused, match="mode 0644"):
+        identity.read(place)
+
+
+def test_a_start_without_identity_file_or_keys_is_refused_by_name(tmp_path: Path) -> None:
+    def told(*given: str) -> str:
+        done = CliRunner().invoke(cli, ["party", *given, "--directory", str(tmp_path / "role")])
+        assert done.exit_code == 1
+        return done.stderr
+
+    assert "CLOISTER_ROLE_FILE" in told()
+    files = ("--file", str(tmp_path / "role-file"), "--certificate-keys", str(tmp_path / "keys"))
+    assert "identity --init" in told(*files)
+    identity.create(tmp_path / "role", operator="A", host="127.0.0.1", port=1, client_port=2)
+    assert "cannot be read" in told(*files)
+    (tmp_path / "role-file").write_bytes(b"cloister.role/2\n")
+    assert "cannot be read" in told(*files)
+    (tmp_path / "keys").write_text("no JSON")
+    assert "no JSON" in told(*files)
+    (tmp_path / "keys").write_text("{}")
+    assert "another version than 1" in told(*files)
+
+
+def test_the_platforms_keys_are_never_asked_for_in_the_clear_over_a_network() -> None:
+    for issuer in ("http://platform.example", "ftp://127.0.0.1"):
+        with pytest.raises(StartRefused, match="https"):
+            fetched_keys(issuer)
+    for issuer in ("https://platform.example", "http://127.0.0.1:8443", "http://localhost:1"):
+        assert callable(fetched_keys(issuer))
