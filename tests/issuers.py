@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 from asked import asked_writing
 from cloister_server import issuers
+from cloister_server.oauth import fetching, issuer_keys
 from cloister_server.service import Service
 from keys_of_clients import Signer
 
@@ -83,6 +86,21 @@ def elsewhere(audience: str) -> Iterator[Elsewhere]:
         server.shutdown()
         server.server_close()
         thread.join(10)
+
+
+def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is: what an issuer answers comes in time, and no minute passes in which it is asked once."""
+    monkeypatch.setattr(fetching, "WITHIN_S", 120.0)
+    monkeypatch.setattr(issuer_keys, "_WAIT_S", 120.0)
+    monkeypatch.setattr(issuer_keys, "APART_S", 1800.0)
+
+
+def soon(holds: Callable[[], bool]) -> None:
+    """Wait for it."""
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def send_json(handler: BaseHTTPRequestHandler, document: Any, *, status: int = 200, **headers: str) -> None:

@@ -20,12 +20,18 @@ from sqlalchemy import Engine, text
 
 from cloister_server.errors import Invalid
 from cloister_server.issuers import discover
-from cloister_server.oauth import fetching, issuer_keys
+from cloister_server.oauth import fetching
 from cloister_server.oauth.fetching import MOST_BYTES, Network, NotFetched, fetch_json, require_allowed
 from cloister_server.oauth.issuer_keys import IssuerKeys, fetch_keys
 from cloister_server.store.session import reading
-from issuers import CONFIGURATION, JWKS, elsewhere, send_json
+from issuers import CONFIGURATION, JWKS, be_patient, elsewhere, send_json
 from keys_of_clients import Signer, b64
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_patient(monkeypatch)
+
 
 WHERE: dict[str, tuple[Network, ...]] = {
     "1.1.1.1": ("public", "private"),
@@ -292,9 +298,7 @@ def test_nobody_is_asked_while_a_transaction_is_open(engine: Engine) -> None:
             IssuerKeys().find("is_1", "k1", jwks_uri=where, network="public", algorithms=("ES256",))
 
 
-def test_a_few_wait_for_an_issuer_that_is_slow_and_the_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "WITHIN_S", 120.0)
-    monkeypatch.setattr(issuer_keys, "_WAIT_S", 120.0)
+def test_a_few_wait_for_an_issuer_that_is_slow_and_the_others_are_answered() -> None:
     answered, go_on, all_answered = [], threading.Event(), threading.Event()
     keys = IssuerKeys()
 
