@@ -140,6 +140,7 @@ HURTFUL: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {
     "an error": lambda handler: send_json(handler, {"keys": []}, status=500),
     "a body that is too large": _large,
     "a body without an end": _endless,
+    "a body that goes on in blanks": _raw(b'{"keys": []}' + b" " * MOST_BYTES),
     "a body that is cut short": _cut_short,
     "a body that is compressed": _raw(b"x", Content_Encoding="gzip"),
     "no JSON": _raw(b"<html>"),
