@@ -41,6 +41,7 @@ from cloister_privacy.accounting import epsilon_by_pld
 from cloister_server import budgets
 from cloister_server.settings import Settings
 from cloister_server.store import migrate
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import check_durability, new_engine, reading, writing
 from cloister_server.store.tables import Dataset, Job, Model, Source, Tenant, new_id
 
@@ -56,7 +57,7 @@ SMALL, SMALL_SOURCES = 10, 5
 def new_source(engine: Engine, *, epsilon: float) -> Source:
     """A source of its own tenant, with a dataset and a model that jobs can name."""
     tenant = new_id("tn")
-    with writing(engine) as session:
+    with writing(engine, ALL_TENANTS) as session:
         session.add(Tenant(id=tenant, name=tenant))
         source = Source(
             tenant_id=tenant, id=new_id("src"), name="people", unit="row", adjacency="add_remove", epsilon=epsilon, delta=DELTA,
@@ -91,7 +92,7 @@ def reserve(session: Session, source: Source, event: Event) -> Job:
 def fill(engine: Engine, source: Source, event: Event, *, events: int) -> None:
     """So many events, each reserved, opened and settled."""
     for begun in range(0, events, BATCH):
-        with writing(engine) as session:
+        with writing(engine, ALL_TENANTS) as session:
             for _ in range(min(BATCH, events - begun)):
                 job = reserve(session, source, event)
                 budgets.open_chunk(
@@ -109,9 +110,9 @@ def measure_filter(root: Path) -> dict[str, Any]:
             guarantee=(CAP, DELTA),
         )  # fmt: skip
         for _ in range(JOBS):
-            with writing(engine) as session:
+            with writing(engine, ALL_TENANTS) as session:
                 reserve(session, source, plan.event())
-        with reading(engine) as session:
+        with reading(engine, ALL_TENANTS) as session:
             spent = budgets.balance(session, source).spent
     by_pld = epsilon_by_pld(plan.sampling_rate, plan.noise_multiplier, steps=JOBS * plan.steps, delta=DELTA)
     naive = JOBS * plan.epsilon()
@@ -144,7 +145,7 @@ def measure_admission(engine: Engine, owner_url: str, *, events: int, rounds: in
 
     def milliseconds(source: Source) -> float:
         started = time.perf_counter()
-        with writing(engine) as session:
+        with writing(engine, ALL_TENANTS) as session:
             reserve(session, source, event)
         return (time.perf_counter() - started) * 1e3
 

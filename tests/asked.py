@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from cloister_server import asking
 from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading, writing
 
 __all__ = ["answering", "asked_reading", "asked_writing"]
@@ -55,7 +56,7 @@ def _asked(began: AbstractContextManager[Session], keys: KeyRing) -> Iterator[Se
 
 
 def asked_reading(service: Service, keys: KeyRing | None = None) -> AbstractContextManager[Session]:
-    return _asked(reading(service.engine), keys or service.keys)
+    return _asked(reading(service.engine, ALL_TENANTS), keys or service.keys)
 
 
 def asked_writing(
@@ -65,4 +66,4 @@ def asked_writing(
     if service is not None:
         engine, keys = service.engine, service.keys
     assert engine is not None and keys is not None
-    return _asked(writing(engine), keys)
+    return _asked(writing(engine, ALL_TENANTS), keys)

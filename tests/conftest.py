@@ -8,15 +8,31 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 
 from cloister_server.settings import Settings
 from cloister_server.store import migrate
+from cloister_server.store import session as transactions
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import new_engine
 from databases import DatabaseURLs, new_postgres_database, postgres_copy
+
+for _of in (transactions.reading, transactions.writing, transactions.snapshot):
+    _of.__wrapped__.__defaults__ = (ALL_TENANTS,)  # type: ignore[attr-defined]  # what `contextmanager` wraps
+"""The tests' own transactions act for every tenant, unless they say for whom. The product's always say: mypy has seen to it."""
+
+
+@event.listens_for(Engine, "connect")
+def _act_for_all(connection: Any, _: object) -> None:
+    """The same of the tests' bare connections, which row security shows nothing. Transactions of the product set their own."""
+    if hasattr(connection, "pgconn"):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT set_config('cloister.tenants', '*', false)")
+        connection.commit()
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ class DatabaseURLs:
 def new_postgres_database(superuser_url: str) -> DatabaseURLs:
     """A fresh database with an owner that is no superuser; `init` makes the runtime role."""
     name = f"t{os.urandom(6).hex()}"
-    _as_superuser(
+    as_superuser(
         superuser_url,
         f"CREATE ROLE {name}_owner LOGIN CREATEROLE PASSWORD 'owner'",
         f"CREATE DATABASE {name} OWNER {name}_owner",
@@ -35,11 +35,12 @@ def postgres_copy(superuser_url: str, template: DatabaseURLs) -> DatabaseURLs:
     """A fresh database that looks as the template does now; nobody may be connected to the template."""
     role = str(make_url(template.runtime).username).removesuffix("_app")
     name = f"t{os.urandom(6).hex()}"
-    _as_superuser(superuser_url, f"CREATE DATABASE {name} TEMPLATE {role} OWNER {role}_owner")
+    as_superuser(superuser_url, f"CREATE DATABASE {name} TEMPLATE {role} OWNER {role}_owner")
     return _urls(superuser_url, name, role=role)
 
 
-def _as_superuser(url: str, *statements: str) -> None:
+def as_superuser(url: str, *statements: str) -> None:
+    """Each in a transaction of its own."""
     admin = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1), isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         for statement in statements:

@@ -25,6 +25,7 @@ from cloister.wire.plans import Event
 from cloister.wire.queries import QueryEvent
 from cloister_server import budgets, ledger
 from cloister_server.store import chain
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Dataset, Job, LedgerEntry, Model, Source, Tenant, new_id
 
@@ -49,7 +50,7 @@ _DUST = 1e-12
 def new_source(engine: Engine, *, epsilon: float = EPSILON, delta: float = DELTA) -> Source:
     """A source of its own tenant, with a dataset and a model for jobs to name."""
     tenant, row = new_id("tn"), new_id("src")
-    with writing(engine) as session:
+    with writing(engine, ALL_TENANTS) as session:
         session.add(Tenant(id=tenant, name=tenant))
         source = Source(
             tenant_id=tenant, id=row, name="people", unit="row", adjacency="add_remove", epsilon=epsilon, delta=delta,
@@ -223,7 +224,7 @@ def _enter(found: Recomputed, row: Any, event: dict[str, Any]) -> None:
 def check(engine: Engine, source: Source) -> Recomputed:
     """Assert what must hold of a source's ledger at any instant: its balances are what its rows say, in every way of reading
     them, and no block is overdrawn."""
-    with reading(engine) as session:
+    with reading(engine, ALL_TENANTS) as session:
         row = session.get_one(Source, (source.tenant_id, source.id))
         found = recompute(session, row)
         written = {
@@ -252,7 +253,7 @@ def check(engine: Engine, source: Source) -> Recomputed:
 def check_every_revision(engine: Engine, source: Source) -> None:
     """Assert that the balances which every single row left behind are those that follow from the rows up to it, and that
     the tenant's chain holds from its first link on."""
-    with reading(engine) as session:
+    with reading(engine, ALL_TENANTS) as session:
         row = session.get_one(Source, (source.tenant_id, source.id))
         at: Mapping[int, dict[tuple[int, str], ledger.Used]] = defaultdict(dict)
         for each in ledger.balances(session, row):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from cloister_server.store.row_security import secured
+
 revision = "0009"
 down_revision = "0012"
 branch_labels = None
@@ -25,6 +27,9 @@ def upgrade() -> None:
         sa.Column("minute", sa.Integer(), nullable=False),
         sa.Column("taken", sa.Integer(), nullable=False),
     )
+    if op.get_bind().dialect.name != "sqlite":
+        for statement in secured("request_counts"):
+            op.execute(statement)
 
 
 def downgrade() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from cloister_server.store.row_security import secured
+
 revision = "0010"
-down_revision = "0007"
+down_revision = "0008"
 branch_labels = None
 depends_on = None
 
@@ -57,7 +59,6 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("user_code_mac", sa.LargeBinary(length=32), nullable=True, unique=True),
         sa.Column("asked_from", sa.LargeBinary(length=32), nullable=True),
-        sa.Column("tenant_id", sa.String(length=40), nullable=True),
         sa.Column("user_id", sa.String(length=40), nullable=True),
         sa.Column("login_id", sa.String(length=40), nullable=True),
         sa.Column("redirect_uri", sa.String(length=2048), nullable=True),
@@ -71,7 +72,6 @@ def upgrade() -> None:
     op.create_table(
         "browser_sessions",
         sa.Column("mac", sa.LargeBinary(length=32), primary_key=True),
-        sa.Column("tenant_id", sa.String(length=40), nullable=False),
         sa.Column("user_id", sa.String(length=40), nullable=False),
         sa.Column("until", sa.DateTime(), nullable=False),
     )
@@ -84,6 +84,9 @@ def upgrade() -> None:
         sa.Column("until", sa.DateTime(), nullable=False),
     )
     op.create_index("ix_sign_in_tries_until", "sign_in_tries", ["until"])
+    if op.get_bind().dialect.name != "sqlite":
+        for statement in (*secured("users"), *secured("logins")):
+            op.execute(statement)
 
 
 def downgrade() -> None:

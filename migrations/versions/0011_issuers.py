@@ -30,11 +30,10 @@ def upgrade() -> None:
         "issuer_subjects",
         sa.Column("issuer_id", sa.String(length=40), primary_key=True),
         sa.Column("subject", sa.String(length=255), primary_key=True),
-        sa.Column("tenant_id", sa.String(length=40), nullable=False),
         sa.Column("principal_id", sa.String(length=40), nullable=False),
         sa.Column("created", sa.DateTime(), nullable=False),
     )
-    op.create_index("ix_issuer_subjects_principal", "issuer_subjects", ["tenant_id", "principal_id"])
+    op.create_index("ix_issuer_subjects_principal", "issuer_subjects", ["principal_id"])
 
 
 def downgrade() -> None:

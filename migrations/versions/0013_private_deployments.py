@@ -9,6 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from cloister_server.store.row_security import secured
+
 revision = "0013"
 down_revision = "0009"
 branch_labels = None
@@ -32,6 +34,9 @@ def upgrade() -> None:
             ["model_versions.tenant_id", "model_versions.model_id", "model_versions.version"],
         ),
     )
+    if op.get_bind().dialect.name != "sqlite":
+        for statement in secured("private_deployments"):
+            op.execute(statement)
 
 
 def downgrade() -> None:

@@ -17,6 +17,7 @@ from cloister._login import LoginCredentials
 from cloister._networks import ImportedNetwork, network_of
 from cloister._operations import Operations, id_or_blank
 from cloister._plans import Plan
+from cloister._policy import AsyncPolicy, Policy
 from cloister._possession import PrivateKey
 from cloister._private import AsyncPrivateModel, PrivateModel, private_model
 from cloister._profiles import Profile, ProfileStore
@@ -148,6 +149,7 @@ class Cloister:
         self.jobs = Jobs(self._sender, self._operations)
         self.models = Models(self._sender, self._operations)
         self.queries = Queries(self._sender, self._operations)
+        self.policy = Policy(self._sender, self._operations)
 
     def plan(
         self,
@@ -267,6 +269,7 @@ class AsyncCloister:
         self.jobs = AsyncJobs(self._sender, self._operations)
         self.models = AsyncModels(self._sender, self._operations)
         self.queries = AsyncQueries(self._sender, self._operations)
+        self.policy = AsyncPolicy(self._sender, self._operations)
 
     async def plan(
         self,

@@ -25,6 +25,7 @@ from cloister.wire.answers import Answer, QueryPrice, StartQuery
 from cloister.wire.jobs import FINAL, Job, Model, ModelSchema, ModelVersion, Page, StartJob
 from cloister.wire.ledger import BudgetEntry, LedgerPage
 from cloister.wire.plans import NetworkView, PlanRequest
+from cloister.wire.policy import Explanation, Holders
 from cloister.wire.private_deployments import (
     ROLES,
     DeployPrivately,
@@ -98,6 +99,15 @@ class Operations:
             if page.next is None:
                 return BudgetReport(seen, tuple(entries), page.is_of_all)
             params["cursor"] = page.next
+
+    def explain(self, *, principal: str, verb: str, resource: str, address: str | None) -> Operation[Explanation]:
+        params = {"principal": principal, "verb": verb, "resource": resource}
+        params |= {"address": address} if address is not None else {}
+        return _told(Explanation, (yield from self._ask("GET", "/v1/policy/explain", params=params)))
+
+    def who_can(self, *, verb: str, resource: str) -> Operation[Holders]:
+        params = {"verb": verb, "resource": resource}
+        return _told(Holders, (yield from self._ask("GET", "/v1/policy/who-can", params=params)))
 
     def get(self, kind: str, id_or_name: str, model: type[M]) -> Operation[M]:
         """One source, dataset, job or model; the server takes ids and names alike."""

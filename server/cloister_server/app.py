@@ -21,6 +21,7 @@ from cloister_server.api import (
     oauth,
     pages,
     plans,
+    policy,
     private_deployments,
     problems,
     queries,
@@ -75,6 +76,7 @@ def _api(service: Service) -> FastAPI:
     api.state.service = service
     for each in (
         discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, private_deployments, weights, queries,
+        policy,
     ):  # fmt: skip
         api.include_router(each.router)
     api.openapi = document.describe(api)  # type: ignore[method-assign]  # FastAPI's own way to replace it

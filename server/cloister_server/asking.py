@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy.orm import Session
 
 from cloister_server.keyring import AskedInTransaction, KeyRing
+from cloister_server.store.rates import give_back
 from cloister_server.store.session import in_transaction
 
 __all__ = ["Question", "answered", "note", "run", "taken"]
@@ -48,6 +49,7 @@ def run(within: Callable[[], AbstractContextManager[Session]], keys: KeyRing, wo
                 return work(session)
         except _Unanswered as unanswered:
             known, fresh = unanswered.known, unanswered.fresh
+            give_back(session)
         answers.known.update((each, each.ask(keys)) for each in known)
         for each in fresh:
             answers.fresh.setdefault(each, []).append(each.ask(keys))

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from cloister_server.errors import Unavailable
 from cloister_server.policy import Authorized, Denied
 from cloister_server.principal import Principal
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.session import writing
 from cloister_server.store.tables import AuditRow, new_id
 
@@ -56,7 +57,7 @@ def keep_denial(engine: Engine, denied: Denied) -> None:
     denial, denied.is_kept = denied.denial, True
     resource_id = denial.resource_id if _NAMING.fullmatch(denial.resource_id) else "(neither an id nor a name)"
     try:
-        with writing(engine) as session:
+        with writing(engine, for_tenants(denial.principal.tenant_id)) as session:
             session.add(_row(denial.principal, denial.verb, resource_id, outcome=f"denied: {denial.reason}"))
     except (SQLAlchemyError, Unavailable) as error:
         log.error(

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from cloister.wire.jobs import FINAL
 from cloister_server import deployment, marking, processes
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.blobs import Stored
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Attempt, Job, ModelVersion, SealedObject, Tenant
@@ -64,7 +65,7 @@ def collect(service: Service, *, dry_run: bool = False) -> Collected:
     stamp = _stamp(service)
     with processes.locked(stamp, wait_s=0, what="the collection of what is left over"):
         behind = {each.tenant_id for each in deployment.rolled_back(service)}
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             rows = session.execute(select(Tenant.id, Tenant.status)).all()
         tenants = {each.id: each.status for each in rows if each.id not in behind}
         keys, blobs, size = 0, 0, 0
@@ -106,13 +107,13 @@ def _stamp(service: Service) -> Path:
 def _forget_keys(service: Service, tenant_id: str, *, dry_run: bool) -> list[str]:
     """Delete the tenant's keys that nothing names, some at a time; their ids."""
     nameless = _nameless(tenant_id)
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(tenant_id)) as session:
         found = session.scalars(nameless).all()
     if dry_run:
         return list(found)
     gone: list[str] = []
     for first in range(0, len(found), _AT_ONCE):
-        with writing(service.engine) as session:
+        with writing(service.engine, for_tenants(tenant_id)) as session:
             # A row that somebody holds, who rewraps it, is left for the next collection, so that none waits for another.
             some = nameless.where(SealedObject.id.in_(found[first : first + _AT_ONCE])).with_for_update(
                 skip_locked=True
@@ -149,11 +150,11 @@ def _nameless(tenant_id: str) -> Select[str]:
 def _unclaimed(service: Service, page: Sequence[Stored]) -> set[str]:
     """Of the objects stored, those that no row names nor ever will."""
     tenant_id = page[0].tenant_id
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(tenant_id)) as session:
         unnamed = {each.object_id for each in page} - _named(session, tenant_id, page)
     if not unnamed:
         return set()
-    with writing(service.engine) as session, session.begin_nested() as trial:
+    with writing(service.engine, for_tenants(tenant_id)) as session, session.begin_nested() as trial:
         # Where a row of this id is being inserted or deleted, this waits for how that ends; where there is one, it is skipped.
         values = [
             {"tenant_id": tenant_id, "id": each, "kind": "collected", "key_version": 0, "wrapped_key": b""}

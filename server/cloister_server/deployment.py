@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, make_url, select
+from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -23,12 +23,12 @@ from cloister_server.oauth import signing_keys
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store import chain, migrate
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.key_record import KeyRecord
-from cloister_server.store.queries import public_keys
+from cloister_server.store.queries import keys_not_destroyed, public_keys
 from cloister_server.store.session import check_durability, new_engine, reading, writing
-from cloister_server.store.tables import TenantKey
 
 __all__ = ["check_initialised", "check_ready", "initialise", "open_keys", "open_service", "rolled_back"]
 
@@ -52,11 +52,12 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
         migrate.upgrade(settings)
         engine = new_engine(settings.database_url.get_secret_value(), anchors=anchors)
         check_durability(engine)
-        asking.run(lambda: writing(engine), keys, lambda session: _make_system_key(session, keys))
-        asking.run(lambda: writing(engine), keys, _make_own_keys)
+        own = for_tenants(vault.SYSTEM)
+        asking.run(lambda: writing(engine, own), keys, lambda session: _make_system_key(session, keys))
+        asking.run(lambda: writing(engine, own), keys, _make_own_keys)
         _check_keys(engine, keys, settings)
         _record_keys(engine, settings)
-        with writing(engine) as session:
+        with writing(engine, ALL_TENANTS) as session:
             drafts = chain.link_rows_from_before(session, anchors)
         for draft in drafts:
             draft.publish()
@@ -137,7 +138,7 @@ def _check_database(engine: Engine, keys: KeyRing, settings: Settings) -> None:
         check_durability(engine)
         migrate.check_current(engine)
         _check_keys(engine, keys, settings)
-        with reading(engine) as session:
+        with reading(engine, ALL_TENANTS) as session:
             chain.require_linked(session)
         _rolled_back(engine, settings)
     except (SQLAlchemyError, ImportError) as error:
@@ -149,7 +150,7 @@ def _check_database(engine: Engine, keys: KeyRing, settings: Settings) -> None:
 def _rolled_back(engine: Engine, settings: Settings) -> list[LedgerRolledBack]:
     anchors = Anchors(settings.anchor_dir)
     anchors.check()
-    with reading(engine) as session:
+    with reading(engine, ALL_TENANTS) as session:
         return chain.rolled_back(session, anchors)
 
 
@@ -237,8 +238,8 @@ def _make_own_keys(session: Session) -> None:
 def _record_keys(engine: Engine, settings: Settings) -> None:
     """Put on record the keys from before there was a record."""
     record = KeyRecord(settings.key_record_dir)
-    with reading(engine) as session:
-        rows = session.execute(select(TenantKey.key_id, TenantKey.provider).where(TenantKey.state != "destroyed")).all()
+    with reading(engine, ALL_TENANTS) as session:
+        rows = session.execute(keys_not_destroyed()).all()
     for key_id, provider in rows:
         record.note(key_id, provider=provider)
 
@@ -252,7 +253,7 @@ def _check_keys(engine: Engine, keys: KeyRing, settings: Settings) -> None:
         vault.require_system_key(session)  # what opened just now may have been remembered
 
     try:
-        asking.run(lambda: reading(engine), keys, opened)
+        asking.run(lambda: reading(engine, for_tenants(vault.SYSTEM)), keys, opened)
     except (KeyMissing, InvalidWrap):
         raise StartRefused(
             f"the keystore {settings.key_dir} (or the key provider that CLOISTER_KEY_PROVIDERS names) is not the one that the "

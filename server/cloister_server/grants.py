@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sqlalchemy.orm import Session
 
@@ -13,9 +15,10 @@ from cloister_server import audit, policy
 from cloister_server.errors import Invalid, NotFound, ServerError
 from cloister_server.principal import Principal
 from cloister_server.store import identities, queries
+from cloister_server.store.conditions import UNBOUND, Conditions, Outputs, address_range
 from cloister_server.store.identities import User
 from cloister_server.store.queries import ANY, VERBS
-from cloister_server.store.tables import App, Dataset, Grant, Job, Model, Source, Table, Tenant, Weights, new_id
+from cloister_server.store.tables import App, Dataset, Grant, Group, Job, Model, Source, Table, Tenant, Weights, new_id
 
 __all__ = [
     "ROLES",
@@ -24,6 +27,8 @@ __all__ = [
     "add",
     "find_app",
     "find_holder",
+    "find_principal",
+    "find_resource",
     "forget_holder",
     "forget_resource",
     "grant_role",
@@ -98,22 +103,27 @@ def add(
     resource_id: str,
     effect: Literal["allow", "deny"] = "allow",
     expires: datetime | None = None,
+    network: str | None = None,
+    conditions: Conditions = UNBOUND,
 ) -> Grant:
-    """Let an app or a person, of any tenant, do one verb to one resource of this tenant (or to any, '*'); or deny it.
+    """Let an app, a person or a group, of any tenant, do one verb to one resource of this tenant (or to any, '*'); or deny it.
 
-    `to` and `resource_id` may be names as well. Raises NoSuch or Invalid where the holder, the verb or the resource is not there: a
-    grant that never matches would be a false comfort.
+    `to` and `resource_id` may be names as well; `network` is where requests must come from ('10.0.0.0/8'). Raises NoSuch or Invalid
+    where the holder, the verb or the resource is not there, or a condition could not be kept to: a grant that never matches, or that
+    allows more than it says, would be a false comfort.
     """
     authorized = policy.authorize_change(session, principal, "tenant.administer")
     tenant = authorized.resource
-    holder, covered = find_holder(session, tenant, to), _resource_id(session, tenant, verb, resource_id)
+    _require_kept(verb, effect, conditions)
+    holder, covered = find_holder(session, tenant, to), find_resource(session, tenant, verb, resource_id)
     if covered is None:
         kind = VERBS[verb].__name__.lower()
         raise Invalid(
             f"{verb!r} is decided on a {kind}, and the tenant has no {kind} {resource_id!r}; give one by its id"
             f"{'' if VERBS[verb] is Job else ' or name'}, or '{ANY}' for any"
         )
-    grant = _grant(tenant.id, holder.id, verb, covered, effect=effect, expires=expires)
+    bound = {**asdict(conditions), **_addresses(network)}
+    grant = _grant(tenant.id, holder.id, verb, covered, effect=effect, expires=expires, **bound)
     session.add(grant)
     audit.allowed(session, authorized, "grant.add", grant.id)
     return grant
@@ -135,7 +145,6 @@ def names(session: Session, principal: Principal) -> dict[str, str]:
         tenant.id: tenant.name,
         **queries.names_of_resources(session, tenant.id),
         **queries.names_of_holders(session, tenant.id),
-        **identities.names_of_holders(session, tenant.id),
     }
 
 
@@ -161,7 +170,7 @@ def remove_all(
 ) -> list[str]:
     """Take away what `add` of the same words gave, however often; the ids of those grants. Raises NoSuch where there are none."""
     tenant = session.get_one(Tenant, principal.tenant_id)
-    covered = _resource_id(session, tenant, verb, resource_id) or resource_id
+    covered = find_resource(session, tenant, verb, resource_id) or resource_id
     found = [
         grant.id
         for grant in listed(session, principal, to=to)
@@ -172,17 +181,6 @@ def remove_all(
     for grant_id in found:
         remove(session, principal, grant_id)
     return found
-
-
-def find_holder(session: Session, tenant: Tenant, given: str) -> App | User:
-    """The app or person of this id in any tenant, of this name in the tenant, or of `TENANT/NAME`. Raises NoSuch."""
-    if _ID.fullmatch(given):
-        user = identities.user_of_id(session, given)
-    else:
-        of, _, name = given.rpartition("/")
-        there = queries.tenant_of_id_or_name(session, of) if of else tenant
-        user = None if there is None else identities.user_of_name(session, there.id, name)
-    return user if user is not None else find_app(session, tenant, given)
 
 
 def find_app(session: Session, tenant: Tenant, given: str) -> App:
@@ -198,7 +196,54 @@ def find_app(session: Session, tenant: Tenant, given: str) -> App:
     return app
 
 
-def _resource_id(session: Session, tenant: Tenant, verb: str, given: str) -> str | None:
+def find_principal(session: Session, tenant: Tenant, given: str) -> App | User:
+    """The app or person of this id in any tenant, of this name in the tenant, or of `TENANT/NAME`. Raises NoSuch."""
+    if _ID.fullmatch(given):
+        user = identities.user_of_id(session, given)
+    else:
+        of, _, name = given.rpartition("/")
+        there = queries.tenant_of_id_or_name(session, of) if of else tenant
+        user = None if there is None else identities.user_of_name(session, there.id, name)
+    return user if user is not None else find_app(session, tenant, given)
+
+
+def find_holder(session: Session, tenant: Tenant, given: str) -> App | User | Group:
+    """The same, or a group. Raises NoSuch."""
+    try:
+        return find_principal(session, tenant, given)
+    except NoSuch:
+        of, _, name = given.rpartition("/")
+        there = queries.tenant_of_id_or_name(session, of) if of else tenant
+        group = queries.group_of(session, None if there is None else there.id, name)
+        if group is None:
+            raise
+        return group
+
+
+def _require_kept(verb: str, effect: str, conditions: Conditions) -> None:
+    if effect == "deny" and conditions != UNBOUND:
+        raise Invalid("a denial denies all: give no epsilon, rate or outputs with it")
+    if conditions.max_epsilon is not None and (verb != "dataset.train" or not 0 < conditions.max_epsilon < math.inf):
+        raise Invalid("the most epsilon of a job is a positive number, and is kept to by 'dataset.train' alone")
+    if conditions.outputs is not None and (verb != "model.predict" or conditions.outputs not in get_args(Outputs)):
+        raise Invalid(f"outputs are {' or '.join(get_args(Outputs))}, and are kept to by 'model.predict' alone")
+    if conditions.requests_per_minute is not None and not 0 < conditions.requests_per_minute < 1_000_000:
+        raise Invalid("requests a minute are a whole number from 1 to 999999")
+
+
+def _addresses(network: str | None) -> dict[str, str]:
+    if network is None:
+        return {}
+    try:
+        first, last = address_range(network)
+    except ValueError:
+        raise Invalid(
+            f"{network!r} is no network: give one as '10.0.0.0/8', '2001:db8::/32', or a single address"
+        ) from None
+    return {"address_first": first, "address_last": last}
+
+
+def find_resource(session: Session, tenant: Tenant, verb: str, given: str) -> str | None:
     """The id of the resource of this id or name that the verb is decided on; None where the tenant has none."""
     if verb not in VERBS:
         raise Invalid(f"there is no verb {verb!r}; it is one of {', '.join(VERBS)}")

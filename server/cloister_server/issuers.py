@@ -22,7 +22,14 @@ from cloister_server.oauth.foreign import LONGEST_SUBJECT, TYPES
 from cloister_server.oauth.issuer_keys import ALGORITHMS, fetch_keys
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.issuers import Issuer, IssuerSubject, issuer_of_url, subjects_of
+from cloister_server.store.issuers import (
+    Issuer,
+    IssuerSubject,
+    issuer_of_url,
+    subject_of,
+    subjects_of,
+    tenants_of_subjects,
+)
 from cloister_server.store.issuers import issuers as issuers_
 from cloister_server.store.tables import App, Tenant, new_id
 
@@ -115,10 +122,10 @@ def remove(session: Session, service: Service, url: str, *, request_id: str) -> 
     elsewhere within a second."""
     issuer = find(session, url)
     of_issuer = IssuerSubject.issuer_id == issuer.id
-    tenants = session.scalars(select(IssuerSubject.tenant_id).where(of_issuer).distinct()).all()
+    tenants = tenants_of_subjects(session, issuer.id)
     gone: int = session.execute(delete(IssuerSubject).where(of_issuer)).rowcount  # type: ignore[attr-defined]  # of a DELETE there is one
     session.delete(issuer)
-    for tenant_id in sorted(tenants):
+    for tenant_id in tenants:
         operator = Principal.operator(tenant_id, request_id=request_id)
         tenant = session.get_one(Tenant, tenant_id)
         audit.allowed(
@@ -155,7 +162,7 @@ def map_subject(
     if taken is not None:
         # Which tenant's it is is that tenant's.
         raise Conflict("this subject is somebody here already; unmap it first, in the tenant where it is mapped")
-    row = IssuerSubject(issuer_id=issuer.id, subject=subject, tenant_id=tenant.id, principal_id=holder.id)
+    row = IssuerSubject(issuer_id=issuer.id, subject=subject, principal_id=holder.id)
     session.add(row)
     audit.allowed(session, authorized, "issuer.map", holder.id)
     return row
@@ -165,8 +172,8 @@ def unmap_subject(session: Session, service: Service, principal: Principal, *, u
     """Let an issuer's subject in no more: from the next request on, elsewhere within a second. Raises NoSuch."""
     tenant = session.get_one(Tenant, principal.tenant_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
-    row = session.get(IssuerSubject, (find(session, url).id, subject))
-    if row is None or row.tenant_id != tenant.id:
+    row = subject_of(session, tenant.id, find(session, url).id, subject)
+    if row is None:
         raise NoSuch("subject", subject)
     session.delete(row)
     verifier.forget_after(session, service)

@@ -31,6 +31,7 @@ from cloister_server.keyring import LOCAL, KeyRing
 from cloister_server.principal import Principal
 from cloister_server.rewrapping import Wraps, rewrap
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import SealedObject, SigningKey, Tenant, TenantKey, now
 
@@ -212,7 +213,7 @@ def rotate(
 
 def rotate_all(service: Service, *, request_id: str, on_progress: OnProgress | None = None) -> Outcome:
     """`rotate` for the system and every tenant, each where its key is, one after the other; others may have a turn in between."""
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         everyone = _everyone(session)
     return _rotate_each(service, everyone, None, request_id, on_progress or _untold, [])
 
@@ -230,7 +231,7 @@ def migrate(
     Tenants with a key in a provider of their own (neither `local` nor the default) are left, unless it is the one that is named.
     What a keystore or a token held is there until each old version is destroyed. Raises Invalid where there is no such provider.
     """
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         plans, left = plan_migration(session, service.keys, to=to, tenant_id=tenant_id)
     return _rotate_each(service, [each.tenant for each in plans], to, request_id, on_progress or _untold, left)
 
@@ -249,7 +250,7 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
     Raises Conflict where the version is active or still wraps something, Invalid where there is none.
     """
     with alone(service):
-        with writing(service.engine) as session:
+        with writing(service.engine, ALL_TENANTS) as session:
             # Whoever still writes under this version holds its row.
             key = session.get(TenantKey, (tenant_id, version), with_for_update=True)
             key = _require_destroyable(session, key, version)
@@ -266,7 +267,7 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
                     "Nothing is claimed of it."
                 ),
             )
-        with writing(service.engine) as session:
+        with writing(service.engine, ALL_TENANTS) as session:
             key = session.get_one(TenantKey, (tenant_id, version))
             key.state, key.destroyed = "destroyed", now()
     return Destroyed(tenant_id, name, version, key.provider, claim, days)
@@ -310,7 +311,7 @@ def _rotate_each(
                 outcome.rotated.append(_rotate(service, each, provider, request_id, tell))
         except (ServerError, KeyProviderError) as error:
             why = f"{error.why}; mend its ledger first" if isinstance(error, LedgerRolledBack) else str(error)
-            with reading(service.engine) as session:
+            with reading(service.engine, ALL_TENANTS) as session:
                 tenant = session.get(Tenant, each)
                 is_ended = (
                     tenant is not None and tenant.status != "active"
@@ -320,7 +321,7 @@ def _rotate_each(
 
 
 def _rotate(service: Service, tenant_id: str, provider: str | None, request_id: str, tell: OnProgress) -> Rotation:
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         aim = _aim(session, service.keys, tenant_id, provider)
     if aim.pending is None and aim.older and aim.active.provider == aim.to:
         finished = _rewrapped(service, aim, aim.active, tell, is_new=False)
@@ -344,7 +345,7 @@ def _begin(service: Service, aim: _Aim, request_id: str) -> TenantKey:
             f"the key that {aim.name!r} has now is not to be had of {aim.active.provider!r}, so that nothing could be rewrapped; "
             "its holder must give it back first"
         )
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         newest = session.scalars(select(func.max(TenantKey.version)).where(TenantKey.tenant_id == aim.tenant_id)).one()
         key = TenantKey(tenant_id=aim.tenant_id, version=newest + 1, provider=aim.to, key_id=key_id, state="pre-active")
         session.add(key)
@@ -369,7 +370,7 @@ def _activate(service: Service, key: TenantKey) -> None:
 
     No audit row is written here: that would lock the tenant's row before the keys' are free, and others take it last.
     """
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         held = session.scalars(
             select(TenantKey)
             .where(TenantKey.tenant_id == key.tenant_id, TenantKey.state.in_(("active", "pre-active")))

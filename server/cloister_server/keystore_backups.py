@@ -13,6 +13,7 @@ from cloister_server import keys
 from cloister_server.errors import Invalid
 from cloister_server.keyring import LOCAL
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import writing
 from cloister_server.store.tables import KeystoreBackup, new_id
 
@@ -45,13 +46,13 @@ def backup(service: Service, place: Path) -> Backup:
     with keys.alone(service):
         content, count = _tar(directory)
         row = KeystoreBackup(id=new_id("kb"), place=str(place))
-        with writing(service.engine) as session:
+        with writing(service.engine, ALL_TENANTS) as session:
             session.add(row)
         try:
             write_new(place, content)
         except (OSError, KeyProviderError) as error:
             if not place.exists():
-                with writing(service.engine) as session:
+                with writing(service.engine, ALL_TENANTS) as session:
                     session.delete(row)
             raise Invalid(f"{place} could not be written, and is no whole copy: {error}") from None
     return Backup(row.id, row.place, count)

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from cloister_server.errors import Unavailable
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.queries import public_keys, tenants
 from cloister_server.store.session import reading
 
@@ -19,7 +20,7 @@ _FORMAT = "cloister.store/1"
 def require_ours(service: Service) -> None:
     """Raise Unavailable `storage_foreign` unless the store is marked as this deployment's; or what keeps it from being asked."""
     marked, place = _marked(service), place_of(service)
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants()) as session:
         own = _name(session)
     if marked == own:
         return
@@ -33,7 +34,7 @@ def require_ours(service: Service) -> None:
 
 def mark_new(service: Service) -> None:
     """Mark an empty store as this deployment's, where the deployment has no tenants yet: there is nothing to take for another's."""
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         is_new, own = session.scalars(tenants().limit(1)).first() is None, _name(session)
     if is_new and _marked(service) is None and not service.blobs.tenants():
         service.blobs.mark(_content(own), is_new=True)
@@ -41,7 +42,7 @@ def mark_new(service: Service) -> None:
 
 def adopt(service: Service) -> None:
     """Mark the store as this deployment's, whatever it was marked as."""
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants()) as session:
         own = _name(session)
     service.blobs.mark(_content(own), is_new=False)
 

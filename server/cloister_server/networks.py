@@ -20,6 +20,7 @@ from cloister_privacy.sealing.sources import Sealed
 from cloister_server import models, vault
 from cloister_server.errors import TenantKeyRefused, Unavailable
 from cloister_server.service import Service
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.session import reading
 from cloister_server.store.tables import ModelVersion
 from cloister_server.vault import DataKey
@@ -124,7 +125,7 @@ class Networks:
                 opened.ends, opened.renews = asked + self._kept_s, asked + self._kept_s / 2
                 self._changed.notify_all()
                 return opened.network
-        with reading(self._service.engine) as session:
+        with reading(self._service.engine, for_tenants(place.tenant_id)) as session:
             certificate = models.certified(session, self._service.settings, version)
         sealed: Sealed = self._service.blobs.sealed(place.tenant_id, place.weights_id)
         self._require_bearable(sealed, place)
@@ -143,7 +144,7 @@ class Networks:
 
     def _ask(self, place: _Place) -> DataKey:
         """The weights' data key, of the provider and not from memory. While that takes its time no connection is held."""
-        with reading(self._service.engine) as session:
+        with reading(self._service.engine, for_tenants(place.tenant_id)) as session:
             wrapped = vault.wrapped_key(session, tenant_id=place.tenant_id, object_id=place.weights_id)
         return vault.unwrapped(self._service.keys, wrapped)
 

@@ -24,6 +24,7 @@ from cloister_server.oauth import logins, passphrases, totp
 from cloister_server.oauth.sign_in import NotSignedIn, mac
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import (
     Authorization,
     User,
@@ -32,7 +33,7 @@ from cloister_server.store.identities import (
     user_of_name,
     users_of,
 )
-from cloister_server.store.queries import app_of_id, app_of_name
+from cloister_server.store.queries import app_of_id, name_is_taken
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Tenant, new_id, now
 
@@ -68,8 +69,8 @@ def create(session: Session, service: Service, principal: Principal, *, name: st
         raise Invalid(
             f"{name[:64]!r} is no name here: a letter first, then letters, digits, '_' and '-', 63 characters at most"
         )
-    if user_of_name(session, tenant.id, name) or app_of_name(session, tenant.id, name):
-        raise Conflict(f"the tenant has an account or a client named {name!r} already; choose another name")
+    if name_is_taken(session, tenant.id, name):
+        raise Conflict(f"the tenant has an account, client or group named {name!r} already; choose another name")
     user = User(tenant_id=tenant.id, id=new_id("us"), name=name, status="invited", totp_step=0)
     session.add(user)
     grants.grant_role(session, user, role)
@@ -116,7 +117,7 @@ def remove(session: Session, service: Service, principal: Principal, name: str) 
 def offer(service: Service, *, account: str, code: str) -> tuple[str, str]:
     """The second factor's secret that whoever holds this invitation is to set up, in base32 and as a URI. Raises NotSignedIn."""
     pepper = vault.pepper(service)
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         user = _invited(session, pepper, account, code)
     secret = totp.offered(pepper, user.id, user.invitation_mac or b"")
     return totp.base32(secret), totp.uri(secret, account=account, issuer="Cloister")
@@ -126,7 +127,7 @@ def take_up(service: Service, *, account: str, invitation: str, passphrase: str,
     """Set the passphrase and the second factor, once. Raises NotSignedIn, or Invalid for a code or passphrase."""
     with passphrases.at_work():
         pepper = vault.pepper(service)
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             invited = _invited(session, pepper, account, invitation)
         secret = totp.offered(pepper, invited.id, invited.invitation_mac or b"")
         step = totp.step_of(secret, code, after=0)
@@ -135,7 +136,7 @@ def take_up(service: Service, *, account: str, invitation: str, passphrase: str,
                 "the code is not the one that the app shows now; see that its clock is right, and try the next one"
             )
         chosen = passphrases.hashed(passphrase, pepper=pepper, account=account)
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(invited.tenant_id)) as session:
         user = session.get(User, (invited.tenant_id, invited.id), with_for_update=True)
         if user is None or user.invitation_mac != invited.invitation_mac or user.status != "invited":
             raise NotSignedIn  # of two who took it up at once the other was first

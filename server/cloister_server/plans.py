@@ -53,6 +53,11 @@ class Read:
     def capacity(self) -> int:
         return sum(each.capacity for each in self.datasets)
 
+    def require_epsilon(self, epsilon: float) -> None:
+        """Raise Forbidden where a grant that the run is allowed by is bound to less."""
+        for each in self.authorized:
+            policy.require_epsilon(each, "dataset.train", epsilon)
+
 
 def make(session: Session, principal: Principal, service: Service, body: PlanRequest) -> Plan:
     """Fill the request's blanks by the public recipe and quote the event that training it would be charged."""
@@ -72,6 +77,7 @@ def make(session: Session, principal: Principal, service: Service, body: PlanReq
         )
         spec = _resolved(_with_noise(body, noise), read, start)
     plan = check_spec(read, spec)
+    read.require_epsilon(plan.epsilon())
     weights.require_start(session, service, spec.architecture, spec.lora, start)
     event = plan.event()
     return Plan(

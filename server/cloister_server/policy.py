@@ -1,10 +1,11 @@
-"""Who may do what: one SQL query over grants, a deny before every allow, and no as the last word. Knows nothing of HTTP.
+"""Who may do what: one query over grants, a deny before every allow, and no as the last word. Knows nothing of HTTP.
 
 A feature asks for `Authorized[Model]` and not for an id: only this module can make one.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -12,9 +13,12 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from cloister_server.errors import Conflict, Forbidden, NotFound, ServerError, Unavailable
+from cloister_server.errors import Conflict, Forbidden, NotFound, RateLimited, ServerError, Unavailable
 from cloister_server.principal import Principal
-from cloister_server.store.queries import OPERATOR_VERBS, VERBS, grants_on, visible_to
+from cloister_server.store.conditions import UNBOUND, Conditions
+from cloister_server.store.decisions import decisive
+from cloister_server.store.queries import OPERATOR_VERBS, VERBS, visible_to
+from cloister_server.store.rates import take
 from cloister_server.store.tables import Table, Tenant
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "authorize_change",
     "decide",
     "find",
+    "require_epsilon",
 ]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
@@ -38,26 +43,29 @@ R = TypeVar("R", bound=Table)
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """Yes, by this grant."""
+    """Yes, by this grant, and as it is bound."""
 
     by: str
+    conditions: Conditions = UNBOUND
 
 
 @dataclass(frozen=True, slots=True)
 class Deny:
-    """No; the reason is for the audit log."""
+    """No; the reason is for the audit log. `by` is the grant that denies, where one does."""
 
     reason: str
+    by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Authorized(Generic[R]):
-    """The proof that a principal may do what it asked to this row; `grant_id` says why."""
+    """The proof that a principal may do what it asked to this row; `grant_id` says why, `conditions` how."""
 
     principal: Principal
     resource: R
     grant_id: str
     proof: object = field(repr=False, compare=False)
+    conditions: Conditions = UNBOUND
 
     def __post_init__(self) -> None:
         if self.proof is not _PROOF:
@@ -90,6 +98,15 @@ class _NotThis(Denied, Forbidden):
         self.denial = denial
 
 
+class _NotSoMuch(Denied, Forbidden):
+    def __init__(self, denial: Denial, most: float) -> None:
+        super().__init__(
+            f"your grant allows jobs of epsilon {most:g} at most; ask for a smaller epsilon, or the owner for another grant",
+            details={"max_epsilon": most},
+        )
+        self.denial = denial
+
+
 class _NotVisible(Denied, NotFound):
     def __init__(self, kind: str, denial: Denial) -> None:
         super().__init__(kind)
@@ -106,25 +123,37 @@ def decide(session: Session, principal: Principal, verb: str, *, tenant_id: str,
     if verb not in VERBS:
         return Deny("no such verb")
     try:
-        grant = session.execute(grants_on(principal, verb, tenant_id=tenant_id, resource_id=resource_id)).one_or_none()
-    except SQLAlchemyError:
+        grant = decisive(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+    except (SQLAlchemyError, Unavailable):
         return _UNREACHABLE
     if grant is not None and grant.effect == "allow":
-        return Allow(by=grant.id)
+        return Allow(grant.grant_id, grant.conditions)
     if grant is not None:
-        return Deny(f"grant {grant.id} denies it")
+        return Deny(f"grant {grant.grant_id} denies it", grant.grant_id)
     return Deny("no grant matched")
 
 
 def authorize(session: Session, principal: Principal, verb: str, row: R) -> Authorized[R]:
-    """The proof for a row that the principal may know of. Raises Forbidden, or Unavailable where nobody could decide."""
+    """The proof for a row that the principal may know of.
+
+    Raises Forbidden, RateLimited where the grant was used too often, or Unavailable where nobody could decide.
+    """
     tenant_id, resource_id = _place(row)
     decision = decide(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     if isinstance(decision, Allow):
-        return Authorized(principal, row, decision.by, _PROOF)
+        _count(session, decision)
+        return Authorized(principal, row, decision.by, _PROOF, decision.conditions)
     if decision is _UNREACHABLE:
         raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment")
     raise _NotThis(Denial(principal, verb, resource_id, decision.reason))
+
+
+def require_epsilon(authorized: Authorized[Any], verb: str, epsilon: float) -> None:
+    """Raise Forbidden where the grant does not allow a job of this epsilon."""
+    most = authorized.conditions.max_epsilon
+    if most is not None and not epsilon <= most:
+        reason = f"grant {authorized.grant_id} allows epsilon {most:g} at most, and {epsilon:g} was asked"
+        raise _NotSoMuch(Denial(authorized.principal, verb, str(authorized.resource.id), reason), most)
 
 
 def authorize_change(session: Session, principal: Principal, verb: str) -> Authorized[Tenant]:
@@ -163,6 +192,18 @@ def find(session: Session, principal: Principal, verb: str, table: type[R], id_o
     if row is None:
         raise _NotVisible(table.__name__.lower(), Denial(principal, verb, id_or_name, "not visible"))
     return authorize(session, principal, verb, row)
+
+
+def _count(session: Session, allow: Allow) -> None:
+    most = allow.conditions.requests_per_minute
+    if most is None:
+        return
+    wait_s = take(session, allow.by, per_minute=most)
+    if wait_s > 0:
+        raise RateLimited(
+            f"your grant allows this {most} times a minute; go on in {math.ceil(wait_s)} s, or ask the owner for another grant",
+            details={"requests_per_minute": most, "retry_after_s": math.ceil(wait_s)},
+        )
 
 
 def _decide_for_operator(principal: Principal, verb: str, tenant_id: str) -> Allow | Deny:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import zlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
@@ -20,10 +20,12 @@ from pydantic import ValidationError
 from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs, encode_outputs
 from cloister_server import models
-from cloister_server.errors import BadRequest, Invalid, NotFound, TooLarge
+from cloister_server.errors import BadRequest, Forbidden, Invalid, NotFound, TooLarge
 from cloister_server.networks import Networks
+from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import for_principal
 from cloister_server.store.session import reading
 from cloister_server.store.tables import Model, ModelVersion
 
@@ -69,23 +71,26 @@ class PredictRoute:
         self, principal: Principal, match: re.Match[str], body: bytes
     ) -> dict[str, Any] | tuple[Future[Network], Callable[[Network], dict[str, Any]]]:
         """The answer, or, where the model is not open, what will be its network and how to answer with that."""
-        with reading(self._service.engine) as session:
+        with reading(self._service.engine, for_principal(principal)) as session:
             number = int(match["version"]) if match["version"] else None
             authorized, version = models.find_version(session, principal, match["model"], number)
-        answer = partial(_answered, authorized.resource, version, match["verb"], body)
+        answer = partial(_answered, authorized, version, match["verb"], body)
         network = self._networks.get(version)
         return (network, answer) if isinstance(network, Future) else answer(network)
 
 
-def _answered(model: Model, version: ModelVersion, verb: str | None, body: bytes, network: Network) -> dict[str, Any]:
+def _answered(
+    authorized: Authorized[Model], version: ModelVersion, verb: str | None, body: bytes, network: Network
+) -> dict[str, Any]:
+    model, bound = authorized.resource, authorized.conditions.outputs
     if verb == "/ready":
         return {"name": model.name, "ready": True}
     if verb is None:
-        return _metadata(model, version, network)
-    return _infer(model, version, network, body)
+        return _metadata(model, version, network, bound)
+    return _infer(model, version, network, body, bound)
 
 
-def _infer(model: Model, version: ModelVersion, network: Network, body: bytes) -> dict[str, Any]:
+def _infer(model: Model, version: ModelVersion, network: Network, body: bytes, bound: str | None) -> dict[str, Any]:
     from cloister_privacy.errors import InputRefused
 
     try:
@@ -101,7 +106,7 @@ def _infer(model: Model, version: ModelVersion, network: Network, body: bytes) -
     except MalformedTensor as error:
         raise Invalid(str(error)) from None
     try:
-        outputs = network.predict(columns)
+        outputs = bounded(network.predict(columns), bound)
     except InputRefused as error:
         raise Invalid(str(error)) from None
     asked = {output.name for output in request.outputs or ()}
@@ -115,7 +120,35 @@ def _infer(model: Model, version: ModelVersion, network: Network, body: bytes) -
     return {**answer, "id": request.id} if request.id is not None else answer
 
 
-def _metadata(model: Model, version: ModelVersion, network: Network) -> dict[str, Any]:
+def bounded(outputs: Mapping[str, Any], bound: str | None) -> dict[str, Any]:
+    """As much of a model's outputs as a grant allows: all; figures 'rounded' to two digits; or 'labels' alone, and no figures.
+
+    Raises Forbidden where a model that answers with figures has no labels.
+    """
+    if bound is None:
+        return dict(outputs)
+    if bound == "rounded":
+        return {name: _rounded(values) for name, values in outputs.items()}
+    labels = {name: values for name, values in outputs.items() if name == "index"}
+    if not labels:
+        raise Forbidden(
+            "your grant is for labels alone, and this model answers with figures; ask its owner for another"
+        )
+    return labels
+
+
+def _rounded(values: Any) -> Any:
+    """To two significant digits, so that what is near nothing tells no more than what is near one."""
+    import numpy as np
+
+    if values.dtype.kind != "f":
+        return values
+    sizes = np.abs(values, dtype=np.float64)
+    unit = 10.0 ** (np.floor(np.log10(sizes, where=sizes > 0, out=np.zeros_like(sizes))) - 1)
+    return (np.round(values / unit) * unit).astype(values.dtype)
+
+
+def _metadata(model: Model, version: ModelVersion, network: Network, bound: str | None) -> dict[str, Any]:
     spec = network.architecture
     inputs = [_input_metadata(name, column) for name, column in spec.inputs.items()]
     if isinstance(spec.output, CategoryColumn):
@@ -125,6 +158,8 @@ def _metadata(model: Model, version: ModelVersion, network: Network) -> dict[str
         ]
     else:
         outputs = [{"name": "value", "datatype": "FP32", "shape": [-1]}]
+    if bound is not None and bound != "rounded":
+        outputs = [each for each in outputs if each["name"] == "index"]
     return {
         "name": model.name,
         "versions": [str(version.version)],

@@ -16,6 +16,8 @@ class Principal:
     id: str
     kind: Literal["app", "user", "operator"]
     request_id: str
+    address: str | None = None
+    """Where its connection comes from; None where there is none."""
 
     @classmethod
     def operator(cls, tenant_id: str, *, request_id: str) -> Principal:

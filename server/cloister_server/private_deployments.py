@@ -38,8 +38,9 @@ from cloister.wire.private_deployments import PrivateDeployment as Statement
 from cloister.wire.private_requests import LONGEST_PERMISSION_S, PERMISSION_TYPE, audience
 from cloister_privacy.sealing import Arena
 from cloister_server import audit, models, quotas, vault
-from cloister_server.errors import Conflict, Invalid, NotFound
+from cloister_server.errors import Conflict, Forbidden, Invalid, NotFound
 from cloister_server.oauth.verifier import ALGORITHM
+from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.tables import Model, ModelVersion, PrivateDeployment, new_id, now
@@ -204,7 +205,8 @@ def deploy(
 
 def terms(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> PrivateTerms:
     """What whoever may predict with a version needs in order to share an input: its architecture is public to them."""
-    _, row = models.find_version(session, principal, id_or_name, number)
+    authorized, row = models.find_version(session, principal, id_or_name, number)
+    _require_all_outputs(authorized)
     found = _standing(session, row)
     return PrivateTerms(
         statement=found.statement,
@@ -215,7 +217,8 @@ def terms(session: Session, principal: Principal, service: Service, id_or_name: 
 
 def permissions(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> Permissions:
     """One for each party, for a minute: whoever loses the grant, or the tenant its key, gets none from then on."""
-    _, row = models.find_version(session, principal, id_or_name, number)
+    authorized, row = models.find_version(session, principal, id_or_name, number)
+    _require_all_outputs(authorized)
     found = _standing(session, row)
     vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)  # it must be to be had still
     signer = vault.signing_key(session, service.keys, "token")
@@ -252,6 +255,15 @@ def end(
     _end(session, service, found)
     audit.allowed(session, authorized, "model.end_private", f"{row.model_id}/{row.version}")
     return _view(row, found.generation, found.id, found.statement)
+
+
+def _require_all_outputs(authorized: Authorized[Model]) -> None:
+    """Raise Forbidden where the grant bounds what a model answers: the parties answer in shares, of which nobody can hold back any."""
+    if authorized.conditions.outputs is not None:
+        raise Forbidden(
+            f"your grant is for {authorized.conditions.outputs} outputs alone, and private inference answers with all; ask the "
+            "model's owner for a grant without that bound"
+        )
 
 
 def _newest(session: Session, row: ModelVersion) -> PrivateDeployment | None:

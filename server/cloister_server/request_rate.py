@@ -17,6 +17,7 @@ from sqlalchemy import Engine, Select, func, select
 
 from cloister_server.errors import RateLimited
 from cloister_server.service import Service
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import RequestCount, Tenant
 
@@ -100,10 +101,10 @@ class _Memory:
 def _taken(service: Service, tenant_id: str) -> _Share:
     """A share of the tenant's minute, counted. Of a tenant without a quota nothing is written."""
     at = _now()
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(tenant_id)) as session:
         if session.scalars(_quota(tenant_id)).one() is None:
             return _unbounded(at)
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(tenant_id)) as session:
         count = session.get_one(RequestCount, tenant_id, with_for_update=True)
         allowed = session.scalars(_quota(tenant_id)).one()
         if allowed is None:

@@ -18,6 +18,7 @@ from cloister_server import vault
 from cloister_server.errors import Conflict
 from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import SealedObject, SigningKey, TenantKey
 
@@ -66,7 +67,7 @@ def rewrap(service: Service, key: TenantKey, *, on_page: Callable[[int], None]) 
     Providers are asked outside of the transactions, which may be slow; a row is written only if it still is what was unwrapped.
     """
     wraps, rewrapped, unopened = Wraps.of(key.tenant_id), 0, set[str]()
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(key.tenant_id)) as session:
         keys = {
             each.version: each
             for each in session.scalars(select(TenantKey).where(TenantKey.tenant_id == key.tenant_id))
@@ -101,7 +102,7 @@ def _pages(service: Service, wraps: Wraps, version: int) -> Iterator[list[tuple[
     """What is wrapped by versions before this one, some at a time: id, kind, version and wrapped form."""
     after, older = "", select(wraps.id, wraps.kind, wraps.version, wraps.wrapped).where(wraps.are_before(version))
     while True:
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             page = session.execute(older.where(wraps.id > after).order_by(wraps.id).limit(_AT_ONCE)).all()
         if not page:
             return
@@ -122,7 +123,7 @@ def _opened(keys: KeyRing, key: TenantKey | None, wrapped: bytes, context: Conte
 def _write(service: Service, wraps: Wraps, key: TenantKey, fresh: dict[str, tuple[bytes, bytes]]) -> int:
     """Put new wrapped forms, by the row's id, in place of the ones they were made from; how many there were to replace."""
     written = 0
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(key.tenant_id)) as session:
         active = vault.active_key(session, key.tenant_id)
         if active is None or active.version != key.version:
             raise Conflict("the tenant's key was changed or destroyed meanwhile; run the command again")

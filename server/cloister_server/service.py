@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from cloister_server import asking
 from cloister_server.keyring import KeyRing
 from cloister_server.settings import Settings
+from cloister_server.store.acting import Acting
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.session import reading, writing
 
@@ -29,10 +30,10 @@ class Service:
     keys: KeyRing
     blobs: Blobs
 
-    def read(self, work: Callable[[Session], T]) -> T:
-        """What `work` gives in a transaction that writes nothing; whatever key providers it needs are asked outside of it."""
-        return asking.run(lambda: reading(self.engine), self.keys, work)
+    def read(self, acting: Acting, work: Callable[[Session], T]) -> T:
+        """What `work` gives in a transaction that writes nothing, for whom it says; key providers that it needs are asked outside."""
+        return asking.run(lambda: reading(self.engine, acting), self.keys, work)
 
-    def write(self, work: Callable[[Session], T]) -> T:
+    def write(self, acting: Acting, work: Callable[[Session], T]) -> T:
         """The same in a transaction that is committed at its end."""
-        return asking.run(lambda: writing(self.engine), self.keys, work)
+        return asking.run(lambda: writing(self.engine, acting), self.keys, work)

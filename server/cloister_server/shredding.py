@@ -10,7 +10,7 @@ import logging
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import case, delete, func, or_, select, update
+from sqlalchemy import case, delete, func, or_, select, union_all, update
 from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
@@ -20,16 +20,19 @@ from cloister_server import audit, budgets, keys, marking, policy, processes, re
 from cloister_server.errors import Conflict, StartRefused
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import Authorization, BrowserSession, Login, User
-from cloister_server.store.issuers import IssuerSubject
+from cloister_server.store.issuers import forget_subjects_of_tenant
 from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.session import empty_log, reading, writing
 from cloister_server.store.tables import (
     App,
     Grant,
+    Group,
     IdempotencyKey,
     Job,
     KeystoreBackup,
+    Member,
     Part,
     SealedObject,
     Table,
@@ -99,7 +102,7 @@ def shred(service: Service, principal: Principal) -> dict[str, Any]:
     closed, and calling again goes on from there.
     """
     with keys.alone(service):
-        with reading(service.engine) as session:
+        with reading(service.engine, for_tenants(principal.tenant_id)) as session:
             is_done = session.get_one(Tenant, principal.tenant_id).status == "shredded"
             if is_done:
                 return receipt(session, principal)
@@ -123,7 +126,7 @@ def _close(service: Service, principal: Principal) -> None:
     every transaction that is sealing under it, so that what these store is there when it is deleted.
     """
     tenant_id = principal.tenant_id
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         tenant = session.get_one(Tenant, tenant_id)
         authorized = policy.authorize(session, principal, "tenant.administer", tenant)
         if tenant.status != "active":
@@ -142,7 +145,7 @@ def _close(service: Service, principal: Principal) -> None:
 
 def _end_work(service: Service, tenant_id: str) -> None:
     """See every job over, as cancelled. Whoever holds a job's lock knows that no child of it lives."""
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(tenant_id)) as session:
         _cancel_jobs(session, tenant_id)  # those, too, that began while the keys were being closed
         unfinished = session.scalars(
             select(Job.id).where(Job.tenant_id == tenant_id, Job.status.not_in(FINAL)).order_by(Job.created, Job.id)
@@ -151,7 +154,7 @@ def _end_work(service: Service, tenant_id: str) -> None:
         path = service.settings.data_dir / "locks" / f"{job_id}.lock"
         try:
             with processes.locked(path, wait_s=_CHILD_S, what=f"job {job_id}"):
-                with writing(service.engine) as session:
+                with writing(service.engine, for_tenants(tenant_id)) as session:
                     job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
                     if job.status not in FINAL:
                         budgets.settle(session, job)
@@ -166,7 +169,7 @@ def _end_work(service: Service, tenant_id: str) -> None:
 def _list_recorded(service: Service, tenant_id: str) -> None:
     """Give those keys a row that the record names and no row does: an older database was restored after they were made."""
     recorded = KeyRecord(service.settings.key_record_dir).of(tenant_id)
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(tenant_id)) as session:
         rows = session.scalars(select(TenantKey).where(TenantKey.tenant_id == tenant_id)).all()
         listed, newest = {row.key_id for row in rows}, max(row.version for row in rows)
         for version, key in enumerate((each for each in recorded if each.key_id not in listed), newest + 1):
@@ -184,7 +187,7 @@ def _list_recorded(service: Service, tenant_id: str) -> None:
 
 
 def _destroy_keys(service: Service, tenant_id: str) -> None:
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(tenant_id)) as session:
         left = session.scalars(
             select(TenantKey)
             .where(TenantKey.tenant_id == tenant_id, TenantKey.state != "destroyed")
@@ -211,19 +214,19 @@ def _destroy_keys(service: Service, tenant_id: str) -> None:
 
 
 def _end_key(service: Service, key: TenantKey) -> None:
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(key.tenant_id)) as session:
         row = session.get_one(TenantKey, (key.tenant_id, key.version), with_for_update=True)
         row.state, row.destroyed = "destroyed", now()
 
 
 def _is_noted(service: Service, key: TenantKey) -> bool:
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(key.tenant_id)) as session:
         return str(key.version) in _notes(session, key.tenant_id)["keys"]
 
 
 def _note_key(service: Service, key: TenantKey, told: dict[str, Any]) -> None:
     """Write down what the receipt is to say of a key before it is destroyed: whether it was there, nobody can tell afterwards."""
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(key.tenant_id)) as session:
         noted = _notes(session, key.tenant_id)["keys"]
         _note(session, key.tenant_id, keys={**noted, str(key.version): told})
 
@@ -254,7 +257,7 @@ def _unreached(error: KeyProviderError) -> dict[str, Any]:
 
 def _delete_blobs(service: Service, tenant_id: str) -> None:
     """Delete every object of the tenant's, those too that no row names: nothing is sealed for it any more. The rows go last."""
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(tenant_id)) as session:
         named = session.scalars(select(SealedObject.id).where(SealedObject.tenant_id == tenant_id)).all()
     for first in range(0, len(named), _AT_ONCE):
         service.blobs.delete(tenant_id, *named[first : first + _AT_ONCE])
@@ -284,7 +287,7 @@ def _conclude(service: Service, principal: Principal) -> dict[str, Any]:
         audit.allowed(session, authorized, "tenant.shredded", tenant_id)
         return tenant.receipt
 
-    return service.write(concluded)
+    return service.write(ALL_TENANTS, concluded)
 
 
 def _counted(session: Session, tenant_id: str) -> dict[str, int]:
@@ -307,16 +310,19 @@ def _cancel_jobs(session: Session, tenant_id: str) -> None:
 def _withdraw(session: Session, tenant_id: str) -> dict[str, int]:
     """Delete the tenant's clients and accounts, all that they may do anywhere, and all that anybody may do here; how many of each."""
     grants = _deleted(session, Grant, _grants_of(tenant_id))
-    for table in (Login, BrowserSession, Authorization, IssuerSubject):
+    people = select(User.id).where(User.tenant_id == tenant_id)
+    for of_a_person in (Login, BrowserSession, Authorization):
+        session.execute(delete(of_a_person).where(of_a_person.user_id.in_(people)))
+    forget_subjects_of_tenant(session, tenant_id)
+    for table in (Member, Group):
         session.execute(delete(table).where(_of(table, tenant_id)))
     accounts = _deleted(session, User, User.tenant_id == tenant_id)
     return {"clients": _deleted(session, App, App.tenant_id == tenant_id), "grants": grants, "accounts": accounts}
 
 
 def _grants_of(tenant_id: str) -> Any:
-    apps = select(App.id).where(App.tenant_id == tenant_id)
-    people = select(User.id).where(User.tenant_id == tenant_id)
-    return or_(Grant.tenant_id == tenant_id, Grant.principal_id.in_(apps), Grant.principal_id.in_(people))
+    holders = union_all(*(select(table.id).where(table.tenant_id == tenant_id) for table in (App, User, Group)))
+    return or_(Grant.tenant_id == tenant_id, Grant.principal_id.in_(holders))
 
 
 def _notes(session: Session, tenant_id: str) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from cloister_server import ledger, policy, sources
 from cloister_server.errors import Invalid
 from cloister_server.ledger import ALL, Books, Used
 from cloister_server.principal import Principal
-from cloister_server.store.queries import blocks_of
-from cloister_server.store.tables import App, Balance, Dataset, Job, LedgerEntry, Model, Source, Tenant
+from cloister_server.store.queries import blocks_of, names_of_principals
+from cloister_server.store.tables import Balance, Dataset, Job, LedgerEntry, Model, Source
 
 __all__ = ["of_source"]
 
@@ -107,7 +107,7 @@ def _view(session: Session, source: Source, rows: Sequence[LedgerEntry], viewer_
         filters[block] = frozen
     return _View(
         viewer_id=viewer_id,
-        names=_names(session, source, named) if viewer_id is None else {},
+        names=names_of_principals(session, named, seen_from=source.tenant_id) if viewer_id is None else {},
         blocks=dict(blocks_of(session, source)),
         filters=filters,
         used=_used(session, source, reserved, viewer_id or ALL),
@@ -172,16 +172,6 @@ def _derived(session: Session, source: Source, revisions: set[int], holder_id: s
         if row.revision in revisions:
             used[row.revision] = changed[row.block, holder_id]
     return used
-
-
-def _names(session: Session, source: Source, client_ids: Iterable[str]) -> dict[str, str]:
-    """Client id -> name; `TENANT/NAME` for the apps of another tenant than the source's."""
-    rows = session.execute(
-        select(App.id, App.name, App.tenant_id, Tenant.name.label("tenant"))
-        .join(Tenant, Tenant.id == App.tenant_id)
-        .where(App.id.in_(client_ids))
-    )
-    return {row.id: row.name if row.tenant_id == source.tenant_id else f"{row.tenant}/{row.name}" for row in rows}
 
 
 def _revision(cursor: str) -> int:

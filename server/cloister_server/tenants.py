@@ -16,7 +16,6 @@ from cloister_server.keyring import KeyRing
 from cloister_server.oauth import client_secrets, logins, redirects
 from cloister_server.principal import Principal
 from cloister_server.store import queries
-from cloister_server.store.identities import user_of_name
 from cloister_server.store.tables import App, Tenant, new_id, now
 
 __all__ = [
@@ -88,8 +87,8 @@ def create_client(
     """
     authorized = policy.authorize_change(session, principal, "tenant.administer")
     tenant = authorized.resource
-    if queries.app_of_name(session, tenant.id, _checked(name)) or user_of_name(session, tenant.id, name):
-        raise Conflict(f"the tenant has a client or an account named {name!r} already; choose another name")
+    if queries.name_is_taken(session, tenant.id, _checked(name)):
+        raise Conflict(f"the tenant has a client, account or group named {name!r} already; choose another name")
     if public and (public_key is not None or role != "none"):
         raise Invalid("a public client has no key and no role: it can keep nothing secret, and does what people may do")
     app = App(tenant_id=tenant.id, id=new_id("ap"), name=name, dpop=dpop, public=public, secret_mac=b"")

@@ -45,8 +45,9 @@ from cloister_server import asking
 from cloister_server.errors import ServerError, StartRefused, TenantKeyRefused, Unavailable
 from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.blobs import Blobs
-from cloister_server.store.tables import Job, SealedObject, SigningKey, TenantKey, new_id
+from cloister_server.store.tables import SYSTEM, Job, SealedObject, SigningKey, TenantKey, new_id
 
 __all__ = [
     "SYSTEM",
@@ -81,9 +82,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-SYSTEM = "system"
-"""Stands for a tenant where the keys are the service's own: its KEK wraps the signing keys."""
 
 _AT_ONCE = 500
 """Ids in one statement: databases bound the parameters of one."""
@@ -309,7 +307,7 @@ def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSec
 
 def service_key(service: Service, purpose: Purpose) -> SigningSecret:
     """The same key, read in a transaction of its own: to be called in none."""
-    return service.read(lambda session: signing_key(session, service.keys, purpose))
+    return service.read(for_tenants(SYSTEM), lambda session: signing_key(session, service.keys, purpose))
 
 
 def pepper(service: Service) -> bytes:

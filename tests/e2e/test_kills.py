@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 import cloister
+from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.session import new_engine, reading
 from databases import new_postgres_database
 from harness import App, Deployment
 from journeys import upload
@@ -127,7 +130,7 @@ def _check(deployment: Deployment, job: str, *, executed: int) -> None:
 
 def _traced(deployment: Deployment) -> Deployment:
     deployment.extra_env = {
-        "PYTHONPATH": str(Path(__file__).parent / "tracing"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "tracing"), *sys.path]),
         "STEP_TRACE": str(deployment.root / "steps"),
         "STEP_SLEEP_S": "0.01",
     }
@@ -167,10 +170,10 @@ def _charged(deployment: Deployment, job: str) -> int:
 
 def _query(deployment: Deployment, statement: str, **values: object) -> object:
     url = deployment.database_url or f"sqlite:///{deployment.data_dir}/cloister.db"
-    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+    engine = new_engine(url)
     try:
-        with engine.connect() as connection:
-            return connection.scalar(text(statement), values)
+        with reading(engine, ALL_TENANTS) as session:
+            return session.scalar(text(statement), values)
     finally:
         engine.dispose()
 

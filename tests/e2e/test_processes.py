@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     root = tmp_path_factory.mktemp("processes")
     deployment = Deployment(root / "d")
     deployment.extra_env = {
-        "PYTHONPATH": str(Path(__file__).parent / "tracing"),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "tracing"), *sys.path]),
         "STEP_TRACE": str(root / "steps"),
         "STEP_SLEEP_S": "0.02",
     }

@@ -13,10 +13,12 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 import cloister
 from cloister.cli import main
+from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.session import new_engine, reading
 from harness import BIN, App, Deployment
 from journeys import upload
 
@@ -155,9 +157,9 @@ def _objects(deployment: Deployment, app: App) -> list[Path]:
 
 def _asked(deployment: Deployment, query: str, app: App) -> list[object]:
     url = deployment.database_url or f"sqlite:///{deployment.data_dir}/cloister.db"
-    engine = create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+    engine = new_engine(url)
     try:
-        with engine.connect() as connection:
-            return list(connection.execute(text(query), {"of": app.tenant_id}).scalars())
+        with reading(engine, ALL_TENANTS) as session:
+            return list(session.execute(text(query), {"of": app.tenant_id}).scalars())
     finally:
         engine.dispose()

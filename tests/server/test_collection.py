@@ -24,6 +24,7 @@ from cloister_server.collection import Collected, collect
 from cloister_server.errors import StartRefused
 from cloister_server.processes import locked
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
     Attempt,
@@ -58,7 +59,8 @@ def kept(service: Service, tenant_id: str) -> set[str]:
 
 def seal(service: Service, tenant_id: str, content: bytes = b"content") -> str:
     return service.write(
-        lambda session: vault.seal_object(session, service.blobs, content, tenant_id=tenant_id, kind="initial")
+        ALL_TENANTS,
+        lambda session: vault.seal_object(session, service.blobs, content, tenant_id=tenant_id, kind="initial"),
     )
 
 

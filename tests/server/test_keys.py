@@ -27,6 +27,7 @@ from cloister_server.keys import Outcome, Rotation
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store import chain
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.key_record import KeyRecord
@@ -152,7 +153,7 @@ def files(service: Service) -> dict[Path, bytes]:
 
 def secrets_of(service: Service, ring: KeyRing | None = None) -> list[vault.SigningSecret]:
     return service.read(
-        lambda session: [vault.signing_key(session, ring or service.keys, purpose) for purpose in PURPOSES]
+        ALL_TENANTS, lambda session: [vault.signing_key(session, ring or service.keys, purpose) for purpose in PURPOSES]
     )
 
 

@@ -30,6 +30,7 @@ from cloister_server.app import create_app
 from cloister_server.errors import ServerError, TenantKeyRefused, Unavailable
 from cloister_server.networks import Networks
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import writing
 from cloister_server.store.tables import Model, ModelVersion, new_id
@@ -458,7 +459,7 @@ def test_strict_holds_the_schema_against_the_certificate_too(opened: Callable[..
 def test_a_schema_is_not_remembered_beyond_the_key(opened: Callable[..., Service], keeper: Keeper) -> None:
     service = opened()
     (version,) = publish(service, HELD)
-    assert service.read(lambda session: models.schema_of(session, service, version)).target == "kind"
+    assert service.read(ALL_TENANTS, lambda session: models.schema_of(session, service, version)).target == "kind"
     keeper.withdraw()
     with pytest.raises(TenantKeyRefused):
-        service.read(lambda session: models.schema_of(session, service, version))
+        service.read(ALL_TENANTS, lambda session: models.schema_of(session, service, version))

@@ -28,6 +28,7 @@ from cloister_privacy.accounting import Filter, rdp_per_step
 from cloister_server import ledger
 from cloister_server.settings import Settings
 from cloister_server.store import chain, migrate
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.session import new_engine, reading, writing
 from cloister_server.store.tables import Job, Link, Source
@@ -70,7 +71,12 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **more, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={
+                **os.environ,
+                **more,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+            },
         )
 
     def work_until_the_power_goes(
@@ -167,7 +173,7 @@ def cut_the_power(worker: Worker, place: Path, tmp_path: Path, source: Source, *
 def _check(place: Path, source: Source, announced: list[Announced]) -> None:
     engine, newest = open_engine(place), announced[-1]
     anchors = Anchors(place / "anchors")
-    with reading(engine) as session:
+    with reading(engine, ALL_TENANTS) as session:
         assert session.scalar(text("PRAGMA integrity_check")) == "ok"
         for each in announced:
             link = session.get(Link, (source.tenant_id, each.count))
@@ -182,7 +188,7 @@ def _check(place: Path, source: Source, announced: list[Announced]) -> None:
     )
     anchor = anchors.of(source.tenant_id)
     assert anchor is not None and anchor.count >= newest.count, "an answered commit is anchored"
-    with writing(engine) as session:  # and it can go on
+    with writing(engine, ALL_TENANTS) as session:  # and it can go on
         ledgers.reserve(session, source, EVENT)
     engine.dispose()
 
@@ -232,12 +238,12 @@ def _work(place: Path, tenant_id: str, source_id: str, synchronous: str, rng: ra
             os.fsync(descriptor)
             os.close(descriptor)
     engine = open_engine(place, synchronous=synchronous)
-    with reading(engine) as session:
+    with reading(engine, ALL_TENANTS) as session:
         source = session.get_one(Source, (tenant_id, source_id))
     jobs: dict[str, int] = {}
     while True:
         job = rng.choice([*jobs, ""])
-        with writing(engine) as session:
+        with writing(engine, ALL_TENANTS) as session:
             if not job:
                 jobs[ledgers.reserve(session, source, EVENT)] = 0
             elif jobs[job] < EVENT.steps:
@@ -247,7 +253,7 @@ def _work(place: Path, tenant_id: str, source_id: str, synchronous: str, rng: ra
             else:
                 ledgers.settle(session, source, job)
                 del jobs[job]
-        with reading(engine) as session:
+        with reading(engine, ALL_TENANTS) as session:
             head = chain.head(session, tenant_id)
             revision = ledger.newest(session, source)
         told = {"revision": revision, "count": head.count, "digest": head.digest.hex()}

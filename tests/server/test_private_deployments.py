@@ -28,6 +28,8 @@ from cloister_server.principal import Principal
 from cloister_server.roles import identity
 from cloister_server.roles.permissions import NotPermitted, Permissions
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.conditions import Conditions
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Model, ModelVersion, SealedObject, new_id
 from mpc_groups import small_network
@@ -57,7 +59,7 @@ def model_id(service: Service, steward: Any, weights: bytes) -> str:
         )  # fmt: skip
         return model.id
 
-    return service.write(publish)
+    return service.write(ALL_TENANTS, publish)
 
 
 @pytest.fixture
@@ -157,6 +159,21 @@ def test_only_whoever_is_granted_it_deploys_and_only_a_predictor_is_permitted(
         rows = session.scalars(select(AuditRow).where(AuditRow.verb == "model.deploy_private")).all()
     outcomes = sorted(row.outcome.partition(":")[0] for row in rows)
     assert outcomes.count("allowed") == 1 and "denied" in outcomes
+
+
+def test_whose_grant_bounds_what_a_model_answers_is_permitted_nothing(
+    http: TestClient, service: Service, bearer: dict[str, str], bearer_of: Any, make_client: Any, steward: Any,
+    model_id: str, identities: Any,
+) -> None:  # fmt: skip
+    partner = make_client(role="none")
+    operator = Principal.operator(steward.tenant_id, request_id="request-of-a-test")
+    assert deploy(http, bearer, asked(identities)).status_code == 201
+    with writing(service.engine) as session:
+        bound = Conditions(outputs="labels")
+        grants.add(session, operator, to=partner.id, verb="model.predict", resource_id=model_id, conditions=bound)
+    for path in (PLACE, f"{PLACE}/permissions"):
+        answer = http.get(path, headers=bearer_of(partner))
+        assert answer.status_code == 403 and "labels" in answer.text
 
 
 def test_a_permission_is_for_one_party_for_a_minute_and_no_token_is_one(

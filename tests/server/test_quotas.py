@@ -30,6 +30,7 @@ from cloister_server.errors import Conflict, Invalid
 from cloister_server.policy import Denied
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import for_principal
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Dataset, Job, LedgerEntry, SealedObject
 from cloister_server.work import attempts, child
@@ -235,8 +236,12 @@ def test_jobs_started_at_the_same_moment_never_exceed_a_quota(
 
     def start(_: int) -> None:
         principal = person.client.principal
-        room = service.read(lambda session: jobs.require_start(session, principal, service, body))
-        service.write(lambda session: jobs.start(session, principal, service, body, reserved_bytes=room))
+        room = service.read(
+            for_principal(principal), lambda session: jobs.require_start(session, principal, service, body)
+        )
+        service.write(
+            for_principal(principal), lambda session: jobs.start(session, principal, service, body, reserved_bytes=room)
+        )
 
     assert at_once(8, start) == 3
     with reading(service.engine) as session:

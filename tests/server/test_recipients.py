@@ -26,6 +26,7 @@ from cloister_server.errors import Invalid, TenantKeyRefused
 from cloister_server.principal import Principal
 from cloister_server.recipients import SealedPartRefused
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Part, SealedObject, Tenant, TenantKey
 
@@ -87,16 +88,17 @@ def stored(service: Service, dataset: str, number: int) -> bytes:
 
 def operator_of(service: Service, name: str) -> Principal:
     return service.read(
-        lambda session: tenants.operator_of(tenants.find_tenant(session, name), request_id="request-of-a-test")
+        ALL_TENANTS,
+        lambda session: tenants.operator_of(tenants.find_tenant(session, name), request_id="request-of-a-test"),
     )
 
 
 def new_recipient(service: Service, name: str = "acme") -> str:
-    return service.write(lambda session: recipients.create(session, operator_of(service, name), service))
+    return service.write(ALL_TENANTS, lambda session: recipients.create(session, operator_of(service, name), service))
 
 
 def lines_of(service: Service, name: str = "acme") -> list[str]:
-    return service.read(lambda session: recipients.listed(session, operator_of(service, name), service))
+    return service.read(ALL_TENANTS, lambda session: recipients.listed(session, operator_of(service, name), service))
 
 
 @pytest.fixture
@@ -268,7 +270,7 @@ def test_recipients_are_the_operators_alone(service: Service, steward: Any, line
         lambda session: recipients.remove(session, steward.principal, service, RecipientKey.parse(line).id),
     ):
         with pytest.raises(policy.Denied):
-            service.read(act)
+            service.read(ALL_TENANTS, act)
     assert lines_of(service) == [line]
 
 

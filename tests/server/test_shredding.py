@@ -38,6 +38,7 @@ from cloister_server.errors import Conflict, ServerError, TenantKeyRefused, Unav
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store import chain
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.queries import public_keys
 from cloister_server.store.session import reading, writing
@@ -388,7 +389,7 @@ def test_a_shredded_tenant_takes_nothing_new_from_the_operator_either(
     ]
     for act in acts:
         with pytest.raises(Conflict) as refused:
-            service.write(act)
+            service.write(ALL_TENANTS, act)
         assert refused.value.code == "tenant_shredded"
     with pytest.raises(Conflict):
         keys.rotate(service, house.id, request_id="request-of-a-test")
@@ -422,8 +423,8 @@ def test_a_shredding_that_dies_at_any_step_is_finished_by_the_next_with_one_rece
         return dying
 
     @contextmanager
-    def dying_writing(engine: Any) -> Iterator[Any]:
-        with writing(engine) as session:
+    def dying_writing(engine: Any, acting: Any) -> Iterator[Any]:
+        with writing(engine, acting) as session:
             yield session
         deed(lambda: None)()
 

@@ -24,6 +24,7 @@ from cloister_server.audit import denials_kept
 from cloister_server.errors import IdempotencyMismatch, Unauthenticated
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import for_principal
 from cloister_server.store.tables import IdempotencyKey
 
 __all__ = ["Call", "Cursor", "Limit", "ReadCall", "WriteCall"]
@@ -50,12 +51,12 @@ class Call:
     def read(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in a transaction that writes nothing."""
         with denials_kept(self.service.engine):
-            return self.service.read(work)
+            return self.service.read(for_principal(self.principal), work)
 
     def write(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in one write transaction; nothing of it is kept for a retry."""
         with denials_kept(self.service.engine):
-            return self.service.write(work)
+            return self.service.write(for_principal(self.principal), work)
 
     def once(self, body: BaseModel | bytes, work: Callable[[Session], BaseModel], *, status: int = 201) -> Response:
         """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again.

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 
 from cloister_server.deployment import check_ready
 from cloister_server.oauth import metadata
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
 
 __all__ = ["router"]
@@ -38,11 +39,11 @@ def resource_metadata(request: Request) -> dict[str, Any]:
 
 @router.get("/.well-known/jwks.json")
 def token_keys(request: Request) -> dict[str, Any]:
-    with reading(request.app.state.service.engine) as session:
+    with reading(request.app.state.service.engine, ALL_TENANTS) as session:
         return metadata.token_keys(session)
 
 
 @router.get("/.well-known/cloister-certificate-keys")
 def certificate_keys(request: Request) -> dict[str, Any]:
-    with reading(request.app.state.service.engine) as session:
+    with reading(request.app.state.service.engine, ALL_TENANTS) as session:
         return metadata.certificate_keys(session)

@@ -14,6 +14,7 @@ import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from starlette.concurrency import run_in_threadpool
@@ -175,6 +176,8 @@ class Guard:
             if principal is None:
                 place = {"method": scope["method"], "path": scope["path"]}  # what a proof of possession is for
                 principal = await run_in_threadpool(authenticate, self._service, scope["headers"], **place)
+            client = scope.get("client")
+            principal = replace(principal, address=client[0] if client else None)
             scope["state"].update(principal=principal, principal_id=principal.id)
             if not request_rate.admit_from_memory(self._service, principal.tenant_id):
                 await run_in_threadpool(request_rate.admit, self._service, principal.tenant_id)

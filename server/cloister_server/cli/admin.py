@@ -13,10 +13,11 @@ import typer
 from sqlalchemy.orm import Session
 
 from cloister.wire.sources import CreateSource
-from cloister_server import budgets, deployment, grants, policy, processes, sources, tenants, vault
+from cloister_server import budgets, deployment, explanations, grants, policy, processes, sources, tenants, vault
 from cloister_server.cli import audit, backups, bundles, doctor, ledger
 from cloister_server.cli.issuers import issuer_cli
 from cloister_server.cli.keys import key_cli
+from cloister_server.cli.policy import group_cli, policy_cli
 from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
 from cloister_server.cli.terminal import JSON, Confirm, Confirmation, DryRun, InTenant, operator_in, refusals, run, show
@@ -28,6 +29,7 @@ from cloister_server.oauth.signed import read_public_key, thumbprint
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
 from cloister_server.store import chain
+from cloister_server.store.conditions import Conditions
 from cloister_server.store.tables import App, Grant, Source
 
 __all__ = ["main"]
@@ -45,6 +47,7 @@ client_cli, grant_cli, source_cli, budget_cli = (
 for name, group in {
     "tenant": tenant_cli,
     "storage": storage_cli,
+    "group": group_cli, "policy": policy_cli,
     "key": key_cli, "user": user_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
     "audit": ledger.audit_cli, "ledger": ledger.ledger_cli, "token": token_cli, "token-key": token_key_cli,
     "issuer": issuer_cli,
@@ -212,15 +215,25 @@ def grant_add(
     resource: Resource = "*",
     effect: Effect = "allow",
     until: Annotated[datetime | None, typer.Option(help="When it expires, UTC.")] = None,
+    network: Annotated[
+        str | None, typer.Option("--from", help="Where requests must come from: 10.0.0.0/8, or one address.")
+    ] = None,
+    max_epsilon: Annotated[float | None, typer.Option(help="Of one job; with dataset.train.")] = None,
+    per_minute: Annotated[int | None, typer.Option(help="Requests a minute, of each API process.")] = None,
+    outputs: Annotated[
+        str | None, typer.Option(help="labels alone, or rounded to two digits; with model.predict.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
-    """Let an app do one thing, or forbid it."""
+    """Let a client, a person or a group do one thing, or forbid it."""
 
     def work(session: Session, _: Service) -> dict[str, Any]:
         operator = operator_in(session, tenant)
         expires = None if until is None else until.replace(tzinfo=UTC)
-        added = grants.add(session, operator, to=to, verb=verb, resource_id=resource, effect=effect, expires=expires)
+        bound = Conditions(max_epsilon, per_minute, outputs)
+        of: dict[str, Any] = {"to": to, "verb": verb, "resource_id": resource, "effect": effect, "expires": expires}
+        added = grants.add(session, operator, **of, network=network, conditions=bound)
         session.flush()  # its holder's name is asked for next
         return _grant_row(added, grants.names(session, operator))
 
@@ -344,16 +357,14 @@ def _credentials(app: App, secret: str | None) -> dict[str, Any]:
 
 
 def _grant_row(grant: Grant, names: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "id": grant.id,
-        "to": grant.principal_id,
-        "to_name": names.get(grant.principal_id),
-        "effect": grant.effect,
-        "verb": grant.verb,
-        "resource": grant.resource_id,
-        "resource_name": names.get(grant.resource_id),
-        "expires": grant.expires,
-    }
+    told = explanations.view(grant, dict(names)).model_dump()
+    bound = {name: value for name in _BOUND if (value := told.pop(name)) is not None}
+    row = {**told, "resource_name": names.get(grant.resource_id), "conditions": bound or None}
+    return {name: row[name] for name in (*_SHOWN, "conditions")}
+
+
+_BOUND = ("first_address", "last_address", "max_epsilon", "requests_per_minute", "outputs")
+_SHOWN = ("id", "to", "to_name", "effect", "verb", "resource", "resource_name", "expires")
 
 
 def _read_line(descriptor: int) -> str:

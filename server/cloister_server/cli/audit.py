@@ -15,6 +15,7 @@ from cloister_server import tenants
 from cloister_server.audit_lines import FORMATS, Format, json_line, told
 from cloister_server.cli.terminal import JSON, at_work, show, write_file
 from cloister_server.store import audit_log
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.audit_log import Entry
 from cloister_server.store.session import snapshot
 
@@ -34,7 +35,7 @@ def tail(
 ) -> None:
     """Print the newest rows of the audit log, oldest first: who did what to what, by which grant, or was denied it, and why."""
     with at_work(as_json) as service:
-        with snapshot(service.engine) as session:
+        with snapshot(service.engine, ALL_TENANTS) as session:
             tenant_id = _id(session, tenant)
             seen = audit_log.heads(session, tenant_id)
             _print(audit_log.newest(session, tenant_id, count=lines), as_json)
@@ -43,7 +44,7 @@ def tail(
                 time.sleep(_LOOK_S)
             except KeyboardInterrupt:
                 return
-            with snapshot(service.engine) as session:
+            with snapshot(service.engine, ALL_TENANTS) as session:
                 heads = audit_log.heads(session, tenant_id)
                 _print(audit_log.later(session, seen, heads), as_json)
             seen = heads
@@ -59,7 +60,7 @@ def export(
     as_json: JSON = False,
 ) -> None:
     """Write the audit log out, oldest row first, for what collects logs. There is no secret in it, and no row of data."""
-    with at_work(as_json) as service, snapshot(service.engine) as session:
+    with at_work(as_json) as service, snapshot(service.engine, ALL_TENANTS) as session:
         moment = None if since is None else since.replace(tzinfo=UTC)
         line = FORMATS[kind]
         written = (line(each) for each in audit_log.since(session, _id(session, tenant), moment))

@@ -12,6 +12,7 @@ from cloister_server import asking, bundles
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import JSON, at_work, operator_in, show, write_file
 from cloister_server.errors import Invalid
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import snapshot, writing
 
 __all__ = ["export"]
@@ -31,11 +32,11 @@ def export(
             public_key = public_key_of(recipient)
         except ValueError as error:
             raise Invalid(str(error)) from None
-        with denials_kept(service.engine), writing(service.engine) as session:
+        with denials_kept(service.engine), writing(service.engine, ALL_TENANTS) as session:
             operator = operator_in(session, tenant)
             bundles.note(session, operator)
         size = asking.run(
-            lambda: snapshot(service.engine),
+            lambda: snapshot(service.engine, ALL_TENANTS),
             service.keys,
             lambda session: write_file(to, bundles.sealed(session, operator, service, recipient=public_key)),
         )

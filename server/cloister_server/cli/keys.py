@@ -17,6 +17,7 @@ from cloister_server.cli.terminal import JSON, InTenant, at_work, operator_in, r
 from cloister_server.errors import Invalid
 from cloister_server.keys import NotRotated, Outcome, Plan, Rotation
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
 
 __all__ = ["key_cli"]
@@ -57,7 +58,7 @@ def rotate(
             raise Invalid("name one of --tenant, --system and --all")
         tenant_id = None if everyone else _id(service, tenant)
         if dry_run:
-            with reading(service.engine) as session:
+            with reading(service.engine, ALL_TENANTS) as session:
                 _show_plan(keys.plan_rotation(session, service.keys, tenant_id), [])
             return
         tell = _teller(service, as_json)
@@ -83,7 +84,7 @@ def migrate(
     with at_work(as_json) as service:
         tenant_id = None if tenant is None else _id(service, tenant)
         if dry_run:
-            with reading(service.engine) as session:
+            with reading(service.engine, ALL_TENANTS) as session:
                 _show_plan(*keys.plan_migration(session, service.keys, to=to, tenant_id=tenant_id))
             return
         tell = _teller(service, as_json)
@@ -106,7 +107,7 @@ def destroy(
         if (tenant is not None) == system:
             raise Invalid("name one of --tenant and --system")
         tenant_id = _id(service, tenant)
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             planned = keys.plan_destruction(session, tenant_id, version=version)
         if dry_run:
             show(asdict(planned), True)
@@ -179,7 +180,7 @@ def _recipient(line: str) -> dict[str, str]:
 def _id(service: Service, tenant: str | None) -> str:
     if tenant is None:
         return vault.SYSTEM
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         return tenants.find_tenant(session, tenant).id
 
 
@@ -187,7 +188,7 @@ def _teller(service: Service, as_json: bool) -> Callable[[str, str, int], None]:
     """Progress, a line each on standard error; a terminal that is watched wants to know."""
     if as_json:
         return lambda *_: None
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         names = {each.id: each.name for each in tenants.tenants(session)}
     said = {"begun": "begun", "made": "key made", "active": "new key in use"}
     return lambda tenant_id, step, rewrapped: print(

@@ -24,6 +24,7 @@ from cloister_server.cli.terminal import (
 )
 from cloister_server.errors import Invalid
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
 from cloister_server.store.tables import Tenant
 
@@ -158,7 +159,7 @@ def shred(
             show(look(lambda session, _: shredding.plan(session, operator_in(session, name))), as_json=True)
         return
     with at_work(as_json) as service:
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             tenant = tenants.find_tenant(session, name)
         require_confirmed(tenant.name, confirm, warning="Nobody can undo a shredding.")
         with denials_kept(service.engine):

@@ -26,6 +26,7 @@ from cloister_server.policy import Denied
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.queries import OPERATOR_VERBS
 from cloister_server.store.session import reading, snapshot
 
@@ -79,7 +80,7 @@ def run(
     with refusals(as_json):
         service = deployment.open_service(load_settings())
         if confirm is not None and not dry_run:
-            with reading(service.engine) as session:
+            with reading(service.engine, ALL_TENANTS) as session:
                 name = confirm.name_in(session)
             require_confirmed(name, confirm.given, warning=confirm.warning)
 
@@ -92,7 +93,7 @@ def run(
 
         try:
             with denials_kept(service.engine):
-                answer = service.write(done)
+                answer = service.write(ALL_TENANTS, done)
         except _Planned as planned:
             answer = {"dry_run": True, **planned.answer}
         show(answer, as_json)
@@ -138,7 +139,9 @@ def look(work: Callable[[Session, Service], T]) -> T:
     """For a command that only reads, maybe for long: a snapshot, so that nobody waits for it."""
     service = deployment.open_service(load_settings())
     with denials_kept(service.engine):
-        return asking.run(lambda: snapshot(service.engine), service.keys, lambda session: work(session, service))
+        return asking.run(
+            lambda: snapshot(service.engine, ALL_TENANTS), service.keys, lambda session: work(session, service)
+        )
 
 
 @contextmanager

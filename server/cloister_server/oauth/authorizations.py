@@ -28,7 +28,8 @@ from cloister_server.oauth.logins import CLI_CLIENT_ID, Begun
 from cloister_server.oauth.redirects import is_registered
 from cloister_server.oauth.sign_in import Person, attempt, mac, network, refund
 from cloister_server.service import Service
-from cloister_server.store.identities import Authorization
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
+from cloister_server.store.identities import Authorization, user_of_id
 from cloister_server.store.queries import app_of_id
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import App, now
@@ -111,7 +112,7 @@ def read_authorization_request(service: Service, query: str) -> AuthorizationReq
     nobody is taken anywhere; RedirectedError where the app itself is to be told."""
     fields = _fields(query)
     client_id, redirect_uri = fields.get("client_id", ""), fields.get("redirect_uri", "")
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         client = client_of_id(session, client_id) if _CLIENT_ID.fullmatch(client_id) else None
     if client is None or not is_registered(redirect_uri, client.redirect_uris):
         raise BadRequest(
@@ -157,7 +158,7 @@ def allow(service: Service, request: AuthorizationRequest, person: Person) -> st
         )
     code = f"cla_{secrets.token_hex(32)}"
     key = mac(vault.pepper(service), "code", code)
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(person.tenant_id)) as session:
         _forget_old(session)
         session.add(
             Authorization(
@@ -165,7 +166,6 @@ def allow(service: Service, request: AuthorizationRequest, person: Person) -> st
                 kind="code",
                 client_id=request.client.id,
                 state="allowed",
-                tenant_id=person.tenant_id,
                 user_id=person.id,
                 redirect_uri=request.redirect_uri,
                 challenge=request.challenge,
@@ -191,7 +191,7 @@ def redeem_code(
     if not _CODE.fullmatch(code) or not _VERIFIER.fullmatch(verifier):
         return None
     pepper = vault.pepper(service)
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         row = session.get(Authorization, mac(pepper, "code", code), with_for_update=True)
         if row is None or row.kind != "code" or row.client_id != client.id:
             return None
@@ -221,7 +221,7 @@ def find_device(service: Service, person: Person, user_code: str, *, address: st
     attempt(service, "user-code", person.id, address)
     code = _normal(user_code)
     key = mac(vault.pepper(service), "user-code", code)
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         row = _device(session, key)
         client = client_of_id(session, row.client_id) if row is not None else None
     if row is None or client is None or client.tenant_id not in ("", person.tenant_id):
@@ -236,12 +236,12 @@ def decide_device(service: Service, person: Person, user_code: str, *, is_allowe
     if found is None:
         return False
     key = mac(vault.pepper(service), "user-code", found[0])
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(person.tenant_id)) as session:
         row = _device(session, key, is_locked=True)
         if row is None:
             return False
         row.state = "allowed" if is_allowed else "denied"
-        row.tenant_id, row.user_id = person.tenant_id, person.id
+        row.user_id = person.id
     return True
 
 
@@ -253,7 +253,7 @@ def redeem_device(
     if not _DEVICE_CODE.fullmatch(code):
         return "invalid_grant"
     pepper = vault.pepper(service)
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         row = session.get(Authorization, mac(pepper, "device", code), with_for_update=True)
         if row is None or row.kind != "device" or row.client_id != client.id:
             return "invalid_grant"
@@ -282,7 +282,7 @@ def _new_device(service: Service, client: App, address: str) -> Device:
     user_code = "".join(secrets.choice(_LETTERS) for _ in range(8))
     pepper = vault.pepper(service)
     asked_from = mac(pepper, "asked-from", network(address))
-    with writing(service.engine) as session:
+    with writing(service.engine, ALL_TENANTS) as session:
         _forget_old(session)
         waiting = session.scalar(select(func.count()).where(Authorization.asked_from == asked_from)) or 0
         if waiting >= _MOST_DEVICES:
@@ -316,15 +316,14 @@ def _begin(
     session: Session, pepper: bytes, row: Authorization, client: App, proven: str | None, request_id: str
 ) -> Begun | None:
     """Begin what was allowed, once, where the person is still there to have allowed it."""
-    if row.state != "allowed" or row.tenant_id is None or row.user_id is None:
-        return None
-    if not logins.is_active(session, row.tenant_id, row.user_id):
+    user = user_of_id(session, row.user_id) if row.state == "allowed" and row.user_id is not None else None
+    if user is None or not logins.is_active(session, user.tenant_id, user.id):
         return None
     begun = logins.begin(
         session,
         pepper,
-        tenant_id=row.tenant_id,
-        user_id=row.user_id,
+        tenant_id=user.tenant_id,
+        user_id=user.id,
         client_id=client.id,
         jkt=proven,
         request_id=request_id,

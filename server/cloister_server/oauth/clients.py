@@ -23,6 +23,7 @@ from cloister_server.oauth.form import TokenRequest, invalid_client
 from cloister_server.oauth.replays import Replayed, take_once
 from cloister_server.oauth.signed import InvalidSigned, read_public_key, read_signed, verify
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.queries import app_of_id, is_suspended
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App
@@ -41,7 +42,7 @@ def authenticate_client(service: Service, request: TokenRequest) -> App:
     Raises UnauthorizedClientError, once it has shown who it is, where its tenant is suspended.
     """
     app = _authenticated(service, request)
-    with reading(service.engine) as session:
+    with reading(service.engine, for_tenants(app.tenant_id)) as session:
         if is_suspended(session, app.tenant_id):
             raise UnauthorizedClientError("this client's tenant is suspended; ask the server's operator to resume it")
     return app
@@ -56,7 +57,7 @@ def _authenticated(service: Service, request: TokenRequest) -> App:
 
 def _public(service: Service, client_id: str) -> App:
     """The public client of this id (RFC 6749, section 2.1): anybody can say that they are it."""
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         app = client_of_id(session, client_id)
     if app is None or not app.public:
         raise invalid_client()
@@ -67,7 +68,7 @@ def _by_secret(service: Service, client_id: str, secret: str) -> App:
     if not _CLIENT_ID.fullmatch(client_id) or not client_secrets.is_well_formed(secret):
         raise invalid_client()
     pepper = vault.pepper(service)
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         app = app_of_id(session, client_id)
     # Without a secret, or without an app, it is compared with what nobody has.
     stored = app.secret_mac if app and app.secret_mac else None
@@ -86,7 +87,7 @@ def _by_assertion(service: Service, named: str, assertion: str) -> App:
         nobodys = _NOBODYS_KEYS.get(str(signed.header.get("alg")))
         if nobodys is None:
             raise InvalidSigned("another algorithm")
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             app = app_of_id(session, client_id)
         key = app.public_key if app is not None else None
         verify(signed, key if key is not None and key["kty"] == nobodys["kty"] else nobodys)

@@ -138,6 +138,9 @@ class _Plain(http.client.HTTPConnection):
         self._is_cut = False
 
     def connect(self) -> None:
+        self._open()
+
+    def _open(self) -> None:
         why: OSError = TimeoutError()
         for address in self._addresses:
             try:
@@ -167,7 +170,7 @@ class _Secured(_Plain):
     """The same with TLS, whose certificate is of the name."""
 
     def connect(self) -> None:
-        super().connect()
+        self._open()
         # The handshake by itself: it is to be cut, too, and before it there would be nothing to cut.
         context = ssl.create_default_context()
         secured = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)

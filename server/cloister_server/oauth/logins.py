@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from pydantic import SecretStr
-from sqlalchemy import delete, select
+from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from cloister_server import audit, vault
@@ -20,8 +20,17 @@ from cloister_server.oauth import verifier
 from cloister_server.oauth.sign_in import mac
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.identities import BrowserSession, Login, User
-from cloister_server.store.issuers import IssuerSubject
+from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.identities import (
+    BrowserSession,
+    Login,
+    User,
+    forget_logins_by,
+    forget_old_logins,
+    login_of_handle,
+    login_of_id,
+)
+from cloister_server.store.issuers import forget_subjects_of
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Tenant, new_id, now
 
@@ -70,7 +79,7 @@ def begin(
 ) -> Begun:
     """Let an app act for a person from now on, who has just allowed it."""
     at = now()
-    session.execute(delete(Login).where(Login.until < at))
+    forget_old_logins(session)
     login = Login(
         tenant_id=tenant_id,
         id=new_id("lg"),
@@ -98,10 +107,8 @@ def refresh(service: Service, token: str, *, client_id: str, proven: str | None,
     if read is None:
         return None
     handle, generation = read
-    with writing(service.engine) as session:
-        login = session.scalars(
-            select(Login).where(Login.handle == handle, Login.until > now()).with_for_update()
-        ).one_or_none()
+    with writing(service.engine, ALL_TENANTS) as session:
+        login = login_of_handle(session, handle, is_locked=True)
         if login is None or login.client_id != client_id:
             return None
         if generation != login.generation:
@@ -120,7 +127,7 @@ def refresh(service: Service, token: str, *, client_id: str, proven: str | None,
 
 def end(session: Session, service: Service, login_id: str | None) -> None:
     """End a login: its refresh token at once, its access tokens in this process from the next request, in others within a second."""
-    login = session.scalars(select(Login).where(Login.id == login_id)).one_or_none()
+    login = login_of_id(session, login_id)
     if login is not None:
         _end(session, service, login)
 
@@ -130,8 +137,8 @@ def end_by_refresh_token(service: Service, token: str, *, client_id: str) -> boo
     read = _read(vault.pepper(service), token)
     if read is None:
         return False
-    with writing(service.engine) as session:
-        login = session.scalars(select(Login).where(Login.handle == read[0])).one_or_none()
+    with writing(service.engine, ALL_TENANTS) as session:
+        login = login_of_handle(session, read[0])
         if login is None or login.client_id != client_id:
             return False
         _end(session, service, login)
@@ -143,8 +150,8 @@ def of_refresh_token(service: Service, token: str) -> Login | None:
     read = _read(vault.pepper(service), token)
     if read is None:
         return None
-    with reading(service.engine) as session:
-        login = session.scalars(select(Login).where(Login.handle == read[0], Login.until > now())).one_or_none()
+    with reading(service.engine, ALL_TENANTS) as session:
+        login = login_of_handle(session, read[0])
         is_good = (
             login is not None and login.generation == read[1] and is_active(session, login.tenant_id, login.user_id)
         )
@@ -157,15 +164,15 @@ def end_all(session: Session, service: Service, user: User) -> int:
     of_user = (Login.tenant_id == user.tenant_id, Login.user_id == user.id)
     count: int = session.execute(delete(Login).where(*of_user)).rowcount  # type: ignore[attr-defined]  # of a DELETE there is one
     session.execute(delete(BrowserSession).where(BrowserSession.user_id == user.id))
-    session.execute(delete(IssuerSubject).where(IssuerSubject.principal_id == user.id))
+    forget_subjects_of(session, user.id)
     verifier.forget_after(session, service)
     return count
 
 
 def forget_client(session: Session, client_id: str) -> None:
     """End every login by an app that is no more, and whatever let it in; whoever has a token of it is refused within a second."""
-    session.execute(delete(Login).where(Login.client_id == client_id))
-    session.execute(delete(IssuerSubject).where(IssuerSubject.principal_id == client_id))
+    forget_logins_by(session, client_id)
+    forget_subjects_of(session, client_id)
 
 
 def is_active(session: Session, tenant_id: str, user_id: str) -> bool:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from sqlalchemy import Engine, delete
 from sqlalchemy.exc import IntegrityError
 
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import writing
 from cloister_server.store.tables import SeenProof, now
 
@@ -23,7 +24,7 @@ def take_once(engine: Engine, *identity: str, until: float) -> None:
     line = b"cloister.shown-once/1\n" + b"".join(f"{len(part)}:{part}\n".encode() for part in identity)
     digest = hashlib.sha256(line).digest()
     try:
-        with writing(engine) as session:
+        with writing(engine, ALL_TENANTS) as session:
             session.execute(delete(SeenProof).where(SeenProof.until < now()))
             session.add(SeenProof(digest=digest, until=datetime.fromtimestamp(until, UTC)))
     except IntegrityError:

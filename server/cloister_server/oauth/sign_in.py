@@ -22,6 +22,7 @@ from cloister_server import vault
 from cloister_server.errors import RateLimited, ServerError
 from cloister_server.oauth import passphrases, totp
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import BrowserSession, SignInTry, User, user_of_account, user_of_id
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Tenant, now
@@ -84,7 +85,7 @@ def sign_in(service: Service, *, account: str, passphrase: str, code: str, addre
     with passphrases.at_work():
         attempt(service, "sign-in", account, address)
         pepper = vault.pepper(service)
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             user = user_of_account(session, account)
         is_active = user is not None and user.status == "active"
         stored = user.passphrase if user is not None and is_active else None
@@ -113,7 +114,7 @@ def attempt(service: Service, kind: str, what: str, address: str) -> None:
 
 def _count(service: Service, kind: str, what: str, address: str) -> None:
     key = mac(vault.pepper(service), f"try-{kind}", what, network(address))
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants()) as session:
         at = now()
         session.execute(delete(SignInTry).where(SignInTry.until < at))
         row = session.get(SignInTry, key, with_for_update=True)
@@ -134,7 +135,7 @@ def _count(service: Service, kind: str, what: str, address: str) -> None:
 def refund(service: Service, kind: str, what: str, address: str) -> None:
     """A try that was none: it succeeded, and says nothing of those before it."""
     key = mac(vault.pepper(service), f"try-{kind}", what, network(address))
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants()) as session:
         row = session.get(SignInTry, key, with_for_update=True)
         if row is not None:
             row.failures, row.next_try = row.failures - 1, now()
@@ -148,12 +149,11 @@ def forget_tries(session: Session, pepper: bytes, kind: str, what: str, address:
 def remember_browser(service: Service, cookie: str, person: Person) -> None:
     """Whoever shows this cookie is this person, for an hour."""
     key = mac(vault.pepper(service), "browser", cookie)
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(person.tenant_id)) as session:
         session.execute(delete(BrowserSession).where(BrowserSession.until < now()))
         session.add(
             BrowserSession(
                 mac=key,
-                tenant_id=person.tenant_id,
                 user_id=person.id,
                 until=now() + timedelta(seconds=BROWSER_S),
             )
@@ -162,14 +162,14 @@ def remember_browser(service: Service, cookie: str, person: Person) -> None:
 
 def forget_browser(service: Service, cookie: str) -> None:
     key = mac(vault.pepper(service), "browser", cookie)
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants()) as session:
         session.execute(delete(BrowserSession).where(BrowserSession.mac == key))
 
 
 def of_browser(service: Service, cookie: str) -> Person | None:
     """Who is signed in where this cookie is: asked of the database each time, so that a disabled person is nobody at once."""
     key = mac(vault.pepper(service), "browser", cookie)
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         row = session.get(BrowserSession, key)
         user = user_of_id(session, row.user_id) if row is not None and row.until > now() else None
         tenant = session.get(Tenant, user.tenant_id) if user is not None else None
@@ -204,7 +204,7 @@ def _secret_of(pepper: bytes, user: User | None) -> bytes:
 
 def _take_step(service: Service, user: User, step: int, pepper: bytes, account: str, address: str) -> bool:
     """Take a code, once: of two who show it at the same moment, one."""
-    with writing(service.engine) as session:
+    with writing(service.engine, for_tenants(user.tenant_id)) as session:
         taken = session.execute(
             update(User)
             .where(User.tenant_id == user.tenant_id, User.id == user.id, User.totp_step < step, User.status == "active")

@@ -23,6 +23,7 @@ from cloister_server.oauth.form import invalid_client, read_token_request
 from cloister_server.oauth.verifier import AccessToken
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import writing
 from cloister_server.store.tables import App, RevokedToken, Tenant, now
 
@@ -80,7 +81,7 @@ def revoke_token(service: Service, headers: Sequence[tuple[bytes, bytes]], *, qu
     except Unauthenticated:
         return 200, {}, {}
     if read.client_id == app.id:
-        with writing(service.engine) as session:
+        with writing(service.engine, ALL_TENANTS) as session:
             revoke_access_token(session, service, read)
     return 200, {}, {}
 

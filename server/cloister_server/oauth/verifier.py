@@ -34,6 +34,7 @@ from cloister_server.oauth.issuer_keys import IssuerKeys, Key
 from cloister_server.oauth.signed import ALGORITHMS, InvalidSigned
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import standing_of_login
 from cloister_server.store.issuers import issuers, standing_of_subject
 from cloister_server.store.queries import standing_of, token_keys
@@ -107,7 +108,7 @@ def inspect(service: Service, token: str) -> tuple[AccessToken, str]:
     if not _TOKEN.fullmatch(encoded):
         raise _refusal(service)
     read = _memory(service).verify(service, encoded)
-    with reading(service.engine) as session:
+    with reading(service.engine, ALL_TENANTS) as session:
         standing = _standing(session, read)
     if standing is None:
         raise _refusal(service)
@@ -157,7 +158,7 @@ class _Memory:
             read = self._verify_any(service, token)
             self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
         asked_at, forgotten = time.monotonic(), self._forgotten
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             standing = _standing(session, read)
         if standing is None:
             raise _refusal(service)
@@ -235,7 +236,8 @@ class _Memory:
                 return self._keys
         loaded_at = time.monotonic()
         secrets = service.read(
-            lambda session: [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)]
+            for_tenants(vault.SYSTEM),
+            lambda session: [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)],
         )
         # The public half comes from the wrapped private one: a key that someone wrote into the table opens nothing.
         keys = {each.id: _public(each) for each in secrets}
@@ -249,7 +251,7 @@ class _Memory:
                 return self._issuers
             forgotten = self._forgotten
         loaded_at = time.monotonic()
-        with reading(service.engine) as session:
+        with reading(service.engine, ALL_TENANTS) as session:
             listed = {row.url: Rules.of(row) for row in session.scalars(issuers())}
         self._issuer_keys.forget_all_but({each.id for each in listed.values()})
         with self._lock:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import Index, LargeBinary, Select, String, UniqueConstraint, exists, or_, select
+from sqlalchemy import Index, LargeBinary, Select, String, UniqueConstraint, delete, exists, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from cloister_server.store.tables import Grant, RevokedToken, SigningKey, Table, Tenant, now
+from cloister_server.store.isolation import lifted
+from cloister_server.store.tables import Owned, RevokedToken, SigningKey, Table, Tenant, now
 
 __all__ = [
     "Authorization",
@@ -15,7 +16,10 @@ __all__ = [
     "Login",
     "SignInTry",
     "User",
-    "names_of_holders",
+    "forget_logins_by",
+    "forget_old_logins",
+    "login_of_handle",
+    "login_of_id",
     "standing_of_login",
     "user_of_account",
     "user_of_id",
@@ -27,12 +31,11 @@ _ID = String(40)
 _MAC = LargeBinary(32)
 
 
-class User(Table):
+class User(Owned, Table):
     """A person with an account in a tenant: a principal of their own, who holds grants as apps do."""
 
     __tablename__ = "users"
     __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_users_id", "id"))
-    tenant_id: Mapped[str] = mapped_column(_ID, primary_key=True)
     id: Mapped[str] = mapped_column(_ID, primary_key=True)
     name: Mapped[str]
     status: Mapped[str] = mapped_column(String(16))
@@ -48,12 +51,11 @@ class User(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Login(Table):
+class Login(Owned, Table):
     """One app that acts for one person, from their consent to its end: a family of refresh tokens (RFC 9700, section 4.14)."""
 
     __tablename__ = "logins"
     __table_args__ = (Index("ix_logins_id", "id"), Index("ix_logins_user", "tenant_id", "user_id"))
-    tenant_id: Mapped[str] = mapped_column(_ID, primary_key=True)
     id: Mapped[str] = mapped_column(_ID, primary_key=True)
     """Stands in access tokens as `sid`, which every API that gets one can read: it opens and ends nothing."""
     handle: Mapped[str] = mapped_column(_ID, unique=True)
@@ -82,7 +84,6 @@ class Authorization(Table):
     user_code_mac: Mapped[bytes | None] = mapped_column(_MAC, unique=True)
     asked_from: Mapped[bytes | None] = mapped_column(_MAC)
     """The address that began a device's, as a MAC: what one may have open at once is bounded."""
-    tenant_id: Mapped[str | None] = mapped_column(_ID)
     user_id: Mapped[str | None] = mapped_column(_ID)
     login_id: Mapped[str | None] = mapped_column(_ID)
     """Once it is used: what is ended where it is used again."""
@@ -99,7 +100,6 @@ class BrowserSession(Table):
 
     __tablename__ = "browser_sessions"
     mac: Mapped[bytes] = mapped_column(_MAC, primary_key=True)
-    tenant_id: Mapped[str] = mapped_column(_ID)
     user_id: Mapped[str] = mapped_column(_ID)
     until: Mapped[datetime] = mapped_column(index=True)
 
@@ -120,7 +120,8 @@ def users_of(tenant_id: str) -> Select[User]:
 
 def user_of_id(session: Session, user_id: str) -> User | None:
     """The person of this id, in whatever tenant: who it is, not what they may."""
-    return session.scalars(select(User).where(User.id == user_id)).one_or_none()
+    with lifted(session):
+        return session.scalars(select(User).where(User.id == user_id)).one_or_none()
 
 
 def user_of_name(session: Session, tenant_id: str, name: str) -> User | None:
@@ -137,15 +138,24 @@ def user_of_account(session: Session, account: str) -> User | None:
     ).one_or_none()
 
 
-def names_of_holders(session: Session, tenant_id: str) -> dict[str, str]:
-    """Id -> name of the people who hold grants in this tenant; `TENANT/NAME` for those of another."""
-    holders = select(Grant.principal_id).where(Grant.tenant_id == tenant_id)
-    rows = session.execute(
-        select(User.id, User.name, User.tenant_id, Tenant.name.label("tenant"))
-        .join(Tenant, Tenant.id == User.tenant_id)
-        .where(User.id.in_(holders))
-    )
-    return {row.id: row.name if row.tenant_id == tenant_id else f"{row.tenant}/{row.name}" for row in rows}
+def login_of_id(session: Session, login_id: str | None) -> Login | None:
+    """The login of this id, in whatever tenant."""
+    return session.scalars(select(Login).where(Login.id == login_id)).one_or_none()
+
+
+def login_of_handle(session: Session, handle: str, *, is_locked: bool = False) -> Login | None:
+    """The login of a refresh token, in whatever tenant, unless it is over."""
+    found = select(Login).where(Login.handle == handle, Login.until > now())
+    return session.scalars(found.with_for_update() if is_locked else found).one_or_none()
+
+
+def forget_old_logins(session: Session) -> None:
+    session.execute(delete(Login).where(Login.until < now()))
+
+
+def forget_logins_by(session: Session, client_id: str) -> None:
+    """Those by one app, of whatever tenant's people."""
+    session.execute(delete(Login).where(Login.client_id == client_id))
 
 
 def standing_of_login(

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, case, delete, exists, false, or_, select
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, false, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from cloister_server.principal import Principal
+from cloister_server.store.conditions import is_from, restrictions
+from cloister_server.store.identities import User
+from cloister_server.store.isolation import lifted
 from cloister_server.store.tables import (
     App,
     Block,
     Dataset,
     Grant,
+    Group,
     IdempotencyKey,
     Job,
+    Member,
     Model,
     RevokedToken,
     SigningKey,
     Source,
     Table,
     Tenant,
+    TenantKey,
     Weights,
     now,
 )
@@ -35,15 +41,23 @@ __all__ = [
     "app_of_id",
     "app_of_name",
     "apps_of",
+    "bearing",
     "blocks_of",
+    "deciding",
     "forget_answers",
     "forget_grants_on",
     "forget_grants_to",
     "grants_of",
-    "grants_on",
+    "group_of",
+    "groups_of",
+    "holders_on",
     "id_of_name",
     "is_suspended",
+    "jobs_not_of",
+    "keys_not_destroyed",
+    "name_is_taken",
     "names_of_holders",
+    "names_of_principals",
     "names_of_resources",
     "public_keys",
     "sources_of",
@@ -74,6 +88,7 @@ VERBS: Mapping[str, type[Table]] = {
     "model.predict": Model,
     "model.publish": Model,
     "model.deploy_private": Model,
+    "policy.read": Tenant,
     "weights.create": Tenant,
     "weights.use": Weights,
 }
@@ -99,39 +114,55 @@ def visible_to(principal: Principal, table: type[R]) -> Select[R]:
     at = now()
     is_denied = exists().where(
         deny.tenant_id == allow.tenant_id,
-        deny.principal_id == allow.principal_id,
         deny.verb == allow.verb,
         _covers(deny, row.id),
+        _is_held_by(deny, principal),
         is_in_force(deny, at),
+        is_from(deny, principal.address),
         deny.effect != "allow",
     )
     is_allowed = exists().where(
         allow.tenant_id == row.tenant_id,
-        allow.principal_id == principal.id,
         allow.verb.in_([verb for verb, decided_on in VERBS.items() if decided_on is table]),
         _covers(allow, row.id),
+        _is_held_by(allow, principal),
         is_in_force(allow, at),
+        is_from(allow, principal.address),
         allow.effect == "allow",
         ~is_denied.correlate(table, allow),
     )
-    granting = select(Grant.tenant_id).where(Grant.principal_id == principal.id)
+    granting = select(Grant.tenant_id).where(_is_held_by(Grant, principal))
     return select(table).where(row.tenant_id.in_(granting), is_allowed.correlate(table))
 
 
-def grants_on(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[str, str]:
-    """Id and effect of the one grant that decides: a deny, where there is one, goes before every allow."""
+def deciding(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[Any]:
+    """The one grant that decides, if any does: the definition of a decision.
+
+    It is one on this verb and resource, or on any, that the principal or a group of its tenant with it as a member holds, in force
+    now and for where the request comes from; on what a suspended tenant has none is. A deny goes before every allow; of several
+    allows the one that is bound least does.
+    """
+    on_this = bearing(principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+    return on_this.where(is_in_force(Grant, now()), is_from(Grant, principal.address)).limit(1)
+
+
+def bearing(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[Any]:
+    """The grants on this that the principal or a group of its holds, in the order in which they decide, in force or not."""
     return (
-        select(Grant.id, Grant.effect)
+        select(Grant)
         .where(
             Grant.tenant_id == tenant_id,
-            Grant.principal_id == principal.id,
             Grant.verb == verb,
             _covers(Grant, resource_id),
-            is_in_force(Grant, now()),
+            _is_held_by(Grant, principal),
         )
-        .order_by(case((Grant.effect == "allow", 1), else_=0), Grant.id)
-        .limit(1)
+        .order_by(*restrictions(Grant))
     )
+
+
+def _is_held_by(grant: Any, principal: Principal) -> ColumnElement[bool]:
+    groups = select(Member.group_id).where(Member.tenant_id == principal.tenant_id, Member.principal_id == principal.id)
+    return or_(grant.principal_id == principal.id, grant.principal_id.in_(groups))
 
 
 def is_in_force(grant: Any, at: datetime) -> ColumnElement[bool]:
@@ -153,6 +184,16 @@ def tenant_of_id_or_name(session: Session, id_or_name: str) -> Tenant | None:
     return session.scalars(select(Tenant).where(or_(Tenant.id == id_or_name, Tenant.name == id_or_name))).first()
 
 
+def jobs_not_of(statuses: Collection[str]) -> Select[str, str]:
+    """Tenant and id of the jobs, in every tenant, that have none of these statuses, oldest first: for the worker."""
+    return select(Job.tenant_id, Job.id).where(Job.status.not_in(statuses)).order_by(Job.created, Job.id)
+
+
+def keys_not_destroyed() -> Select[str, str]:
+    """Id and provider of every key that wraps other keys, the service's own among them: for `init`."""
+    return select(TenantKey.key_id, TenantKey.provider).where(TenantKey.state != "destroyed")
+
+
 def apps_of(tenant_id: str) -> Select[App]:
     return select(App).where(App.tenant_id == tenant_id).order_by(App.created, App.id)
 
@@ -165,7 +206,8 @@ def grants_of(tenant_id: str, holder_id: str | None) -> Select[Grant]:
 
 def app_of_id(session: Session, client_id: str) -> App | None:
     """The app of this client id, in whatever tenant: who it is, not what it may."""
-    return session.scalars(select(App).where(App.id == client_id)).one_or_none()
+    with lifted(session):
+        return session.scalars(select(App).where(App.id == client_id)).one_or_none()
 
 
 def blocks_of(session: Session, source: Source) -> list[tuple[int, str]]:
@@ -196,23 +238,66 @@ def names_of_resources(session: Session, tenant_id: str) -> dict[str, str]:
 
 
 def names_of_holders(session: Session, tenant_id: str) -> dict[str, str]:
-    """Client id -> name of all who hold grants in this tenant; `TENANT/NAME` for the apps of another."""
+    """Id -> name of the apps, people and groups that hold grants in this tenant; `TENANT/NAME` for those of another."""
     holders = select(Grant.principal_id).where(Grant.tenant_id == tenant_id)
-    rows = session.execute(
-        select(App.id, App.name, App.tenant_id, Tenant.name.label("tenant"))
-        .join(Tenant, Tenant.id == App.tenant_id)
-        .where(App.id.in_(holders))
-    )
-    return {row.id: row.name if row.tenant_id == tenant_id else f"{row.tenant}/{row.name}" for row in rows}
+    return names_of_principals(session, holders, seen_from=tenant_id)
+
+
+def names_of_principals(session: Session, ids: Any, *, seen_from: str) -> dict[str, str]:
+    """Id -> name of apps, people and groups; `TENANT/NAME` for those of another tenant than the one that they are seen from."""
+    with lifted(session):
+        rows = [row for table in _HOLDERS for row in session.execute(_named(table).where(table.id.in_(ids)))]
+    return {row.id: row.name if row.tenant_id == seen_from else f"{row.tenant}/{row.name}" for row in rows}
+
+
+def name_is_taken(session: Session, tenant_id: str, name: str) -> bool:
+    """Whether an app, a person or a group of the tenant has this name: no two of them may, since grants are given by it."""
+    of_name = [select(table.id).where(table.tenant_id == tenant_id, table.name == name) for table in _HOLDERS]
+    return any(session.scalar(each) is not None for each in of_name)
 
 
 def app_of_name(session: Session, tenant_id: str, name: str) -> App | None:
     return session.scalars(select(App).where(and_(App.tenant_id == tenant_id, App.name == name))).one_or_none()
 
 
+def group_of(session: Session, tenant_id: str | None, id_or_name: str) -> Group | None:
+    """The group of this id in any tenant, or of this name in one: who it is, not what its members may."""
+    named = Group.id == id_or_name
+    if tenant_id is not None:
+        named = or_(named, and_(Group.tenant_id == tenant_id, Group.name == id_or_name))
+    with lifted(session):
+        return session.scalars(select(Group).where(named)).first()
+
+
+def groups_of(session: Session, tenant_id: str) -> list[tuple[Group, list[str]]]:
+    """A tenant's groups, oldest first, each with the ids of its members."""
+    members: dict[str, list[str]] = {}
+    for group_id, principal_id in session.execute(
+        select(Member.group_id, Member.principal_id)
+        .where(Member.tenant_id == tenant_id)
+        .order_by(Member.created, Member.principal_id)
+    ):
+        members.setdefault(group_id, []).append(principal_id)
+    groups = session.scalars(select(Group).where(Group.tenant_id == tenant_id).order_by(Group.created, Group.id))
+    return [(group, members.get(group.id, [])) for group in groups]
+
+
+def holders_on(session: Session, verb: str, *, tenant_id: str, resource_id: str) -> list[tuple[str, str]]:
+    """Tenant and id of every app and person that a grant on this may be about, itself or by a group, in whatever tenant."""
+    of = select(Grant.principal_id).where(Grant.tenant_id == tenant_id, Grant.verb == verb, _covers(Grant, resource_id))
+    in_groups = select(Member.principal_id).where(Member.group_id.in_(of))
+    found: list[tuple[str, str]] = []
+    with lifted(session):
+        for table in (App, User):
+            held = select(table.tenant_id, table.id).where(or_(table.id.in_(of), table.id.in_(in_groups)))
+            found += [(row.tenant_id, row.id) for row in session.execute(held.order_by(table.created, table.id))]
+    return found
+
+
 def forget_grants_to(session: Session, holder_id: str) -> None:
-    """Delete every grant that a principal holds, in whatever tenant: for one that is no more."""
+    """Delete every grant that a principal or group holds, in whatever tenant, and its memberships: for one that is no more."""
     session.execute(delete(Grant).where(Grant.principal_id == holder_id))
+    session.execute(delete(Member).where(or_(Member.principal_id == holder_id, Member.group_id == holder_id)))
 
 
 def forget_grants_on(session: Session, *, tenant_id: str, resource_id: str) -> None:
@@ -267,6 +352,15 @@ def _is_suspended(row: Any, tenant_id: Any) -> ColumnElement[bool]:
     """Whether the tenant that a row of the statement is of is suspended."""
     tenant = aliased(Tenant)
     return exists().where(tenant.id == tenant_id, tenant.suspended.is_not(None)).correlate(row)
+
+
+_HOLDERS: tuple[type[App | User | Group], ...] = (App, User, Group)
+"""Who holds grants."""
+
+
+def _named(table: type[App | User | Group]) -> Select[str, str, str, str]:
+    tenant = Tenant.name.label("tenant")
+    return select(table.id, table.name, table.tenant_id, tenant).join(Tenant, Tenant.id == table.tenant_id)
 
 
 def _covers(grant: Any, resource_id: Any) -> ColumnElement[bool]:

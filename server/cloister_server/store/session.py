@@ -1,4 +1,4 @@
-"""Engines and transactions: how a database must be set before we trust it, when the write lock is taken, and what is linked."""
+"""Engines and transactions: how a database must be set before we trust it, for whom one reads and writes, and what is linked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from sqlalchemy.orm import Session
 
 from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.store import chain
+from cloister_server.store.acting import Acting
 from cloister_server.store.anchors import Anchors, Draft
+from cloister_server.store.decisions import SNAPSHOTS, Snapshots
+from cloister_server.store.isolation import acting_for, gated
+from cloister_server.store.rates import RATES, Rates
 
 __all__ = [
     "anchors_of",
@@ -42,8 +46,13 @@ class _Begun(threading.local):
 _BEGUN = _Begun()
 
 
-class _Writing(Session):
-    """A session whose new ledger and audit rows are linked before it commits."""
+@gated
+class _Reading(Session):
+    """A session that keeps to the tenants that it acts for."""
+
+
+class _Writing(_Reading):
+    """One whose new ledger and audit rows are linked before it commits."""
 
 
 event.listen(_Writing, "transient_to_pending", chain.collect)
@@ -54,7 +63,7 @@ def new_engine(url: str, *, anchors: Anchors | None = None) -> Engine:
 
     What is written through it is held to `anchors`, and moves them; without them, chains are linked and anchored nowhere.
     """
-    options = {_ANCHORS: anchors}
+    options = {_ANCHORS: anchors, SNAPSHOTS: Snapshots(), RATES: Rates()}
     if not url.startswith("sqlite"):
         of_psycopg = url.replace("postgresql://", "postgresql+psycopg://", 1)
         engine = create_engine(of_psycopg, pool_pre_ping=True, execution_options=options)
@@ -93,28 +102,31 @@ def in_transaction() -> bool:
 
 
 @contextmanager
-def reading(engine: Engine) -> Iterator[Session]:
-    """A transaction that only reads; rolled back at the end."""
-    with Session(engine, expire_on_commit=False) as session:
+def reading(engine: Engine, acting: Acting) -> Iterator[Session]:
+    """A transaction that only reads, for whom it says; rolled back at the end."""
+    known = {name: engine.get_execution_options().get(name) for name in (SNAPSHOTS, RATES)}
+    with _Reading(engine, expire_on_commit=False, info=acting_for(acting) | known) as session:
         yield session
 
 
 @contextmanager
-def snapshot(engine: Engine) -> Iterator[Session]:
+def snapshot(engine: Engine, acting: Acting) -> Iterator[Session]:
     """A transaction that only reads, and sees one moment however long it takes."""
     options = {} if engine.dialect.name == "sqlite" else {"isolation_level": "REPEATABLE READ"}
-    with reading(engine.execution_options(**options)) as session:
+    with reading(engine.execution_options(**options), acting) as session:
         yield session
 
 
 @contextmanager
-def writing(engine: Engine) -> Iterator[Session]:
-    """One transaction: commits when the block ends, rolls back when it raises. Its ledger and audit rows are linked into their chains.
+def writing(engine: Engine, acting: Acting) -> Iterator[Session]:
+    """One transaction, for whom it says: commits when the block ends, rolls back when it raises. Its ledger and audit rows are linked.
 
     Raises LedgerRolledBack, and writes nothing, where one of those chains does not go on from its anchor.
     """
     drafts: list[Draft] = []
-    with _Writing(engine.execution_options(**{_WRITES: True}), expire_on_commit=False) as session:
+    bound = engine.execution_options(**{_WRITES: True})
+    known = {RATES: engine.get_execution_options().get(RATES)}
+    with _Writing(bound, expire_on_commit=False, info=acting_for(acting) | known) as session:
         try:
             with session.begin():
                 yield session

@@ -22,6 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 __all__ = [
+    "SYSTEM",
     "App",
     "Attempt",
     "AuditRow",
@@ -29,14 +30,18 @@ __all__ = [
     "Block",
     "Dataset",
     "Grant",
+    "Group",
     "IdempotencyKey",
     "Job",
     "KeystoreBackup",
     "LedgerEntry",
     "Link",
+    "Member",
     "Model",
     "ModelVersion",
+    "Owned",
     "Part",
+    "PolicyRevision",
     "PrivateDeployment",
     "RequestCount",
     "RevokedToken",
@@ -52,6 +57,10 @@ __all__ = [
     "new_id",
     "now",
 ]
+
+
+SYSTEM = "system"
+"""Stands for a tenant where the keys are the service's own: its KEK wraps the signing keys."""
 
 
 def new_id(prefix: str) -> str:
@@ -89,6 +98,12 @@ def _id(*, primary: bool = True) -> Mapped[str]:
     return mapped_column(String(40), primary_key=primary)
 
 
+class Owned:
+    """A table whose every row is some tenant's: the mixin by which the gates of `isolation` know it."""
+
+    tenant_id: Mapped[str] = mapped_column(String(40), primary_key=True, sort_order=-1)
+
+
 class Tenant(Table):
     __tablename__ = "tenants"
     id: Mapped[str] = _id()
@@ -108,21 +123,19 @@ class Tenant(Table):
     """What was signed of its shredding; while that is under way, what is to be said of the steps that are done."""
 
 
-class RequestCount(Table):
+class RequestCount(Owned, Table):
     """How many requests of a minute are taken by processes, of a tenant that has a quota of them or once had."""
 
     __tablename__ = "request_counts"
-    tenant_id: Mapped[str] = _id()
     minute: Mapped[int]
     """The newest that any was taken of, by the clock: whole minutes since 1970."""
     taken: Mapped[int]
 
 
-class TenantKey(Table):
+class TenantKey(Owned, Table):
     """One version of a key-encryption key (KEK), a tenant's or, as 'system', the service's: an id in a provider, never the key."""
 
     __tablename__ = "tenant_keys"
-    tenant_id: Mapped[str] = _id()
     version: Mapped[int] = mapped_column(primary_key=True)
     provider: Mapped[str] = mapped_column(String(64), default="local", server_default=text("'local'"))
     """Which of the deployment's key providers has it, by name."""
@@ -133,12 +146,11 @@ class TenantKey(Table):
     destroyed: Mapped[datetime | None]
 
 
-class App(Table):
+class App(Owned, Table):
     """An OAuth client of a tenant, with a secret, kept as an HMAC, or with a public key."""
 
     __tablename__ = "apps"
     __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_apps_id", "id"))
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     name: Mapped[str]
     secret_mac: Mapped[bytes]
@@ -156,12 +168,11 @@ class App(Table):
     """Where it takes people back to; null where it takes them nowhere."""
 
 
-class Grant(Table):
-    """May (or may not: effect 'deny') a principal do a verb to a resource of this tenant; `resource_id` '*' is any."""
+class Grant(Owned, Table):
+    """May (or may not: effect 'deny') a principal, or a group, do a verb to a resource of this tenant; `resource_id` '*' is any."""
 
     __tablename__ = "grants"
     __table_args__ = (Index("ix_grants_principal", "principal_id", "tenant_id", "verb"),)
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     principal_id: Mapped[str] = _id(primary=False)
     effect: Mapped[str]
@@ -169,14 +180,50 @@ class Grant(Table):
     resource_id: Mapped[str]
     expires: Mapped[datetime | None]
     created: Mapped[datetime] = mapped_column(default=now)
+    address_first: Mapped[str | None] = mapped_column(String(32))
+    """It counts for requests from here to `address_last` (`conditions.address_key`) alone; null is from anywhere."""
+    address_last: Mapped[str | None] = mapped_column(String(32))
+    max_epsilon: Mapped[float | None]
+    requests_per_minute: Mapped[int | None]
+    outputs: Mapped[str | None] = mapped_column(String(16))
+    """These three as in `conditions.Conditions`; null is without a bound."""
 
 
-class Source(Table):
+class Group(Owned, Table):
+    """Principals of a tenant that grants are given to together, in that tenant or another."""
+
+    __tablename__ = "groups"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_groups_id", "id"))
+    id: Mapped[str] = _id()
+    name: Mapped[str]
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class Member(Owned, Table):
+    """A principal is in a group of its own tenant."""
+
+    __tablename__ = "members"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "group_id"], ["groups.tenant_id", "groups.id"]),
+        Index("ix_members_principal", "tenant_id", "principal_id"),
+    )
+    group_id: Mapped[str] = _id()
+    principal_id: Mapped[str] = _id()
+    created: Mapped[datetime] = mapped_column(default=now)
+
+
+class PolicyRevision(Owned, Table):
+    """Counts the changes of a tenant's grants, members and suspension: the database itself does, by triggers, as they commit."""
+
+    __tablename__ = "policy_revisions"
+    revision: Mapped[int] = mapped_column(BigInteger)
+
+
+class Source(Owned, Table):
     """The people behind datasets. Only `epsilon` may ever change, and never below what is used."""
 
     __tablename__ = "sources"
     __table_args__ = (UniqueConstraint("tenant_id", "name"),)
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     name: Mapped[str]
     unit: Mapped[str]
@@ -188,7 +235,7 @@ class Source(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Block(Table):
+class Block(Owned, Table):
     """People who came to a source later than those of its earlier blocks, disjoint from them, with a budget of their own.
 
     Every source has a block 0 without a row here.
@@ -199,14 +246,13 @@ class Block(Table):
         UniqueConstraint("tenant_id", "source_id", "name"),
         ForeignKeyConstraint(["tenant_id", "source_id"], ["sources.tenant_id", "sources.id"]),
     )
-    tenant_id: Mapped[str] = _id()
     source_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class LedgerEntry(Table):
+class LedgerEntry(Owned, Table):
     """One append-only row of a source's ledger; the database itself refuses to update or delete it.
 
     kind 'block': a block was opened, with the owner's reason;
@@ -234,7 +280,6 @@ class LedgerEntry(Table):
         Index("ux_ledger_chunk", "tenant_id", "job_id", "attempt", "first_step", unique=True,
               sqlite_where=text("kind = 'chunk'"), postgresql_where=text("kind = 'chunk'")),
     )  # fmt: skip
-    tenant_id: Mapped[str] = _id()
     source_id: Mapped[str] = _id()
     revision: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[str]
@@ -250,7 +295,7 @@ class LedgerEntry(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Balance(Table):
+class Balance(Owned, Table):
     """What one holder, or '*' all together, has used of a block after a ledger row: append-only, and derived from the rows
     up to that one, so that admission reads one row however many there are."""
 
@@ -260,7 +305,6 @@ class Balance(Table):
             ["tenant_id", "source_id", "revision"], ["ledger.tenant_id", "ledger.source_id", "ledger.revision"]
         ),
     )
-    tenant_id: Mapped[str] = _id()
     source_id: Mapped[str] = _id()
     block: Mapped[int] = mapped_column(primary_key=True)
     holder_id: Mapped[str] = _id()
@@ -270,12 +314,11 @@ class Balance(Table):
     units (`ledger`), whose sums are exact in whatever order."""
 
 
-class Link(Table):
+class Link(Owned, Table):
     """One link of a tenant's chain: the digest of a ledger or audit row and of the link before. Append-only."""
 
     __tablename__ = "links"
     __table_args__ = (UniqueConstraint("tenant_id", "kind", "row_id"),)
-    tenant_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     """1, 2, 3, ... without a gap."""
     kind: Mapped[str]
@@ -285,7 +328,7 @@ class Link(Table):
     digest: Mapped[bytes]
 
 
-class Unit(Table):
+class Unit(Owned, Table):
     """A user whose rows are in a dataset, as an HMAC under the tenant's key: tells in which source and block that user is."""
 
     __tablename__ = "units"
@@ -293,20 +336,18 @@ class Unit(Table):
         ForeignKeyConstraint(["tenant_id", "dataset_id"], ["datasets.tenant_id", "datasets.id"]),
         Index("ix_units_dataset", "tenant_id", "dataset_id"),
     )
-    tenant_id: Mapped[str] = _id()
     mac: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
     dataset_id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
     block: Mapped[int]
 
 
-class Dataset(Table):
+class Dataset(Owned, Table):
     __tablename__ = "datasets"
     __table_args__ = (
         UniqueConstraint("tenant_id", "name"),
         ForeignKeyConstraint(["tenant_id", "source_id"], ["sources.tenant_id", "sources.id"]),
     )
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
     block: Mapped[int] = mapped_column(default=0, server_default=text("0"))
@@ -322,12 +363,11 @@ class Dataset(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Part(Table):
+class Part(Owned, Table):
     """One uploaded part: a number and a sealed object. How many rows it holds is sealed inside."""
 
     __tablename__ = "parts"
     __table_args__ = (ForeignKeyConstraint(["tenant_id", "dataset_id"], ["datasets.tenant_id", "datasets.id"]),)
-    tenant_id: Mapped[str] = _id()
     dataset_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     object_id: Mapped[str] = _id(primary=False)
@@ -336,12 +376,11 @@ class Part(Table):
     """What was sealed, under a key of this part's alone: no two parts have a digest in common, empty ones neither."""
 
 
-class SealedObject(Table):
+class SealedObject(Owned, Table):
     """A wrapped data key. What it sealed, if it came to that, lies in the blob store under the same id."""
 
     __tablename__ = "sealed_objects"
     __table_args__ = (Index("ix_sealed_objects_key", "tenant_id", "key_version"),)
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     kind: Mapped[str]
     key_version: Mapped[int]
@@ -354,7 +393,7 @@ class SealedObject(Table):
     """Bytes that it takes sealed, where that is known."""
 
 
-class Job(Table):
+class Job(Owned, Table):
     """A training run, or a query on a dataset. Its spec (with the architecture) is sealed: `spec_id` names the object."""
 
     __tablename__ = "jobs"
@@ -363,7 +402,6 @@ class Job(Table):
         ForeignKeyConstraint(["tenant_id", "model_id"], ["models.tenant_id", "models.id"]),
         Index("ix_jobs_status", "status"),
     )
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     source_id: Mapped[str] = _id(primary=False)
     dataset_id: Mapped[str] = _id(primary=False)
@@ -392,12 +430,11 @@ class Job(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class Attempt(Table):
+class Attempt(Owned, Table):
     """One start of a job's child process."""
 
     __tablename__ = "attempts"
     __table_args__ = (ForeignKeyConstraint(["tenant_id", "job_id"], ["jobs.tenant_id", "jobs.id"]),)
-    tenant_id: Mapped[str] = _id()
     job_id: Mapped[str] = _id()
     number: Mapped[int] = mapped_column(primary_key=True)
     started: Mapped[datetime] = mapped_column(default=now)
@@ -408,23 +445,21 @@ class Attempt(Table):
     """What 'trained' left: the weights' object id and the digests that the certificate states; of 'answered' the answer's id."""
 
 
-class Model(Table):
+class Model(Owned, Table):
     __tablename__ = "models"
     __table_args__ = (UniqueConstraint("tenant_id", "name"), Index("ix_models_id", "id"))
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     name: Mapped[str]
     champion: Mapped[int]
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class ModelVersion(Table):
+class ModelVersion(Owned, Table):
     __tablename__ = "model_versions"
     __table_args__ = (
         UniqueConstraint("tenant_id", "job_id"),
         ForeignKeyConstraint(["tenant_id", "model_id"], ["models.tenant_id", "models.id"]),
     )
-    tenant_id: Mapped[str] = _id()
     model_id: Mapped[str] = _id()
     version: Mapped[int] = mapped_column(primary_key=True)
     job_id: Mapped[str] = _id(primary=False)
@@ -433,7 +468,7 @@ class ModelVersion(Table):
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class PrivateDeployment(Table):
+class PrivateDeployment(Owned, Table):
     """One time that a version's weights were shared between two parties; the newest that is not ended answers."""
 
     __tablename__ = "private_deployments"
@@ -443,7 +478,6 @@ class PrivateDeployment(Table):
             ["model_versions.tenant_id", "model_versions.model_id", "model_versions.version"],
         ),
     )
-    tenant_id: Mapped[str] = _id()
     model_id: Mapped[str] = _id()
     version: Mapped[int] = mapped_column(primary_key=True)
     generation: Mapped[int] = mapped_column(primary_key=True)
@@ -456,23 +490,21 @@ class PrivateDeployment(Table):
     ended: Mapped[datetime | None]
 
 
-class Weights(Table):
+class Weights(Owned, Table):
     """Uploaded weights to start training from: a sealed object and its digest."""
 
     __tablename__ = "weights"
     __table_args__ = (Index("ix_weights_id", "id"),)
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     object_id: Mapped[str] = _id(primary=False)
     digest: Mapped[str] = mapped_column(String(64))
     created: Mapped[datetime] = mapped_column(default=now)
 
 
-class AuditRow(Table):
+class AuditRow(Owned, Table):
     """Who did what to what, allowed or denied and by which grant. Never a secret, never a row of data."""
 
     __tablename__ = "audit"
-    tenant_id: Mapped[str] = _id()
     id: Mapped[str] = _id()
     time: Mapped[datetime] = mapped_column(default=now)
     principal_id: Mapped[str] = _id(primary=False)
@@ -484,11 +516,10 @@ class AuditRow(Table):
     request_id: Mapped[str]
 
 
-class IdempotencyKey(Table):
+class IdempotencyKey(Owned, Table):
     """A write that was answered: the same key with the same body gets the same answer."""
 
     __tablename__ = "idempotency_keys"
-    tenant_id: Mapped[str] = _id()
     principal_id: Mapped[str] = _id()
     route: Mapped[str] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(String(128), primary_key=True)

@@ -20,6 +20,7 @@ from cloister.wire.plans import TrainingSpec
 from cloister.wire.queries import Evaluation, QueryRequest
 from cloister_server import budgets, datasets, models, processes, vault
 from cloister_server.service import Service
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.queries import is_suspended
 from cloister_server.store.session import writing
 from cloister_server.store.tables import Attempt, Dataset, Job, ModelVersion, SealedObject, Weights
@@ -69,7 +70,10 @@ def run_attempt(
 def abandon(service: Service, tenant_id: str, job_id: str) -> None:
     """Fail a job that cannot be run or published for a reason that trying again does not mend; what it opened is charged."""
     path = service.settings.data_dir / "locks" / f"{job_id}.lock"
-    with processes.locked(path, wait_s=30, what=f"job {job_id}"), writing(service.engine) as session:
+    with (
+        processes.locked(path, wait_s=30, what=f"job {job_id}"),
+        writing(service.engine, for_tenants(tenant_id)) as session,
+    ):
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.status not in FINAL:
             _close(session, service, job, "failed", error_code="internal")
@@ -118,7 +122,7 @@ def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:
             _close(session, service, job, "failed", error_code="gave_up")
         return job.status in FINAL
 
-    return service.write(concluded)
+    return service.write(for_tenants(tenant_id), concluded)
 
 
 def _close(
@@ -172,7 +176,7 @@ def _begin(service: Service, tenant_id: str, job_id: str) -> dict[str, Any] | No
             **(_for_query(keys, job) if job.kind == "query" else _for_training(keys, job)),
         }
 
-    return service.write(begun)
+    return service.write(for_tenants(tenant_id), begun)
 
 
 def _for_training(keys: _Keys, job: Job) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from cloister_privacy.sealing.sources import Sealed
 from cloister_server import answers, budgets, datasets, logs, models, processes
 from cloister_server.errors import Unavailable
 from cloister_server.settings import Settings
+from cloister_server.store.acting import for_tenants
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.blobs import Blobs
 from cloister_server.store.session import new_engine, reading, writing
@@ -109,7 +110,7 @@ class _Running:
         from cloister_privacy.training import train
 
         spec = TrainingSpec.model_validate_json(bytes(self._open(self._spec_key)))
-        with reading(self._engine) as session:
+        with reading(self._engine, for_tenants(self.tenant_id)) as session:
             job = session.get_one(Job, (self.tenant_id, self.job_id))
             source = session.get_one(Source, (self.tenant_id, job.source_id))
             columns = datasets.schema_of(session.get_one(Dataset, (self.tenant_id, job.dataset_id)))
@@ -154,7 +155,7 @@ class _Running:
         from cloister_privacy.queries.predictions import predictions
 
         query = QueryRequest.model_validate_json(bytes(self._open(self._spec_key)))
-        with reading(self._engine) as session:
+        with reading(self._engine, for_tenants(self.tenant_id)) as session:
             job = session.get_one(Job, (self.tenant_id, self.job_id))
             source = session.get_one(Source, (self.tenant_id, job.source_id))
             dataset = session.get_one(Dataset, (self.tenant_id, job.dataset_id))
@@ -190,7 +191,7 @@ class _Running:
     def _network(self, message: Mapping[str, Any], arena: Arena) -> Network:
         """A version's network, as the API opens it to serve."""
         key, place = self._key(message["weights"]), (self.tenant_id, message["model"], message["version"])
-        with reading(self._engine) as session:
+        with reading(self._engine, for_tenants(self.tenant_id)) as session:
             certificate = models.certified(session, self.settings, session.get_one(ModelVersion, place))
         return models.open_network(self._sealed(key), key, arena=arena, certificate=certificate)
 
@@ -199,7 +200,7 @@ class _Running:
 
     def end(self, outcome: _Ending, result: dict[str, Any] | None = None) -> None:
         """Say how this attempt ended, unless a newer one has taken over."""
-        with writing(self._engine) as session:
+        with writing(self._engine, for_tenants(self.tenant_id)) as session:
             job = session.get_one(Job, (self.tenant_id, self.job_id), with_for_update=True)
             if job.attempt != self._number:
                 return
@@ -209,7 +210,7 @@ class _Running:
                 job.steps_done = job.steps
 
     def _open_chunk(self, first: int, last: int) -> None:
-        with writing(self._engine) as session:
+        with writing(self._engine, for_tenants(self.tenant_id)) as session:
             budgets.open_chunk(
                 session,
                 tenant_id=self.tenant_id,
@@ -224,7 +225,7 @@ class _Running:
         key = self._checkpoint_keys.pop()
         sealed = self._seal(key, checkpoint)
         self._blobs.put(self.tenant_id, key.object_id, sealed)
-        with writing(self._engine) as session:
+        with writing(self._engine, for_tenants(self.tenant_id)) as session:
             job = session.get_one(Job, (self.tenant_id, self.job_id), with_for_update=True)
             if job.attempt != self._number:
                 raise budgets.StaleAttempt("a newer attempt has taken this job over; this one must stop")

@@ -18,7 +18,6 @@ from typing import Any
 
 from dbos import DBOS, SetWorkflowID
 from dbos._serialization import Serializer
-from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -31,9 +30,9 @@ from cloister_server.keyring import KeyRing
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 from cloister_server.store import chain
-from cloister_server.store.queries import is_suspended
+from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.queries import is_suspended, jobs_not_of
 from cloister_server.store.session import anchors_of, reading
-from cloister_server.store.tables import Job
 from cloister_server.work.attempts import GRACE_S, abandon, run_attempt
 
 log = logging.getLogger(__name__)
@@ -199,10 +198,8 @@ def _workflow_id(job_id: str) -> str:
 
 def _waiting(service: Service) -> list[tuple[str, str]]:
     """The jobs that are not over, oldest first, but for those of tenants that are suspended or whose ledger is behind its anchor."""
-    with reading(service.engine) as session:
-        rows = session.execute(
-            select(Job.tenant_id, Job.id).where(Job.status.not_in(FINAL)).order_by(Job.created, Job.id)
-        ).all()
+    with reading(service.engine, ALL_TENANTS) as session:
+        rows = session.execute(jobs_not_of(FINAL)).all()
         frozen = {tenant_id for tenant_id in {row.tenant_id for row in rows} if _is_frozen(service, session, tenant_id)}
         return [(tenant_id, job_id) for tenant_id, job_id in rows if tenant_id not in frozen]
 

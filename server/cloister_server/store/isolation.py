@@ -1,0 +1,203 @@
+"""Two gates behind `visible_to`: every statement of a session keeps to the tenants that it acts for, in the ORM and in the database.
+
+The ORM adds the tenants to each statement about an `Owned` table, and refuses to flush a row of another. On PostgreSQL the database
+itself is told them for the length of the transaction, and its row security shows and takes no others (migration 0008). Each gate
+holds without the other. What a session acts for is looked up anew as each of its transactions begins; unless it is told, nothing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from sqlalchemy import BigInteger, Connection, cast, event, inspect, null, or_, select, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, with_loader_criteria
+
+from cloister_server.errors import ServerError, Unavailable
+from cloister_server.store.acting import Acting
+from cloister_server.store.tables import SYSTEM, Grant, Member, Owned, PolicyRevision, Tenant, now
+
+__all__ = ["DRIVER", "GATES", "OtherTenant", "acting_for", "acts_for", "gated", "lifted"]
+
+DRIVER = "driver"
+"""Under this name a session's `info` has the driver's connection of the transaction that is open, with what may be asked of it."""
+
+_ACTING, _TENANTS, _LIFTED = "acting", "tenants", "lifted"
+_TELL = text(
+    "SELECT set_config('cloister.tenants', :tenants, true), set_config('cloister.principal', :principal, true)"
+)
+
+
+class _Driver(NamedTuple):
+    connection: Any
+    error: type[Exception]
+    revision: str
+    """Asks for a tenant's policy revision."""
+    revisions: dict[str, int | None]
+    """Those that this transaction has read."""
+
+
+class OtherTenant(ServerError):
+    """A row of a tenant that the transaction does not act for was about to be written: a mistake of ours, and nothing is kept."""
+
+
+def acting_for(acting: Acting) -> dict[str, Any]:
+    """A session's `info`, which tells the gates for whom it acts."""
+    return {_ACTING: acting}
+
+
+@contextmanager
+def lifted(session: Session) -> Iterator[None]:
+    """Look across tenants for a moment. For the store's own lookups of who somebody is, and never of what somebody has."""
+    session.connection()
+    before = session.info.get(_TENANTS, ())
+    if before is None:
+        yield
+        return
+    session.info[_TENANTS] = None
+    _tell(session.connection(), None, _acting(session))
+    try:
+        yield
+    finally:
+        session.info[_TENANTS] = before
+        _tell(session.connection(), before, _acting(session))
+
+
+def acts_for(session: Session, *tenant_ids: str) -> bool:
+    """Whether the session's transaction, which begins here at the latest, sees all of these tenants."""
+    if DRIVER not in session.info:
+        session.connection()
+    seen = session.info.get(_TENANTS, ())
+    if seen is not None:
+        for each in tenant_ids:
+            if each not in seen:
+                return False
+    return True
+
+
+def _acting(session: Session) -> Acting:
+    """Unless it was told, a session acts for nobody."""
+    acting: Acting = session.info.get(_ACTING, Acting(()))
+    return acting
+
+
+def begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    """Look up whom the transaction acts for, and tell the database. Raises Unavailable where it cannot be asked."""
+    if transaction.nested:
+        return
+    acting = _acting(session)
+    try:
+        _tell(connection, acting.tenant_ids, acting)
+        tenant_ids, revisions = acting.tenant_ids, dict[str, int | None]()
+        if tenant_ids is not None and acting.principal_id is not None:
+            own = tenant_ids[0]
+            found = connection.execute(_sharing_with(own, acting.principal_id)).all()
+            revisions[own] = next((row.revision for row in found if row.revision is not None), None)
+            tenant_ids = tuple(dict.fromkeys((*tenant_ids, *(row.tenant_id for row in found))))
+            if tenant_ids != acting.tenant_ids:
+                _tell(connection, tenant_ids, acting)
+    except SQLAlchemyError:
+        raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment") from None
+    session.info[_TENANTS] = tenant_ids
+    mark = "?" if connection.dialect.name == "sqlite" else "%s"
+    session.info[DRIVER] = _Driver(
+        connection.connection.driver_connection,
+        connection.dialect.loaded_dbapi.Error,
+        f"SELECT revision FROM policy_revisions WHERE tenant_id = {mark}",  # noqa: S608 (the driver's own mark)
+        revisions,
+    )
+
+
+def end(session: Session, transaction: SessionTransaction) -> None:
+    """The connection goes back to the pool: nothing is known of its next transaction."""
+    if transaction.parent is None:
+        session.info.pop(_TENANTS, None)
+        session.info.pop(DRIVER, None)
+
+
+def keep_to_tenants(state: ORMExecuteState) -> None:
+    """Add the session's tenants to every `Owned` table that a statement names, however deep; refuse bulk inserts of others."""
+    session = state.session
+    session.connection()  # begins the transaction, which looks up the tenants
+    tenant_ids = session.info.get(_TENANTS, ())
+    if tenant_ids is None:
+        return
+    if state.is_insert:
+        _refuse_inserted(state, tenant_ids)
+        return
+    # The service's own key is told apart by no tenant: it opens the keys that sign tokens, for whoever comes.
+    own = (*tenant_ids, SYSTEM)
+    state.statement = state.statement.options(
+        with_loader_criteria(Owned, lambda cls: cls.tenant_id.in_(own), include_aliases=True),
+        with_loader_criteria(Tenant, lambda cls: cls.id.in_(own), include_aliases=True),
+    )
+
+
+def refuse_others(session: Session, *_: object) -> None:
+    """Refuse to flush a row that is, was or becomes another tenant's."""
+    touched = [*session.new, *session.dirty, *session.deleted]
+    owned = [row for row in touched if isinstance(row, (Owned, Tenant))]
+    if not owned:
+        return
+    session.connection()
+    tenant_ids = session.info.get(_TENANTS, ())
+    if tenant_ids is None:
+        return
+    for row in owned:
+        history = inspect(row).attrs["id" if isinstance(row, Tenant) else "tenant_id"].history
+        for tenant_id in (*history.added, *history.unchanged, *history.deleted):
+            if tenant_id not in tenant_ids:
+                raise OtherTenant(f"a {type(row).__name__} of a tenant that this transaction does not act for")
+
+
+GATES = (
+    ("after_begin", begin),
+    ("after_transaction_end", end),
+    ("do_orm_execute", keep_to_tenants),
+    ("before_flush", refuse_others),
+)
+"""Session events and what is done at each."""
+
+
+def gated(kind: type[Session]) -> type[Session]:
+    """Sessions of this class go through every gate."""
+    for name, gate in GATES:
+        event.listen(kind, name, gate)
+    return kind
+
+
+def _refuse_inserted(state: ORMExecuteState, tenant_ids: tuple[str, ...]) -> None:
+    mapper = state.bind_mapper
+    if mapper is None or not issubclass(mapper.class_, Owned):
+        return
+    given: Any = state.parameters
+    rows = given if isinstance(given, (list, tuple)) else [given or {}]
+    if any(row.get("tenant_id") not in tenant_ids for row in rows):
+        raise OtherTenant(f"a {mapper.class_.__name__} of a tenant that this transaction does not act for")
+
+
+def _tell(connection: Connection, tenant_ids: tuple[str, ...] | None, acting: Acting) -> None:
+    if connection.dialect.name == "sqlite":
+        return
+    tenants = "*" if tenant_ids is None else ",".join(tenant_ids)
+    connection.execute(_TELL, {"tenants": tenants, "principal": acting.principal_id or ""})
+
+
+def _sharing_with(tenant_id: str, principal_id: str) -> Any:
+    """The tenants that granted the principal something, and its own with its policy's revision. On the tables themselves, past the
+    ORM's gate."""
+    grant, member, counted, at = Grant.__table__.c, Member.__table__.c, PolicyRevision.__table__.c, now()
+    groups = select(member.group_id).where(member.tenant_id == tenant_id, member.principal_id == principal_id)
+    own = select(counted.tenant_id, counted.revision).where(counted.tenant_id == tenant_id)
+    return own.union_all(
+        select(grant.tenant_id, cast(null(), BigInteger).label("revision"))
+        .distinct()
+        .where(
+            or_(grant.principal_id == principal_id, grant.principal_id.in_(groups)),
+            grant.tenant_id != tenant_id,
+            grant.effect == "allow",
+            or_(grant.expires.is_(None), grant.expires > at),
+        )
+    )
