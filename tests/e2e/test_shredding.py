@@ -51,7 +51,7 @@ def test_a_tenant_ends_for_good_while_another_predicts(
     with deployment.client(victim) as theirs:
         data = upload(theirs, rows)
         slow = theirs.train(
-            theirs.plan(data, target="digit", privacy=cloister.DP(epsilon=10), epochs=400), model="slow"
+            theirs.plan(data, target="digit", privacy=cloister.DP(epsilon=10), epochs=4000), model="slow"
         )
         with predictor:
             while slow.refresh().steps_done == 0:
