@@ -11,10 +11,10 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from cloister.wire.errors import ErrorBody
 from cloister_server.api import (
     datasets,
     discovery,
+    document,
     identities,
     jobs,
     models,
@@ -43,13 +43,6 @@ ASGIApp = Callable[
     ],
     Awaitable[None],
 ]
-
-_TOO_MANY: dict[str, Any] = {
-    "model": ErrorBody,
-    "description": "The tenant has sent as many requests in this minute as its quota allows.",
-    "headers": {"Retry-After": {"description": "Seconds until the next minute.", "schema": {"type": "integer"}}},
-}
-"""What the edge answers in the place of every route that wants a token."""
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -81,10 +74,10 @@ def _api(service: Service) -> FastAPI:
         ),
     )
     api.state.service = service
-    for public in (discovery, oauth, pages):
-        api.include_router(public.router)
     for each in (
-        identities, sources, datasets, plans, jobs, models, private_deployments, weights, queries, policy
+        discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, private_deployments, weights, queries,
+        policy,
     ):  # fmt: skip
-        api.include_router(each.router, responses={429: _TOO_MANY})
+        api.include_router(each.router)
+    api.openapi = document.describe(api)  # type: ignore[method-assign]  # FastAPI's own way to replace it
     return api

@@ -22,6 +22,7 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import Authorization, BrowserSession, Login, User
+from cloister_server.store.issuers import forget_subjects_of_tenant
 from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.session import empty_log, reading, writing
 from cloister_server.store.tables import (
@@ -312,6 +313,7 @@ def _withdraw(session: Session, tenant_id: str) -> dict[str, int]:
     people = select(User.id).where(User.tenant_id == tenant_id)
     for of_a_person in (Login, BrowserSession, Authorization):
         session.execute(delete(of_a_person).where(of_a_person.user_id.in_(people)))
+    forget_subjects_of_tenant(session, tenant_id)
     for table in (Member, Group):
         session.execute(delete(table).where(_of(table, tenant_id)))
     accounts = _deleted(session, User, User.tenant_id == tenant_id)

@@ -34,7 +34,12 @@ _FILLING: dict[str, Lock] = {}
 _FILL_WAIT_S = 2.0
 """Sealing empty parts takes long for a large capacity: a tenant may hold one of the API's threads with it, and not all of them."""
 
-_RAW_BODY = {"requestBody": {"required": True, "content": {"application/vnd.cloister.rows": {}, SEALED_ROWS_TYPE: {}}}}
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
+_DIGEST = {"name": "Content-Digest", "in": "header", "required": True, "schema": {"type": "string"}}
+_PART = {
+    "requestBody": {"required": True, "content": {"application/vnd.cloister.rows": _BYTES, SEALED_ROWS_TYPE: _BYTES}},
+    "parameters": [_DIGEST],
+}
 
 
 @router.post("", status_code=201, response_model=Dataset)
@@ -52,7 +57,7 @@ def get_dataset(dataset: str, call: ReadCall) -> Dataset:
     return call.read(lambda session: datasets.get(session, call.principal, dataset))
 
 
-@router.put("/{dataset}/parts/{number}", status_code=201, response_model=PartReceipt, openapi_extra=_RAW_BODY)
+@router.put("/{dataset}/parts/{number}", status_code=201, response_model=PartReceipt, openapi_extra=_PART)
 async def upload_part(dataset: str, number: int, request: Request, call: WriteCall) -> Response:
     # Authorised before the body is read; the body is read as raw bytes, which no framework spools to a disk.
     declared = await run_in_threadpool(

@@ -24,8 +24,9 @@ _CREDENTIALS = {
 
 
 def _form(**properties: Any) -> dict[str, Any]:
-    """For the API's description alone: a form, all of whose own fields are required."""
-    schema = {"type": "object", "required": list(properties), "properties": {**properties, **_CREDENTIALS}}
+    """For the API's description alone: a form, all of whose own fields are required, and none given twice."""
+    more = {"additionalProperties": {"type": "string"}}
+    schema = {"type": "object", "required": list(properties), "properties": {**properties, **_CREDENTIALS}, **more}
     content = {"application/x-www-form-urlencoded": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}
 

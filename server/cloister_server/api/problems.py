@@ -29,6 +29,7 @@ from cloister_privacy.errors import (
     QueryRefused,
     UnitNotSupported,
 )
+from cloister_server.api.document import allowed_methods
 from cloister_server.errors import (
     BadRequest,
     Forbidden,
@@ -62,7 +63,10 @@ _PRIVACY_CODES: Mapping[type[PrivacyError], str] = {
 
 async def respond(request: Request, error: Exception) -> Response:
     """FastAPI's one exception handler."""
-    return response_to(error, request_id=request.headers.get("x-request-id", ""))
+    response = response_to(error, request_id=request.headers.get("x-request-id", ""))
+    if response.status_code == 405:
+        response.headers["Allow"] = allowed_methods(request)
+    return response
 
 
 def response_to(error: Exception, *, request_id: str) -> Response:

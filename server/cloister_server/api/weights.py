@@ -15,7 +15,9 @@ __all__ = ["router"]
 
 router = APIRouter(prefix="/v1/weights", tags=["weights"])
 
-_RAW_BODY = {"requestBody": {"required": True, "content": {WEIGHTS_TYPE: {}}}}
+_RAW_BODY = {
+    "requestBody": {"required": True, "content": {WEIGHTS_TYPE: {"schema": {"type": "string", "format": "binary"}}}}
+}
 
 
 @router.post("", status_code=201, response_model=Weights, openapi_extra=_RAW_BODY)

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from cloister.wire.sources import CreateSource
 from cloister_server import budgets, deployment, explanations, grants, policy, processes, sources, tenants, vault
 from cloister_server.cli import audit, backups, bundles, doctor, ledger
+from cloister_server.cli.issuers import issuer_cli
 from cloister_server.cli.keys import key_cli
 from cloister_server.cli.policy import group_cli, policy_cli
 from cloister_server.cli.storage import storage_cli
@@ -49,6 +50,7 @@ for name, group in {
     "group": group_cli, "policy": policy_cli,
     "key": key_cli, "user": user_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
     "audit": ledger.audit_cli, "ledger": ledger.ledger_cli, "token": token_cli, "token-key": token_key_cli,
+    "issuer": issuer_cli,
 }.items():  # fmt: skip
     cli.add_typer(group, name=name)
 

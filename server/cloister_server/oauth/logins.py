@@ -30,6 +30,7 @@ from cloister_server.store.identities import (
     login_of_handle,
     login_of_id,
 )
+from cloister_server.store.issuers import forget_subjects_of
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Tenant, new_id, now
 
@@ -158,17 +159,20 @@ def of_refresh_token(service: Service, token: str) -> Login | None:
 
 
 def end_all(session: Session, service: Service, user: User) -> int:
-    """End every login of a person, and sign them out of every browser; how many logins that were."""
+    """End every login of a person, sign them out of every browser, and forget which subjects of other issuers they are; how many
+    logins that were."""
     of_user = (Login.tenant_id == user.tenant_id, Login.user_id == user.id)
     count: int = session.execute(delete(Login).where(*of_user)).rowcount  # type: ignore[attr-defined]  # of a DELETE there is one
     session.execute(delete(BrowserSession).where(BrowserSession.user_id == user.id))
+    forget_subjects_of(session, user.id)
     verifier.forget_after(session, service)
     return count
 
 
 def forget_client(session: Session, client_id: str) -> None:
-    """End every login by an app that is no more; whoever has a token of it is refused within a second."""
+    """End every login by an app that is no more, and whatever let it in; whoever has a token of it is refused within a second."""
     forget_logins_by(session, client_id)
+    forget_subjects_of(session, client_id)
 
 
 def is_active(session: Session, tenant_id: str, user_id: str) -> bool:

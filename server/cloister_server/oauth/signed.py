@@ -24,13 +24,23 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from cloister_server.errors import Invalid
 
-__all__ = ["ALGORITHMS", "InvalidSigned", "Signed", "read_public_key", "read_signed", "thumbprint", "verify"]
+__all__ = [
+    "ALGORITHMS",
+    "InvalidSigned",
+    "Signed",
+    "decoded",
+    "read_public_key",
+    "read_signed",
+    "require_public",
+    "thumbprint",
+    "verify",
+]
 
 ALGORITHMS = ("ES256", "Ed25519", "EdDSA")
 """RFC 7518, RFC 9864, RFC 8037: the last two are two names of one."""
 
 _OF_KEY = {("EC", "P-256"): ("ES256",), ("OKP", "Ed25519"): ("Ed25519", "EdDSA")}
-_COMPACT = re.compile(r"[A-Za-z0-9_-]{1,2048}\.[A-Za-z0-9_-]{1,4096}\.[A-Za-z0-9_-]{1,256}")
+_COMPACT = re.compile(r"[A-Za-z0-9_-]{1,2048}\.[A-Za-z0-9_-]{1,8192}\.[A-Za-z0-9_-]{1,1024}")
 
 
 class InvalidSigned(Exception):
@@ -52,7 +62,7 @@ def read_signed(token: str) -> Signed:
     if not _COMPACT.fullmatch(token):
         raise InvalidSigned("three parts of base64url")
     header, claims, signature = token.split(".")
-    return Signed(_json(header), _json(claims), f"{header}.{claims}".encode(), _bytes(signature))
+    return Signed(_json(header), _json(claims), f"{header}.{claims}".encode(), decoded(signature))
 
 
 def verify(signed: Signed, jwk: Mapping[str, Any]) -> None:
@@ -79,6 +89,22 @@ def thumbprint(jwk: Mapping[str, Any]) -> str:
     return _text(hashlib.sha256(canonical.encode()).digest())
 
 
+def require_public(jwk: Mapping[str, Any]) -> None:
+    """Raises InvalidSigned unless this is a public key that `verify` takes."""
+    _key(jwk)
+
+
+def decoded(text: str) -> bytes:
+    """Base64url without padding, of which each value has one form alone."""
+    try:
+        read = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidSigned("no base64url") from None
+    if _text(read) != text:
+        raise InvalidSigned("another form of base64url")
+    return read
+
+
 def read_public_key(content: bytes) -> dict[str, str]:
     """The JWK of a P-256 or Ed25519 public key, given as PEM or JWK. Raises Invalid, and quotes nothing of it."""
     if b"PRIVATE KEY" in content or b'"d"' in content:
@@ -99,12 +125,12 @@ def _key(jwk: Mapping[str, Any]) -> ec.EllipticCurvePublicKey | Ed25519PublicKey
     """Raises InvalidSigned unless it is a point of one of the two curves, and nothing private is in it."""
     if "d" in jwk or any(not isinstance(jwk.get(name), str) for name in ("kty", "crv", "x")):
         raise InvalidSigned("no public key")
-    x = _bytes(jwk["x"])
+    x = decoded(jwk["x"])
     try:
         match jwk["kty"], jwk["crv"]:
             case "OKP", "Ed25519":
                 return Ed25519PublicKey.from_public_bytes(x)
-            case "EC", "P-256" if isinstance(jwk.get("y"), str) and len(x) == 32 == len(y := _bytes(jwk["y"])):
+            case "EC", "P-256" if isinstance(jwk.get("y"), str) and len(x) == 32 == len(y := decoded(jwk["y"])):
                 return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\x04" + x + y)
     except ValueError:
         pass
@@ -122,7 +148,7 @@ def _jwk(key: ec.EllipticCurvePublicKey | Ed25519PublicKey) -> dict[str, str]:
 
 def _json(part: str) -> dict[str, Any]:
     try:
-        read = json.loads(_bytes(part), object_pairs_hook=_only_once, parse_constant=_refuse_constant)
+        read = json.loads(decoded(part), object_pairs_hook=_only_once, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise InvalidSigned("no JSON") from None
     if not isinstance(read, dict):
@@ -138,17 +164,6 @@ def _only_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(_: str) -> NoReturn:
     raise InvalidSigned("NaN or infinity")
-
-
-def _bytes(text: str) -> bytes:
-    """Base64url without padding, of which each value has one form alone."""
-    try:
-        read = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidSigned("no base64url") from None
-    if _text(read) != text:
-        raise InvalidSigned("another form of base64url")
-    return read
 
 
 def _text(raw: bytes) -> str:

@@ -1,8 +1,9 @@
-"""The one verifier of access tokens, for every route and protocol. Says who asks, and nothing of what they may.
+"""The one verifier of access tokens, ours and those of other issuers, for every route and protocol. Says who asks, and nothing of
+what they may.
 
-A token that verified is remembered for a minute at most. Whether its app is still there, and neither the token nor the key that
-signed it revoked, is looked up every second, and at once where this very process revoked something. The tenant is the one in
-the app's row and never one that a token claims.
+A token that verified is remembered for a minute at most. Whether whoever it is of is still there, and neither the token, the key
+that signed it nor its issuer revoked, is looked up every second, and at once where this very process revoked something. The tenant
+is the one in a row of ours and never one that a token claims.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from sqlalchemy.orm import Session
 from cloister_server import vault
 from cloister_server.errors import Unauthenticated
 from cloister_server.oauth.dpop import InvalidProof, proven_key
-from cloister_server.oauth.signed import ALGORITHMS
+from cloister_server.oauth.foreign import ForeignToken, Rules, issuer_named_in, read_foreign
+from cloister_server.oauth.issuer_keys import IssuerKeys, Key
+from cloister_server.oauth.signed import ALGORITHMS, InvalidSigned
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import standing_of_login
+from cloister_server.store.issuers import issuers, standing_of_subject
 from cloister_server.store.queries import standing_of, token_keys
 from cloister_server.store.session import reading
 
@@ -44,7 +48,7 @@ ALGORITHM = "ES256"
 TYPE = "at+jwt"  # RFC 9068
 LONGEST_LIFE_S = 600
 
-_TOKEN = re.compile(rb"[A-Za-z0-9_-]{1,512}\.[A-Za-z0-9_-]{1,2048}\.[A-Za-z0-9_-]{1,256}")
+_TOKEN = re.compile(rb"[A-Za-z0-9_-]{1,2048}\.[A-Za-z0-9_-]{1,8192}\.[A-Za-z0-9_-]{1,1024}")
 _TOKEN_KEPT_S = 60.0
 _STANDING_KEPT_S = 1.0
 _KEYS_KEPT_S = 60.0
@@ -99,16 +103,16 @@ def recall(service: Service, headers: Headers) -> Principal | None:
 
 
 def inspect(service: Service, token: str) -> tuple[AccessToken, str]:
-    """What a token says and the tenant of its client, both looked up anew. Raises Unauthenticated unless it is valid now."""
+    """What a token of ours says and the tenant of its client, both looked up anew. Raises Unauthenticated unless it is valid now."""
     encoded = token.encode("ascii", "replace")
     if not _TOKEN.fullmatch(encoded):
         raise _refusal(service)
     read = _memory(service).verify(service, encoded)
     with reading(service.engine, ALL_TENANTS) as session:
-        tenant_id = _standing(session, read)
-    if tenant_id is None:
+        standing = _standing(session, read)
+    if standing is None:
         raise _refusal(service)
-    return read, tenant_id
+    return read, standing[0]
 
 
 def forget_after(session: Session, service: Service) -> None:
@@ -120,8 +124,12 @@ def forget_after(session: Session, service: Service) -> None:
 class _Seen:
     """A token that verified, and until when, by the monotonic clock, that need not be done again."""
 
-    token: AccessToken
+    token: AccessToken | ForeignToken
     until: float
+
+
+_Standing = tuple[str, str]
+"""Of which tenant and who whoever acts is."""
 
 
 class _Memory:
@@ -130,43 +138,65 @@ class _Memory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tokens: OrderedDict[bytes, _Seen] = OrderedDict()
-        self._standing: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._standing: OrderedDict[bytes, tuple[_Standing, float]] = OrderedDict()
         self._forgotten = 0
         self._keys: Mapping[str, ECKey] = {}
         self._keys_loaded = -_KEYS_KEPT_S
+        self._issuers: Mapping[str, Rules] = {}
+        self._issuers_loaded = -_STANDING_KEPT_S
+        self._issuer_keys = IssuerKeys()
 
-    def authenticate(self, service: Service, token: bytes, request_id: str) -> tuple[AccessToken, Principal]:
+    def authenticate(
+        self, service: Service, token: bytes, request_id: str
+    ) -> tuple[AccessToken | ForeignToken, Principal]:
         known, principal = self.recall(token, request_id)
         if known is not None and principal is not None:
             return known, principal
         digest = hashlib.sha256(token).digest()
         read = self._remembered(digest)
         if read is None:
-            read = self.verify(service, token)
+            read = self._verify_any(service, token)
             self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
         asked_at, forgotten = time.monotonic(), self._forgotten
         with reading(service.engine, ALL_TENANTS) as session:
-            tenant_id = _standing(session, read)
-        if tenant_id is None:
+            standing = _standing(session, read)
+        if standing is None:
             raise _refusal(service)
         if forgotten == self._forgotten:  # else this was read before something was revoked
-            self._keep(self._standing, digest, (tenant_id, asked_at + _STANDING_KEPT_S))
-        return read, _principal(read, tenant_id, request_id)
+            self._keep(self._standing, digest, (standing, asked_at + _STANDING_KEPT_S))
+        return read, _principal(standing, request_id)
 
-    def recall(self, token: bytes, request_id: str) -> tuple[AccessToken, Principal] | tuple[None, None]:
+    def recall(self, token: bytes, request_id: str) -> tuple[AccessToken | ForeignToken, Principal] | tuple[None, None]:
         digest = hashlib.sha256(token).digest()
         read = self._remembered(digest)
         with self._lock:
-            tenant_id, until = self._standing.get(digest, ("", 0.0))
+            standing, until = self._standing.get(digest, (("", ""), 0.0))
         if read is None or until <= time.monotonic():
             return None, None
-        return read, _principal(read, tenant_id, request_id)
+        return read, _principal(standing, request_id)
 
     def forget(self) -> None:
         with self._lock:
             self._forgotten += 1
             self._standing.clear()
             self._keys_loaded = -_KEYS_KEPT_S
+            self._issuers_loaded = -_STANDING_KEPT_S
+
+    def _verify_any(self, service: Service, token: bytes) -> AccessToken | ForeignToken:
+        """A token of ours, or of an issuer that is on the list, as that one's must be. Raises Unauthenticated, always the same.
+
+        No transaction is open here: the issuer may have to be asked for its keys.
+        """
+        try:
+            issuer = issuer_named_in(token)
+            if issuer == service.settings.issuer:
+                return self.verify(service, token)
+            rules = self._known_issuers(service).get(issuer) if issuer is not None else None
+            if rules is None:
+                raise InvalidSigned("an issuer that is not on the list")
+            return read_foreign(rules, token, key_of=lambda key_id: self._key_of(rules, key_id))
+        except (InvalidSigned, ValueError):
+            raise _refusal(service) from None
 
     def verify(self, service: Service, token: bytes) -> AccessToken:
         """What a token says that is ours, of now, and signed. Raises Unauthenticated."""
@@ -181,7 +211,12 @@ class _Memory:
         except (JoseError, ValueError):
             raise _refusal(service) from None
 
-    def _remembered(self, digest: bytes) -> AccessToken | None:
+    def _key_of(self, rules: Rules, key_id: str) -> Key | None:
+        return self._issuer_keys.find(
+            rules.id, key_id, jwks_uri=rules.jwks_uri, network=rules.network, algorithms=rules.algorithms
+        )
+
+    def _remembered(self, digest: bytes) -> AccessToken | ForeignToken | None:
         with self._lock:
             seen = self._tokens.get(digest)
         if seen is None or seen.until <= time.monotonic() or seen.token.expires <= time.time():
@@ -210,19 +245,37 @@ class _Memory:
             self._keys, self._keys_loaded = keys, loaded_at
         return keys
 
+    def _known_issuers(self, service: Service) -> Mapping[str, Rules]:
+        with self._lock:
+            if time.monotonic() < self._issuers_loaded + _STANDING_KEPT_S:
+                return self._issuers
+            forgotten = self._forgotten
+        loaded_at = time.monotonic()
+        with reading(service.engine, ALL_TENANTS) as session:
+            listed = {row.url: Rules.of(row) for row in session.scalars(issuers())}
+        self._issuer_keys.forget_all_but({each.id for each in listed.values()})
+        with self._lock:
+            if forgotten == self._forgotten:
+                self._issuers, self._issuers_loaded = listed, loaded_at
+        return listed
 
-def _standing(session: Session, read: AccessToken) -> str | None:
-    """The tenant of whoever acts, if they still may act at all."""
+
+def _standing(session: Session, read: AccessToken | ForeignToken) -> _Standing | None:
+    """Whoever acts, if they still may act at all."""
+    if isinstance(read, ForeignToken):
+        return standing_of_subject(session, read.issuer_id, read.subject)
+    by = {"client_id": read.client_id, "key_id": read.key_id, "jti": read.jti}
     if read.login_id is None:
-        return standing_of(session, read.client_id, key_id=read.key_id, jti=read.jti)
-    return standing_of_login(
-        session, read.login_id, user_id=read.subject, client_id=read.client_id, key_id=read.key_id, jti=read.jti
-    )
+        tenant_id = standing_of(session, **by)
+    else:
+        tenant_id = standing_of_login(session, read.login_id, user_id=read.subject, **by)
+    return None if tenant_id is None else (tenant_id, read.subject)
 
 
-def _principal(read: AccessToken, tenant_id: str, request_id: str) -> Principal:
-    kind: Literal["app", "user"] = "app" if read.login_id is None else "user"
-    return Principal(tenant_id=tenant_id, id=read.subject, kind=kind, request_id=request_id)
+def _principal(standing: _Standing, request_id: str) -> Principal:
+    tenant_id, principal_id = standing
+    kind: Literal["app", "user"] = "user" if _USER_ID.fullmatch(principal_id) else "app"
+    return Principal(tenant_id=tenant_id, id=principal_id, kind=kind, request_id=request_id)
 
 
 def _public(secret: vault.SigningSecret) -> ECKey:
