@@ -34,7 +34,7 @@ from server.conftest import (  # noqa: F401 (fixtures)
     steward,
 )
 
-_ON_BOTH = {"test_suspension", "test_token_ends"}
+_ON_BOTH = {"test_isolation_machine", "test_suspension", "test_token_ends"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

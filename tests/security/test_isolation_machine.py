@@ -1,0 +1,331 @@
+"""No tenant sees, changes or learns of another's: a machine that asks every route about everything, held against an oracle of sets."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from starlette.testclient import TestClient
+
+from accounts import COLUMNS
+from cloister_server.service import Service
+from security.isolation_oracle import ANY, VERBS, Row, Who
+from security.isolation_routes import ABOUT, CREATING, ELSEWHERE, LISTS, PREDICT, PREFIX, Route
+from security.isolation_world import World, told
+from server.conftest import Client
+from server.test_predict import weights  # noqa: F401 (fixture)
+
+SHORT = bool(os.environ.get("SHORT"))
+STEPS = int(os.environ.get("ISOLATION_STEPS", "2000" if SHORT else "100000"))
+STEPS_OF_ONE = 100
+"""Of one world; then another is made beside it."""
+
+N = st.integers(0, 2**16)
+BY_KIND = {kind: [route for route in (*ABOUT, *PREDICT) if route.kind == kind] for kind in PREFIX}
+TALLY: Counter[str] = Counter()
+
+
+class Isolation(RuleBasedStateMachine):
+    """Each step is somebody's request, or an operator's act. What must come of it is the oracle's to say."""
+
+    make_world: Callable[[], World]
+
+    @initialize(tenants=st.integers(2, 5), dice=N)
+    def begin(self, tenants: int, dice: int) -> None:
+        self.dice = Random(dice)
+        self.world = self.make_world()
+        self.keyed: list[tuple[Who, str, str, Any]] = []
+        for _ in range(tenants):
+            self.world.add_tenant()
+
+    @invariant()
+    def somebody_asks_something(self) -> None:
+        """After each step, by dice: Hypothesis leaves out some of the rules for the length of a world."""
+        oracle, dice = self.world.oracle, self.dice
+        who, route = dice.choice(oracle.people), dice.choice((*ABOUT, *PREDICT))
+        rows, fate = oracle.of(route.kind), dice.random()
+        shared = [row for row in rows if row.tenant != who.tenant and oracle.sees(who, row)]
+        row = dice.choice(shared if shared and dice.random() < 0.5 else rows)
+        if fate < 0.2 and not who.is_gone:
+            self.world.give(row.tenant, who.id, route.verb, row.id, allows=True, is_over=False)
+        elif fate < 0.3 and (given := [each for each in oracle.permits if each.id and each.on == row.id]):
+            dice.choice((self.world.withdraw, self.world.expire))(dice.choice(given))
+        by = "name" if row.name and not route.place and dice.random() < 0.2 else ""
+        self.world.ask(who, route, row, by=by)
+        TALLY["steps"] += 1
+
+    def who(self, number: int) -> Who:
+        people = self.world.oracle.people
+        return people[number % len(people)]
+
+    def row(self, kind: str, number: int) -> Row:
+        rows = self.world.oracle.of(kind)
+        return rows[number % len(rows)]
+
+    def tenant(self, number: int) -> str:
+        return list(self.world.oracle.suspended)[number % len(self.world.oracle.suspended)]
+
+    @rule(who=N, what=st.sampled_from((*ABOUT, *PREDICT)), which=N, by_name=st.booleans())
+    def ask(self, who: int, what: Route, which: int, by_name: bool) -> None:
+        row = self.row(what.kind, which)
+        by = "name" if by_name and row.name and not what.place else ""
+        self.world.ask(self.who(who), what, row, by=by)
+
+    @rule(who=N, what=st.sampled_from(CREATING))
+    def make(self, who: int, what: Any) -> None:
+        self.world.make(self.who(who), what)
+
+    @rule(who=N, kind=st.sampled_from(sorted(LISTS)), limit=st.sampled_from([1, 2, 200]))
+    def look(self, who: int, kind: str, limit: int) -> None:
+        whose = self.who(who)
+        if self.world.oracle.is_let_in(whose):
+            found = self.world.listed(whose, kind, limit=limit)
+            assert len(found) == len(set(found)), found
+            assert set(found) == self.world.oracle.seen(whose, kind), (whose, kind)
+            TALLY[f"GET {LISTS[kind]}: listed"] += 1
+        else:
+            assert self.world.send(whose, "GET", LISTS[kind]).status_code == 401
+
+    @rule(who=N, other=N, kind=st.sampled_from(sorted(LISTS)))
+    def go_on_from_anothers_page(self, who: int, other: int, kind: str) -> None:
+        whose, others = self.who(who), self.who(other)
+        if not (self.world.oracle.is_let_in(whose) and self.world.oracle.is_let_in(others)):
+            return
+        cursor = self.world.send(others, "GET", LISTS[kind], params={"limit": 1}).json()["next"]
+        if cursor is None:
+            return
+        all_of, found = self.world.listed(whose, kind), self.world.listed(whose, kind, cursor=cursor)
+        assert found == all_of[len(all_of) - len(found) :], (whose, others, cursor)
+        TALLY[f"GET {LISTS[kind]}: another's cursor"] += 1
+
+    @rule(who=N, key=st.sampled_from(["k1", "k2"]), name=st.sampled_from(["a", "b"]))
+    def make_with_a_key(self, who: int, key: str, name: str) -> None:
+        """Whoever used a key gets its own answer again; to everybody else the key is fresh."""
+        whose, oracle = self.who(who), self.world.oracle
+        body = {"name": f"keyed-{key}", "epsilon": 900.0, "delta": 1e-6 if name == "a" else 1e-7}
+        answer = self.world.send(whose, "POST", "/v1/sources", json=body, headers={"Idempotency-Key": key})
+        before = [given for by, used, sent, given in self.keyed if (by.id, used, sent) == (whose.id, key, name)]
+        was_used = any((by.id, used) == (whose.id, key) for by, used, *_ in self.keyed)
+        if not oracle.is_let_in(whose):
+            assert answer.status_code == 401
+        elif was_used:
+            assert (answer.status_code, answer.json()) == (201, before[0]) if before else answer.status_code == 422
+        else:
+            is_taken = oracle.named(whose, "source", body["name"]) is not None
+            may = oracle.may(whose, "source.create", oracle.tenant(whose.tenant))
+            assert answer.status_code == (403 if not may else 409 if is_taken else 201), answer.text
+            if answer.status_code == 201:
+                oracle.made(whose, Row("source", whose.tenant, answer.json()["id"], body["name"]))
+                self.keyed.append((whose, key, name, answer.json()))
+        assert ("idempotency-replayed" in answer.headers) == (answer.status_code == 201 and was_used)
+        TALLY["POST /v1/sources: with a key"] += 1
+
+    @rule(who=N, about=N, which=N, verb=st.sampled_from(sorted(v for k in PREFIX for v in VERBS[k])))
+    def ask_why(self, who: int, about: int, which: int, verb: str) -> None:
+        """What one's own tenant's policy says, and nothing of anybody's besides."""
+        whose, other, oracle = self.who(who), self.who(about), self.world.oracle
+        row = self.row(next(kind for kind in PREFIX if verb in VERBS[kind]), which)
+
+        def explained(principal: str, resource: str) -> Any:
+            given = {"principal": principal, "verb": verb, "resource": resource}
+            return self.world.send(whose, "GET", "/v1/policy/explain", params=given)
+
+        def holders(resource: str) -> Any:
+            return self.world.send(whose, "GET", "/v1/policy/who-can", params={"verb": verb, "resource": resource})
+
+        why, who_can = explained(other.id, row.id), holders(row.id)
+        TALLY["GET /v1/policy: asked"] += 1
+        if not oracle.is_let_in(whose):
+            assert (why.status_code, who_can.status_code) == (401, 401)
+        elif not oracle.may(whose, "policy.read", oracle.tenant(whose.tenant)):
+            assert (why.status_code, who_can.status_code) == (403, 403)
+        elif row.tenant != whose.tenant:
+            absent = f"{PREFIX[row.kind]}_{'0' * 32}"
+            assert told(why) == told(explained(other.id, absent)) and told(who_can) == told(holders(absent))
+            assert (why.status_code, who_can.status_code) == (404, 404)
+        else:
+            can = {each.id for each in oracle.people if not each.is_gone and oracle.may(each, verb, row)}
+            assert {each["principal"] for each in who_can.json()["holders"]} == can, who_can.text
+            if other.tenant == whose.tenant or oracle.holds_directly(other, whose.tenant):
+                assert (
+                    why.status_code == 404 if other.is_gone else why.json()["allowed"] == oracle.may(other, verb, row)
+                )
+            else:
+                nobody = f"{other.id.partition('_')[0]}_{'0' * 32}"
+                assert told(why) == told(explained(nobody, row.id)) and why.status_code == 404
+
+    @rule(who=N, other=N)
+    def ask_of_a_token(self, who: int, other: int) -> None:
+        """A client is told of its own tenant's tokens alone, and ends its own alone."""
+        whose, others, oracle = self.who(who), self.who(other), self.world.oracle
+        if not whose.secret or others.tenant == whose.tenant:
+            return
+        token, noise = others.bearer["Authorization"].removeprefix("Bearer "), "a.b.c"
+        for path in ("/oauth/introspect", "/oauth/revoke"):
+            as_client = {"auth": (whose.id, whose.secret)}
+            asked, same = (self.world.http.post(path, data={"token": each}, **as_client) for each in (token, noise))
+            assert told(asked) == told(same)
+            assert asked.is_success == oracle.is_let_in(whose), asked.text
+        mine = self.world.send(others, "GET", "/v1/whoami")
+        assert mine.status_code == (200 if oracle.is_let_in(others) else 401), (
+            "its token was ended by another tenant's client"
+        )
+        assert not oracle.is_let_in(others) or mine.json()["id"] == others.id
+        TALLY["tokens: asked"] += 1
+
+    # What operators do.
+
+    @rule(which=N, kind=st.sampled_from([*PREFIX, "tenant"]), to=N, of_group=st.booleans(), verb=N, is_any=st.booleans(),
+          allows=st.sampled_from([True, True, True, False]), is_over=st.sampled_from([False, False, False, True]))  # fmt: skip
+    def give(
+        self, which: int, kind: str, to: int, of_group: bool, verb: int, is_any: bool, allows: bool, is_over: bool
+    ) -> None:
+        oracle, verbs = self.world.oracle, VERBS[kind]
+        row = oracle.tenant(self.tenant(which)) if kind == "tenant" else self.row(kind, which)
+        holders = list(oracle.groups) if of_group else [each.id for each in oracle.people if not each.is_gone]
+        if holders:
+            holder = holders[to % len(holders)]
+            on = ANY if is_any else row.id
+            self.world.give(row.tenant, holder, verbs[verb % len(verbs)], on, allows=allows, is_over=is_over)
+            self._look_again(kind, holder, row)
+
+    @rule(which=N)
+    def withdraw(self, which: int) -> None:
+        given = [each for each in self.world.oracle.permits if each.id]
+        if given:
+            permit = given[which % len(given)]
+            self.world.withdraw(permit)
+            self._look_at(permit.on, permit.holder)
+
+    @rule(which=N)
+    def expire(self, which: int) -> None:
+        given = [each for each in self.world.oracle.permits if each.id and not each.is_over]
+        if given:
+            permit = given[which % len(given)]
+            self.world.expire(permit)
+            self._look_at(permit.on, permit.holder)
+
+    def _look_at(self, on: str, holder: str) -> None:
+        row = self.world.oracle.rows.get(on)
+        if row is not None:
+            self._look_again(row.kind, holder, row)
+
+    def _look_again(self, kind: str, holder: str, row: Row) -> None:
+        """What was granted or withdrawn counts for the very next request of whoever holds it."""
+        _, members = self.world.oracle.groups.get(holder, ("", {holder}))
+        for who in self.world.oracle.people:
+            if who.id in members and kind != "tenant":
+                self.world.ask(who, BY_KIND[kind][0], row)
+
+    @rule(tenant=N)
+    def add_a_group(self, tenant: int) -> None:
+        self.world.add_group(self.tenant(tenant))
+
+    @precondition(lambda self: self.world.oracle.groups)
+    @rule(which=N, who=N, is_in=st.booleans())
+    def change_a_group(self, which: int, who: int, is_in: bool) -> None:
+        group = sorted(self.world.oracle.groups, key=list(self.world.oracle.groups).index)[
+            which % len(self.world.oracle.groups)
+        ]
+        tenant, members = self.world.oracle.groups[group]
+        own = [each for each in self.world.oracle.people if each.tenant == tenant and not each.is_gone]
+        if is_in and own:
+            self.world.put_in(group, own[who % len(own)])
+        elif not is_in and members:
+            self.world.take_out(group, next(each.id for each in self.world.oracle.people if each.id in members))
+
+    @precondition(lambda self: len(self.world.oracle.groups) > 2)
+    @rule(which=N)
+    def delete_a_group(self, which: int) -> None:
+        self.world.delete_group(list(self.world.oracle.groups)[which % len(self.world.oracle.groups)])
+
+    @rule(tenant=N)
+    def suspend(self, tenant: int) -> None:
+        if not any(self.world.oracle.suspended.values()):
+            self.world.suspend(self.tenant(tenant), is_suspended=True)
+
+    @precondition(lambda self: any(self.world.oracle.suspended.values()))
+    @rule()
+    def resume(self) -> None:
+        suspended = [each for each, is_so in self.world.oracle.suspended.items() if is_so]
+        self.world.suspend(suspended[0], is_suspended=False)
+
+    @rule(who=N)
+    def remove_somebody(self, who: int) -> None:
+        """One of a tenant's at most, and never all of it."""
+        whose = self.who(who)
+        others = [each for each in self.world.oracle.people if each.tenant == whose.tenant]
+        if whose.name != "steward" and not any(each.is_gone for each in others):
+            self.world.remove(whose)
+
+    @rule(who=N, path=st.sampled_from(sorted(each for each in ELSEWHERE if ELSEWHERE[each] == "nobody's")))
+    def ask_what_is_nobodys(self, who: int, path: str) -> None:
+        method, path = path.split()
+        answer, anonymous = self.world.send(self.who(who), method, path), self.world.http.request(method, path)
+        assert told(answer) == told(anonymous) and answer.status_code == 200
+        assert not any(each in answer.text for each in self.world.oracle.owners())
+        TALLY[f"{method} {path}: asked"] += 1
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.elsewhere.update(self.world.oracle.owners())
+
+
+@pytest.fixture
+def training(http: TestClient, make_client: Callable[..., Client], bearer_of: Any) -> dict[str, Any]:
+    """A whole specification of a run on a dataset such as every tenant has."""
+    bearer = bearer_of(make_client("planner"))
+    source = {"name": "people", "epsilon": 900.0, "delta": 1e-6}
+    made = http.post("/v1/sources", json=source, headers=bearer).json()["id"]
+    declared = {"source": made, "name": "rows", "columns": COLUMNS, "nominal_size": 1000, "capacity": 2000}
+    dataset = http.post("/v1/datasets", json=declared, headers=bearer).json()["id"]
+    asked = {"dataset": dataset, "target": "y", "privacy": {"noise_multiplier": 4.0}, "batch_size": 100, "epochs": 1}
+    plan = http.post("/v1/plans", json=asked, headers=bearer)
+    assert plan.status_code == 200, plan.text
+    return dict(plan.json()["training"])
+
+
+@pytest.fixture
+def make_world(service: Service, http: TestClient, weights: bytes, training: dict[str, Any]) -> Callable[[], World]:  # noqa: F811 (the fixture)
+    elsewhere: set[str] = set()
+    given = {"weights": weights, "training": training, "tally": TALLY, "elsewhere": elsewhere}
+    return lambda: World(service, http, **given)
+
+
+def _run(make_world: Callable[[], World], steps: int, most: int, *phases: Phase) -> None:
+    machine = type("Isolation", (Isolation,), {"make_world": staticmethod(make_world)})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=-(-steps // most), stateful_step_count=most, derandomize=True, database=None, deadline=None,
+            suppress_health_check=list(HealthCheck), phases=(Phase.generate, *phases),
+        ),
+    )  # fmt: skip
+
+
+def test_no_tenant_sees_changes_or_learns_of_anothers(make_world: Callable[[], World]) -> None:
+    _run(make_world, 30, 15)
+
+
+@pytest.mark.long
+def test_no_tenant_sees_changes_or_learns_of_anothers_for_long(make_world: Callable[[], World]) -> None:
+    TALLY.clear()
+    _run(make_world, STEPS, STEPS_OF_ONE, Phase.shrink)
+    assert TALLY["steps"] >= STEPS
+    for route in (*ABOUT, *PREDICT):
+        for outcome in ("not there across tenants", "allowed across tenants"):
+            assert TALLY[f"{route.name}: {outcome}"], f"{route.name} was never {outcome}"
