@@ -229,6 +229,20 @@ def test_an_allowance_lies_within_the_budget_and_is_of_somebody(owner: Person, s
         refused(owner.ask("PUT", f"/sources/{source}/allowances/{nobody}", body), 404, "not_found", "no such client")
 
 
+def test_a_client_of_another_tenant_is_as_none_until_something_is_granted_to_it(
+    owner: Person, source: str, rows: str, service: Service, make_client: Callable[..., Any]
+) -> None:
+    body, stranger = {"epsilon": 5, "reason": REASON}, make_client("strangers", role="none")
+
+    def told(client: str) -> tuple[int, Any]:
+        answer = owner.ask("PUT", f"/sources/{source}/allowances/{client}", body)
+        return answer.status_code, {**answer.json(), "request_id": ""}
+
+    assert told(stranger.id) == told("ap_" + "0" * 32)
+    grant(service, owner.client.tenant_id, stranger, "dataset.train", on=rows)
+    assert told(stranger.id)[0] == 200
+
+
 def test_an_opened_block_has_a_budget_of_its_own(owner: Person, source: str, rows: str) -> None:
     owner.train(owner.plan(rows, noise=LITTLE))
     assert open_block(owner, source, "day2").json() == {"source": source, "number": 1, "name": "day2"}

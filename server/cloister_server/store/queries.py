@@ -51,6 +51,7 @@ __all__ = [
     "group_of",
     "groups_of",
     "holders_on",
+    "holds_something",
     "id_of_name",
     "is_suspended",
     "jobs_not_of",
@@ -292,6 +293,14 @@ def holders_on(session: Session, verb: str, *, tenant_id: str, resource_id: str)
             held = select(table.tenant_id, table.id).where(or_(table.id.in_(of), table.id.in_(in_groups)))
             found += [(row.tenant_id, row.id) for row in session.execute(held.order_by(table.created, table.id))]
     return found
+
+
+def holds_something(session: Session, app: App, tenant_id: str) -> bool:
+    """Whether the app holds a grant of this tenant, itself or by a group, in force or not."""
+    groups = select(Member.group_id).where(Member.tenant_id == app.tenant_id, Member.principal_id == app.id)
+    held = or_(Grant.principal_id == app.id, Grant.principal_id.in_(groups))
+    with lifted(session):
+        return session.scalar(select(Grant.id).where(Grant.tenant_id == tenant_id, held).limit(1)) is not None
 
 
 def forget_grants_to(session: Session, holder_id: str) -> None:
