@@ -31,6 +31,8 @@ from server.test_predict import weights  # noqa: F401 (fixture)
 
 SHORT = bool(os.environ.get("SHORT"))
 STEPS = int(os.environ.get("ISOLATION_STEPS", "2000" if SHORT else "100000"))
+ENOUGH = 20_000
+"""Steps after which every route was asked across tenants, by whom it is allowed and by whom it is not."""
 STEPS_OF_ONE = 100
 """Of one world; then another is made beside it."""
 
@@ -326,6 +328,6 @@ def test_no_tenant_sees_changes_or_learns_of_anothers_for_long(make_world: Calla
     TALLY.clear()
     _run(make_world, STEPS, STEPS_OF_ONE, Phase.shrink)
     assert TALLY["steps"] >= STEPS
-    for route in (*ABOUT, *PREDICT):
+    for route in (*ABOUT, *PREDICT) if STEPS >= ENOUGH else ():
         for outcome in ("not there across tenants", "allowed across tenants"):
             assert TALLY[f"{route.name}: {outcome}"], f"{route.name} was never {outcome}"
