@@ -320,7 +320,7 @@ def _run(make_world: Callable[[], World], steps: int, most: int, *phases: Phase)
 
 
 def test_no_tenant_sees_changes_or_learns_of_anothers(make_world: Callable[[], World]) -> None:
-    _run(make_world, 30, 15)
+    _run(make_world, 16, 8)
 
 
 @pytest.mark.long
