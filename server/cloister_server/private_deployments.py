@@ -10,7 +10,7 @@ import base64
 import hashlib
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from cloister.wire.private_deployments import (
 from cloister.wire.private_deployments import PrivateDeployment as Statement
 from cloister.wire.private_requests import LONGEST_PERMISSION_S, PERMISSION_TYPE, audience
 from cloister_privacy.sealing import Arena
-from cloister_server import audit, models, quotas, vault
+from cloister_server import audit, models, policy, quotas, vault
 from cloister_server.errors import Conflict, Forbidden, Invalid, NotFound
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.policy import Authorized
@@ -208,7 +208,7 @@ def deploy(
 def terms(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> PrivateTerms:
     """What whoever may predict with a version needs in order to share an input: its architecture is public to them."""
     authorized, row = models.find_version(session, principal, id_or_name, number)
-    _require_unbound(authorized)
+    _require_unbound(session, authorized)
     found = _standing(session, row)
     return PrivateTerms(
         statement=found.statement,
@@ -220,7 +220,7 @@ def terms(session: Session, principal: Principal, service: Service, id_or_name: 
 def permissions(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> Permissions:
     """One for each party, for a minute: whoever loses the grant, or the tenant its key, gets none from then on."""
     authorized, row = models.find_version(session, principal, id_or_name, number)
-    _require_unbound(authorized)
+    _require_unbound(session, authorized)
     found = _standing(session, row)
     vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)  # it must be to be had still
     signer = vault.signing_key(session, service.keys, "token")
@@ -259,9 +259,22 @@ def end(
     return _view(row, found.generation, found.id, found.statement)
 
 
-def _require_unbound(authorized: Authorized[Model]) -> None:
-    """Raise Forbidden where the grant bounds what a model answers, or how often: the parties answer in shares, of which nobody can
-    hold back any, and whoever has a permission asks them as often as they like for a minute."""
+def _require_unbound(session: Session, authorized: Authorized[Model]) -> None:
+    """Raise Forbidden where the grant bounds what a model answers, how often, or from where: the parties answer in shares, of which
+    nobody can hold back any, and whoever has a permission asks them from anywhere, as often as they like for a minute."""
+    _require_all(authorized)
+    nowhere = replace(authorized.principal, address=None)
+    try:
+        anywhere = policy.authorize(session, nowhere, "model.predict", authorized.resource)
+    except policy.Denied:
+        raise Forbidden(
+            "you may predict from some addresses alone, and nobody looks at addresses at the parties of private inference; ask the "
+            "model's owner for a grant without that bound"
+        ) from None
+    _require_all(anywhere)
+
+
+def _require_all(authorized: Authorized[Model]) -> None:
     if authorized.conditions.outputs is not None:
         raise Forbidden(
             f"your grant is for {authorized.conditions.outputs} outputs alone, and private inference answers with all; ask the "

@@ -32,6 +32,7 @@ from cloister_privacy.mpc import (
     split_weights,
 )
 from cloister_server import grants, vault
+from cloister_server.app import create_app
 from cloister_server.principal import Principal
 from cloister_server.roles import identity
 from cloister_server.roles.permissions import NotPermitted, Permissions
@@ -217,6 +218,31 @@ def test_whose_grant_bounds_what_a_model_answers_or_how_often_is_permitted_nothi
     for path in (PLACE, f"{PLACE}/permissions"):
         answer = http.get(path, headers=bearer_of(partner))
         assert answer.status_code == 403 and told in answer.text
+
+
+def test_who_may_predict_from_some_addresses_alone_is_permitted_nothing_and_who_may_from_others_too_is(
+    http: TestClient, service: Service, bearer: dict[str, str], bearer_of: Any, make_client: Any, steward: Any,
+    model_id: str, identities: Any,
+) -> None:  # fmt: skip
+    assert deploy(http, bearer, asked(identities)).status_code == 201
+    there = TestClient(create_app(service), client=("10.0.0.1", 1), base_url=service.settings.issuer)
+    operator = Principal.operator(steward.tenant_id, request_id="request-of-a-test")
+
+    def answers(of: Any) -> list[int]:
+        return [there.get(path, headers=bearer_of(of)).status_code for path in (PLACE, f"{PLACE}/permissions")]
+
+    def grant(of: Any, **more: Any) -> None:
+        with writing(service.engine) as session:
+            grants.add(session, operator, to=of.id, verb="model.predict", resource_id=model_id, **more)
+
+    partner, denied = make_client(role="none"), make_client(role="predictor")
+    grant(partner, network="10.0.0.0/8")
+    told = there.get(f"{PLACE}/permissions", headers=bearer_of(partner))
+    assert answers(partner) == [403, 403] and "some addresses alone" in told.text
+    grant(partner)
+    assert answers(partner) == [200, 200]
+    grant(denied, network="192.0.2.0/24", effect="deny")
+    assert answers(denied) == [403, 403], "a party would take it from there"
 
 
 def test_a_permission_is_for_one_party_for_a_minute_and_no_token_is_one(
