@@ -9,7 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import secrets
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING, Any
@@ -39,7 +42,7 @@ from cloister.wire.private_deployments import PrivateDeployment as Statement
 from cloister.wire.private_requests import LONGEST_PERMISSION_S, PERMISSION_TYPE, audience
 from cloister_privacy.sealing import Arena
 from cloister_server import audit, models, policy, quotas, vault
-from cloister_server.errors import Conflict, Forbidden, Invalid, NotFound
+from cloister_server.errors import Conflict, Forbidden, Invalid, NotFound, Unavailable
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -51,12 +54,16 @@ if TYPE_CHECKING:
     from cloister_privacy.architecture import Network
     from cloister_privacy.mpc import MeasuredError
 
-__all__ = ["Opened", "Shared", "deploy", "end", "opened", "permissions", "role_file", "shared", "terms"]
+__all__ = ["Opened", "Shared", "at_work", "deploy", "end", "opened", "permissions", "role_file", "shared", "terms"]
 
 _DEPLOY = "model.deploy_private"
 _MOST_ROWS_MEASURED = 64
 _BYTES_AT_ONCE = 2**25
 """The most randomness of one request, about: it decides how many rows one takes."""
+_MOST_WAITING = 4
+_LONGEST_WAIT_S = 10.0
+_slot = threading.BoundedSemaphore(1)
+_waiting = threading.BoundedSemaphore(1 + _MOST_WAITING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,25 @@ class Shared:
     rows: int
     measured: MeasuredError
     sealed: tuple[bytes, bytes] = field(repr=False)
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Take the one place in this process where weights are opened and shared, so that however many ask at once fill no memory.
+
+    Raises Unavailable where too many wait already, and after some seconds.
+    """
+    if not _waiting.acquire(blocking=False):
+        raise _busy()
+    try:
+        if not _slot.acquire(timeout=_LONGEST_WAIT_S):
+            raise _busy()
+        try:
+            yield
+        finally:
+            _slot.release()
+    finally:
+        _waiting.release()
 
 
 def opened(session: Session, principal: Principal, service: Service, id_or_name: str, body: DeployPrivately) -> Opened:
@@ -140,6 +166,13 @@ def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     except (InputRefused, MalformedTensor, InvalidArgument) as error:
         raise Invalid(f"this cannot be shared: {error}") from None
     return Shared(deployment_id, version.version, network.architecture, shape.digest, bits, count, measured, parts)
+
+
+def _busy() -> Unavailable:
+    return Unavailable(
+        "another network is being shared, and one is at a time; try again in a few seconds",
+        code="private_deployment_busy",
+    )
 
 
 def _sealed_shares(shape: Any, network: Network, body: DeployPrivately, deployment_id: str) -> tuple[bytes, bytes]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from cloister_privacy.mpc import (
     seal_shares,
     split_weights,
 )
-from cloister_server import grants, vault
+from cloister_server import grants, private_deployments, vault
 from cloister_server.app import create_app
+from cloister_server.errors import Unavailable
 from cloister_server.principal import Principal
 from cloister_server.roles import identity
 from cloister_server.roles.permissions import NotPermitted, Permissions
@@ -350,6 +352,52 @@ def test_a_newer_generation_ends_the_one_before_and_the_end_takes_the_files(
     for path in (PLACE, f"{PLACE}/permissions", f"{PLACE}/roles/dealer"):
         assert http.get(path, headers=bearer).json()["code"] == "not_deployed_privately"
     assert deploy(http, bearer, body).json()["generation"] == 3
+
+
+def test_weights_are_opened_for_one_deployment_at_a_time_and_for_no_retry(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    share = private_deployments.shared
+
+    def counted(service: Service, version: private_deployments.Opened, body: Any) -> private_deployments.Shared:
+        opened.append(version.version)
+        with pytest.raises(Unavailable), private_deployments.at_work():
+            pass
+        return share(service, version, body)
+
+    monkeypatch.setattr(private_deployments, "shared", counted)
+    monkeypatch.setattr(private_deployments, "_LONGEST_WAIT_S", 0.0)
+    body, key = asked(identities), {"Idempotency-Key": "once"}
+    with private_deployments.at_work():
+        busy = deploy(http, bearer, body, **key)
+    assert (busy.status_code, busy.json()["code"], opened) == (503, "private_deployment_busy", [])
+    first = deploy(http, bearer, body, **key)
+    assert first.status_code == 201, first.text
+    with private_deployments.at_work():  # a retry needs no place
+        again = deploy(http, bearer, body, **key)
+        other = deploy(http, bearer, asked(identities, development=True), **key)
+    assert again.json() == first.json() and again.headers["Idempotency-Replayed"] == "true"
+    assert other.json()["code"] == "idempotency_mismatch" and opened == [1]
+
+
+def test_a_retry_that_waited_for_its_place_finds_what_was_answered_meanwhile(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, key, answers = asked(identities), {"Idempotency-Key": "once"}, list[Any]()
+
+    @contextmanager
+    def waited() -> Iterator[None]:
+        """As a place that is free when another request of the same key has been answered."""
+        monkeypatch.setattr(private_deployments, "at_work", at_work)
+        answers.append(deploy(http, bearer, body, **key))
+        yield
+
+    at_work = private_deployments.at_work
+    monkeypatch.setattr(private_deployments, "at_work", waited)
+    late = deploy(http, bearer, body, **key)
+    assert late.headers["Idempotency-Replayed"] == "true" and late.json() == answers[0].json()
+    assert late.json()["generation"] == 1
 
 
 def test_a_role_refuses_a_deployment_of_roles_that_are_one(
