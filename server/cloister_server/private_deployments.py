@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 __all__ = ["Opened", "Shared", "at_work", "deploy", "end", "opened", "permissions", "role_file", "shared", "terms"]
 
 _DEPLOY = "model.deploy_private"
-_MOST_ROWS_MEASURED = 64
+_MOST_ROWS_MEASURED, _MOST_BYTES_MEASURED = 64, 2**30
+"""The measurement deals randomness for all of its rows at once."""
 _BYTES_AT_ONCE = 2**25
 """The most randomness of one request, about: it decides how many rows one takes."""
 _MOST_WAITING = 4
@@ -151,13 +152,12 @@ def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     )
     try:
         rows = validate_inputs(network.architecture, decode_inputs(InferRequest(inputs=list(body.public_rows))))
-        count = len(next(iter(rows.values())))
-        if count > _MOST_ROWS_MEASURED:
-            raise Invalid(
-                f"there are {count} public rows; {_MOST_ROWS_MEASURED} are the most", code="public_rows_needed"
-            )
         bits = choose_fraction_bits(network, rows)
         shape = SharedNetwork(network.architecture, fraction_bits=bits)
+        count = len(next(iter(rows.values())))
+        most = _most_rows_measured(shape.material_bytes(1))
+        if count > most:
+            raise Invalid(f"there are {count} public rows; {most} are the most", code="public_rows_needed")
         measured = measure_error(network, rows, fraction_bits=bits)
         deployment_id = new_id("pd")
         parts = _sealed_shares(shape, network, body, deployment_id)
@@ -166,6 +166,19 @@ def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     except (InputRefused, MalformedTensor, InvalidArgument) as error:
         raise Invalid(f"this cannot be shared: {error}") from None
     return Shared(deployment_id, version.version, network.architecture, shape.digest, bits, count, measured, parts)
+
+
+def _most_rows_measured(row_bytes: int) -> int:
+    """Raises Invalid where a party, as it is by default, would not take the randomness of one row."""
+    from cloister_privacy.mpc import Limits
+
+    if row_bytes > Limits().disk_bytes:
+        raise Invalid(
+            f"one row takes {row_bytes} bytes of randomness, and a party keeps {Limits().disk_bytes}; make a smaller network, with "
+            "AveragePool in place of MaxPool, for instance",
+            code="not_shared",
+        )
+    return min(_MOST_ROWS_MEASURED, max(1, _MOST_BYTES_MEASURED // max(1, row_bytes)))
 
 
 def _busy() -> Unavailable:

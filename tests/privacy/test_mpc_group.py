@@ -137,6 +137,22 @@ def test_exhausted_material_refuses_by_name(group: Group, tmp_path: Path, limits
         running.parties[0].lead(shares_of(group, _images(2 if limits.rows == 1 else 1))[0])
 
 
+def test_material_beyond_the_budget_is_refused_before_it_is_dealt_and_the_group_goes_on(
+    group: Group, tmp_path: Path
+) -> None:
+    row = group.network.material_bytes(1)
+    few = Limits(disk_bytes=3 * row)
+    assert group.network.material_bytes(64) > few.disk_bytes + 2**14, "over any frame of that budget"
+    with Running(group, tmp_path, limits=few) as running:
+        generation = running.parties[0]._group.generation.id
+        for _ in range(2):
+            with pytest.raises(MaterialExhausted, match=f"{group.network.material_bytes(64)} bytes"):
+                running.parties[0].lead(shares_of(group, _images(64))[0])
+        x = _images(1)
+        assert np.abs(running.ask(x) - _clear(NETWORK, x)).max() < 1e-5
+        assert running.parties[0]._group.generation.id == generation
+
+
 def test_a_dealer_that_went_is_told_and_the_group_forms_anew_in_another_generation(running: Running) -> None:
     before = running.parties[0]._group.generation.id
     running.ask(_images(1))

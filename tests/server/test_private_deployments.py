@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cloister.wire.shares import decode, join
 from cloister_privacy.architecture.weights import from_bytes, to_bytes
 from cloister_privacy.mpc import (
     CoLocated,
+    Limits,
     RoleFileRefused,
     SharedNetwork,
     open_role_file,
@@ -301,6 +303,21 @@ def test_what_cannot_be_deployed_is_refused_by_name(
         ({"unknown": 1}, "invalid_request"),
     ):
         assert deploy(http, bearer, asked(identities, **change)).json()["code"] == code
+
+
+def test_a_network_whose_randomness_no_party_keeps_is_refused_and_so_are_rows_whose_randomness_takes_all_memory(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = SharedNetwork(small_network().architecture).material_bytes(1)
+    monkeypatch.setattr(private_deployments, "_MOST_BYTES_MEASURED", 3 * row)
+    told = deploy(http, bearer, asked(identities))
+    assert told.json()["code"] == "public_rows_needed" and "3 are the most" in told.text
+    monkeypatch.setattr("cloister_privacy.mpc.Limits", partial(Limits, disk_bytes=row))
+    monkeypatch.setattr(private_deployments, "_MOST_BYTES_MEASURED", 4 * row)
+    assert deploy(http, bearer, asked(identities)).status_code == 201
+    monkeypatch.setattr("cloister_privacy.mpc.Limits", partial(Limits, disk_bytes=row - 1))
+    told = deploy(http, bearer, asked(identities))
+    assert told.json()["code"] == "not_shared" and f"{row} bytes" in told.text
 
 
 def test_roles_that_are_one_or_expired_or_of_the_wrong_kind_are_refused(
