@@ -37,6 +37,7 @@ from cloister_privacy.mpc import (
 from cloister_server import grants, private_deployments, vault
 from cloister_server.app import create_app
 from cloister_server.errors import Unavailable
+from cloister_server.oauth.fetching import NotFetched
 from cloister_server.principal import Principal
 from cloister_server.roles import identity
 from cloister_server.roles.permissions import NotPermitted, Permissions
@@ -277,7 +278,7 @@ def test_a_permission_ends_and_nobody_is_permitted_where_the_platform_cannot_be_
     issuer = json.loads(base64.urlsafe_b64decode(found["permissions"][0].split(".")[1] + "=="))["iss"]
 
     def unreachable() -> dict[str, Any]:
-        raise ValueError("no platform")
+        raise NotFetched("no platform")
 
     away = Permissions(issuer, audience(found["deployment"], 0), unreachable)
     with pytest.raises(NotPermitted, match="cannot be had"):
