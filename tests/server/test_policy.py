@@ -226,10 +226,9 @@ def test_no_route_tells_not_yours_from_not_there_by_its_answer_or_its_statements
         seen.clear()
         sent = None if body is None else {key: asked if value == "{id}" else value for key, value in body.items()}
         answer = http.request(method, path.format(id=asked), json=sent, headers=bearer)
-        # Whether the caller's own app is still there is looked up first, and then not again for a second.
-        after = itertools.dropwhile(
-            lambda sql: any(part in sql for part in ("BEGIN", "set_config", "FROM apps", "FROM signing_keys")), seen
-        )
+        # Whether the caller's own app is still there, and its tenant's quota, is looked up first, and then not again for a second.
+        first = ("BEGIN", "set_config", "FROM apps", "FROM signing_keys", "quota_requests")
+        after = itertools.dropwhile(lambda sql: any(part in sql for part in first), seen)
         return answer.status_code, {**answer.json(), "request_id": ""}, tuple(after)
 
     for table, method, path, body in ROUTES:
