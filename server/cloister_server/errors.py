@@ -16,7 +16,7 @@ ServerError                500  internal, weights_differ: what is stored is not 
 ├── TooLarge               413  too_large
 ├── RateLimited            429  rate_limited, request_quota_exceeded: `retry_after_s` in its details is the Retry-After
 ├── Unavailable            503  unavailable, key_provider_busy, storage_full, storage_unavailable, storage_missing, storage_conflict,
-│   │                           storage_foreign
+│   │                           storage_foreign, private_deployment_busy
 │   └── LedgerRolledBack   503  ledger_rolled_back: the database is older than its anchor; only reads go on
 └── StartRefused           -    the process refuses to start (never sent over HTTP)
 """

@@ -9,8 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import secrets
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +41,8 @@ from cloister.wire.private_deployments import (
 from cloister.wire.private_deployments import PrivateDeployment as Statement
 from cloister.wire.private_requests import LONGEST_PERMISSION_S, PERMISSION_TYPE, audience
 from cloister_privacy.sealing import Arena
-from cloister_server import audit, models, quotas, vault
-from cloister_server.errors import Conflict, Forbidden, Invalid, NotFound
+from cloister_server import audit, models, policy, quotas, vault
+from cloister_server.errors import Conflict, Forbidden, Invalid, NotFound, Unavailable
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -51,12 +54,17 @@ if TYPE_CHECKING:
     from cloister_privacy.architecture import Network
     from cloister_privacy.mpc import MeasuredError
 
-__all__ = ["Opened", "Shared", "deploy", "end", "opened", "permissions", "role_file", "shared", "terms"]
+__all__ = ["Opened", "Shared", "at_work", "deploy", "end", "opened", "permissions", "role_file", "shared", "terms"]
 
 _DEPLOY = "model.deploy_private"
-_MOST_ROWS_MEASURED = 64
+_MOST_ROWS_MEASURED, _MOST_BYTES_MEASURED = 64, 2**30
+"""The measurement deals randomness for all of its rows at once."""
 _BYTES_AT_ONCE = 2**25
 """The most randomness of one request, about: it decides how many rows one takes."""
+_MOST_WAITING = 4
+_LONGEST_WAIT_S = 10.0
+_slot = threading.BoundedSemaphore(1)
+_waiting = threading.BoundedSemaphore(1 + _MOST_WAITING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,25 @@ class Shared:
     rows: int
     measured: MeasuredError
     sealed: tuple[bytes, bytes] = field(repr=False)
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Take the one place in this process where weights are opened and shared, so that however many ask at once fill no memory.
+
+    Raises Unavailable where too many wait already, and after some seconds.
+    """
+    if not _waiting.acquire(blocking=False):
+        raise _busy()
+    try:
+        if not _slot.acquire(timeout=_LONGEST_WAIT_S):
+            raise _busy()
+        try:
+            yield
+        finally:
+            _slot.release()
+    finally:
+        _waiting.release()
 
 
 def opened(session: Session, principal: Principal, service: Service, id_or_name: str, body: DeployPrivately) -> Opened:
@@ -125,13 +152,12 @@ def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     )
     try:
         rows = validate_inputs(network.architecture, decode_inputs(InferRequest(inputs=list(body.public_rows))))
-        count = len(next(iter(rows.values())))
-        if count > _MOST_ROWS_MEASURED:
-            raise Invalid(
-                f"there are {count} public rows; {_MOST_ROWS_MEASURED} are the most", code="public_rows_needed"
-            )
         bits = choose_fraction_bits(network, rows)
         shape = SharedNetwork(network.architecture, fraction_bits=bits)
+        count = len(next(iter(rows.values())))
+        most = _most_rows_measured(shape.material_bytes(1))
+        if count > most:
+            raise Invalid(f"there are {count} public rows; {most} are the most", code="public_rows_needed")
         measured = measure_error(network, rows, fraction_bits=bits)
         deployment_id = new_id("pd")
         parts = _sealed_shares(shape, network, body, deployment_id)
@@ -140,6 +166,26 @@ def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     except (InputRefused, MalformedTensor, InvalidArgument) as error:
         raise Invalid(f"this cannot be shared: {error}") from None
     return Shared(deployment_id, version.version, network.architecture, shape.digest, bits, count, measured, parts)
+
+
+def _most_rows_measured(row_bytes: int) -> int:
+    """Raises Invalid where a party, as it is by default, would not take the randomness of one row."""
+    from cloister_privacy.mpc import Limits
+
+    if row_bytes > Limits().disk_bytes:
+        raise Invalid(
+            f"one row takes {row_bytes} bytes of randomness, and a party keeps {Limits().disk_bytes}; make a smaller network, with "
+            "AveragePool in place of MaxPool, for instance",
+            code="not_shared",
+        )
+    return min(_MOST_ROWS_MEASURED, max(1, _MOST_BYTES_MEASURED // max(1, row_bytes)))
+
+
+def _busy() -> Unavailable:
+    return Unavailable(
+        "another network is being shared, and one is at a time; try again in a few seconds",
+        code="private_deployment_busy",
+    )
 
 
 def _sealed_shares(shape: Any, network: Network, body: DeployPrivately, deployment_id: str) -> tuple[bytes, bytes]:
@@ -208,7 +254,7 @@ def deploy(
 def terms(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> PrivateTerms:
     """What whoever may predict with a version needs in order to share an input: its architecture is public to them."""
     authorized, row = models.find_version(session, principal, id_or_name, number)
-    _require_unbound(authorized)
+    _require_unbound(session, authorized)
     found = _standing(session, row)
     return PrivateTerms(
         statement=found.statement,
@@ -220,7 +266,7 @@ def terms(session: Session, principal: Principal, service: Service, id_or_name: 
 def permissions(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> Permissions:
     """One for each party, for a minute: whoever loses the grant, or the tenant its key, gets none from then on."""
     authorized, row = models.find_version(session, principal, id_or_name, number)
-    _require_unbound(authorized)
+    _require_unbound(session, authorized)
     found = _standing(session, row)
     vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)  # it must be to be had still
     signer = vault.signing_key(session, service.keys, "token")
@@ -259,9 +305,22 @@ def end(
     return _view(row, found.generation, found.id, found.statement)
 
 
-def _require_unbound(authorized: Authorized[Model]) -> None:
-    """Raise Forbidden where the grant bounds what a model answers, or how often: the parties answer in shares, of which nobody can
-    hold back any, and whoever has a permission asks them as often as they like for a minute."""
+def _require_unbound(session: Session, authorized: Authorized[Model]) -> None:
+    """Raise Forbidden where the grant bounds what a model answers, how often, or from where: the parties answer in shares, of which
+    nobody can hold back any, and whoever has a permission asks them from anywhere, as often as they like for a minute."""
+    _require_all(authorized)
+    nowhere = replace(authorized.principal, address=None)
+    try:
+        anywhere = policy.authorize(session, nowhere, "model.predict", authorized.resource)
+    except policy.Denied:
+        raise Forbidden(
+            "you may predict from some addresses alone, and nobody looks at addresses at the parties of private inference; ask the "
+            "model's owner for a grant without that bound"
+        ) from None
+    _require_all(anywhere)
+
+
+def _require_all(authorized: Authorized[Model]) -> None:
     if authorized.conditions.outputs is not None:
         raise Forbidden(
             f"your grant is for {authorized.conditions.outputs} outputs alone, and private inference answers with all; ask the "

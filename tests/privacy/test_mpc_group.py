@@ -30,6 +30,7 @@ from cloister_privacy.mpc import (
     SharesOfAnother,
 )
 from cloister_privacy.mpc.links import Deadline, Link, Listener, connect
+from cloister_privacy.mpc.places import Places
 from mpc_groups import Group, Running, free_port, shares_of, small_network
 
 NETWORK = small_network()
@@ -136,6 +137,22 @@ def test_exhausted_material_refuses_by_name(group: Group, tmp_path: Path, limits
         running.parties[0].lead(shares_of(group, _images(2 if limits.rows == 1 else 1))[0])
 
 
+def test_material_beyond_the_budget_is_refused_before_it_is_dealt_and_the_group_goes_on(
+    group: Group, tmp_path: Path
+) -> None:
+    row = group.network.material_bytes(1)
+    few = Limits(disk_bytes=3 * row)
+    assert group.network.material_bytes(64) > few.disk_bytes + 2**14, "over any frame of that budget"
+    with Running(group, tmp_path, limits=few) as running:
+        generation = running.parties[0]._group.generation.id
+        for _ in range(2):
+            with pytest.raises(MaterialExhausted, match=f"{group.network.material_bytes(64)} bytes"):
+                running.parties[0].lead(shares_of(group, _images(64))[0])
+        x = _images(1)
+        assert np.abs(running.ask(x) - _clear(NETWORK, x)).max() < 1e-5
+        assert running.parties[0]._group.generation.id == generation
+
+
 def test_a_dealer_that_went_is_told_and_the_group_forms_anew_in_another_generation(running: Running) -> None:
     before = running.parties[0]._group.generation.id
     running.ask(_images(1))
@@ -201,9 +218,9 @@ def test_a_party_of_another_network_or_deployment_is_refused_by_the_dealer(group
 
 
 @contextmanager
-def _listening(identity: Identity, peers: Any) -> Iterator[tuple[int, list[Link]]]:
+def _listening(identity: Identity, peers: Any, host: str = "127.0.0.1") -> Iterator[tuple[int, list[Link]]]:
     links: list[Link] = []
-    listener = Listener(identity, peers, "127.0.0.1", 0, on_link=links.append)
+    listener = Listener(identity, peers, host, 0, on_link=links.append)
     try:
         yield listener.port, links
     finally:
@@ -232,6 +249,50 @@ def test_frames_go_both_ways_at_once_however_large(group: Group) -> None:
         with pytest.raises(RequestDropped, match="4 bytes where 3"):
             links[0].receive(3, _deadline())
         link.close()
+
+
+@pytest.mark.parametrize("host", ["::1", "localhost"])
+def test_a_role_listens_at_its_host_whichever_kind_of_address_that_is(group: Group, host: str) -> None:
+    one, two = group.identities["party-0"], group.identities["party-1"]
+    with _listening(one, [group.deployment.parties[1]], host) as (port, links):
+        link = connect(two, replace(group.deployment.parties[0], host=host, port=port), _deadline())
+        _until(lambda: links)
+        link.send(b"here", _deadline())
+        assert links[0].receive(4, _deadline()) == b"here"
+        link.close()
+
+
+def _pairs(count: int) -> list[tuple[socket.socket, socket.socket]]:
+    return [socket.socketpair() for _ in range(count)]
+
+
+def test_the_oldest_connection_that_nobody_vouches_for_makes_room_and_where_all_are_vouched_for_none_does() -> None:
+    places, pairs = Places(2), _pairs(5)
+    for _, far in pairs:
+        far.setblocking(False)
+    first, second, third, fourth, fifth = (near for near, _ in pairs)
+    kept, passing = places.take(first.fileno()), places.take(second.fileno())
+    assert kept is not None and passing is not None
+    places.keep(kept)
+    taken = places.take(third.fileno())
+    assert taken is not None and pairs[1][1].recv(1) == b"", "the second made room"
+    places.keep(passing)  # too late: it has ended
+    for _, far in (pairs[0], pairs[2]):
+        with pytest.raises(BlockingIOError):
+            far.recv(1)
+    places.keep(taken)
+    assert places.take(fourth.fileno()) is None
+    assert second.fileno() >= 0, "whoever has it closes it, and nobody else"
+    places.leave(passing)
+    assert places.take(fourth.fileno()) is None, "it had no place any more"
+    places.leave(kept)
+    last = places.take(fifth.fileno())
+    assert last is not None
+    for handle in (taken, last):
+        places.leave(handle)
+    for near, far in pairs:
+        near.close()
+        far.close()
 
 
 def test_a_certificate_that_is_not_pinned_is_refused_at_either_end(group: Group, tmp_path: Path) -> None:

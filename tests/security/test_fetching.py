@@ -265,6 +265,7 @@ def test_a_server_is_who_its_certificate_says_or_nobody(tmp_path: Path, monkeypa
             fetch_json(where, network="loopback")
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert fetch_json(where, network="loopback") == {"keys": made.keys}
+        assert fetch_json(where, network=None) == {"keys": made.keys}, "wherever it is"
         with pytest.raises(NotFetched, match="SSLCertVerificationError"):  # of another name than the certificate's
             fetch_json(where.replace("localhost", "127.0.0.1"), network="loopback")
 

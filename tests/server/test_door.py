@@ -17,9 +17,17 @@ import pytest
 from joserfc import jwt
 from joserfc.jwk import ECKey
 
-from cloister.wire.private_requests import LENGTH, PERMISSION_TYPE, REFUSED, PartyRefusal, PrivateRequest, audience
+from cloister.wire.private_requests import (
+    LENGTH,
+    PERMISSION_TYPE,
+    REFUSED,
+    TAKEN,
+    PartyRefusal,
+    PrivateRequest,
+    audience,
+)
 from cloister.wire.shares import Shares, encode, split
-from cloister_privacy.mpc import Limits, Party
+from cloister_privacy.mpc import Limits, MaterialExhausted, Party
 from cloister_server.roles.door import Door
 from cloister_server.roles.permissions import Permissions
 from cloister_server.roles.waiting import Request
@@ -51,8 +59,10 @@ def group(tmp_path: Path) -> Group:
 
 
 @contextmanager
-def client_of(group: Group, key: ECKey, directory: Path, put: Callable[[Request], None]) -> Iterator[ssl.SSLSocket]:
-    """A client at the door of party 1, which takes three rows at once."""
+def door_of(
+    group: Group, key: ECKey, directory: Path, put: Callable[[Request], None]
+) -> Iterator[Callable[[], ssl.SSLSocket]]:
+    """How clients come to the door of party 1, which takes three rows at once."""
     me, port, deployment = group.identities["party-1"], free_port(), group.deployment.id
     party = Party(1, me, group.deployment, group.network, group.weights[1], directory, limits=Limits(rows=3))
     keys = {"k": key.as_dict(private=False)}
@@ -61,12 +71,39 @@ def client_of(group: Group, key: ECKey, directory: Path, put: Callable[[Request]
     door = Door(me, party, group.network, host="127.0.0.1", port=port, **given)
     context = ssl.create_default_context(cafile=me.certificate)
     context.check_hostname = False
+    clients: list[ssl.SSLSocket] = []
+
+    def come() -> ssl.SSLSocket:
+        clients.append(context.wrap_socket(socket.create_connection(("127.0.0.1", port))))
+        clients[-1].settimeout(60)
+        return clients[-1]
+
     try:
-        with context.wrap_socket(socket.create_connection(("127.0.0.1", port))) as client:
-            yield client
+        yield come
     finally:
+        for client in clients:
+            client.close()
         door.close()
         party.close()
+
+
+@contextmanager
+def client_of(group: Group, key: ECKey, directory: Path, put: Callable[[Request], None]) -> Iterator[ssl.SSLSocket]:
+    """A client at that door."""
+    with door_of(group, key, directory, put) as come:
+        yield come()
+
+
+def answered(client: ssl.SSLSocket, sent: bytes) -> bytes:
+    """All that it is told for this, until the link ends."""
+    found = bytearray()
+    try:
+        client.sendall(sent)
+        while more := client.recv(2**16):
+            found += more
+    except OSError:  # reset: what was sent was not read
+        pass
+    return bytes(found)
 
 
 def test_a_request_whose_client_is_gone_before_it_is_told_keeps_no_place(
@@ -96,3 +133,31 @@ def test_more_rows_than_a_party_takes_are_refused_before_their_share_is_read(
         answer = client.makefile("rb").read()[LENGTH.size :]
     assert answer[:1] == REFUSED and taken == []
     assert "3 are the most" in PartyRefusal.model_validate_json(answer[1:]).error
+
+
+def test_whoever_shows_no_permission_makes_room_for_those_who_do(
+    group: Group, key: ECKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloister_server.roles.door._MOST_CLIENTS", 2)
+    monkeypatch.setattr("cloister_server.roles.door._STEP_S", 600.0)
+    with door_of(group, key, tmp_path / "state", list[Request]().append) as come:
+        for _ in range(2):
+            come()
+        told = [answered(come(), frames(group, 1, key, rows=4)[0]) for _ in range(3)]
+        # An idle one may come to its place late, and take another's; but once each.
+        assert any(b"3 are the most" in each for each in told)
+
+
+def test_whoever_showed_a_permission_keeps_its_place(
+    group: Group, key: ECKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloister_server.roles.door._MOST_CLIENTS", 1)
+    taken: list[Request] = []
+    with door_of(group, key, tmp_path / "state", taken.append) as come:
+        client = come()
+        client.sendall(b"".join(frames(group, 1, key)))
+        assert client.recv(LENGTH.size + 1)[LENGTH.size :] == TAKEN
+        assert answered(come(), b"".join(frames(group, 1, key))) == b"", "there is no room"
+        taken[0].answer.set_exception(MaterialExhausted("none is left"))
+        assert b"none is left" in client.recv(2**16)
+    assert len(taken) == 1

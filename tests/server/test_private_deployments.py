@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from cloister.wire.shares import decode, join
 from cloister_privacy.architecture.weights import from_bytes, to_bytes
 from cloister_privacy.mpc import (
     CoLocated,
+    Limits,
     RoleFileRefused,
     SharedNetwork,
     open_role_file,
@@ -31,7 +34,10 @@ from cloister_privacy.mpc import (
     seal_shares,
     split_weights,
 )
-from cloister_server import grants, vault
+from cloister_server import grants, private_deployments, vault
+from cloister_server.app import create_app
+from cloister_server.errors import Unavailable
+from cloister_server.oauth.fetching import NotFetched
 from cloister_server.principal import Principal
 from cloister_server.roles import identity
 from cloister_server.roles.permissions import NotPermitted, Permissions
@@ -219,6 +225,31 @@ def test_whose_grant_bounds_what_a_model_answers_or_how_often_is_permitted_nothi
         assert answer.status_code == 403 and told in answer.text
 
 
+def test_who_may_predict_from_some_addresses_alone_is_permitted_nothing_and_who_may_from_others_too_is(
+    http: TestClient, service: Service, bearer: dict[str, str], bearer_of: Any, make_client: Any, steward: Any,
+    model_id: str, identities: Any,
+) -> None:  # fmt: skip
+    assert deploy(http, bearer, asked(identities)).status_code == 201
+    there = TestClient(create_app(service), client=("10.0.0.1", 1), base_url=service.settings.issuer)
+    operator = Principal.operator(steward.tenant_id, request_id="request-of-a-test")
+
+    def answers(of: Any) -> list[int]:
+        return [there.get(path, headers=bearer_of(of)).status_code for path in (PLACE, f"{PLACE}/permissions")]
+
+    def grant(of: Any, **more: Any) -> None:
+        with writing(service.engine) as session:
+            grants.add(session, operator, to=of.id, verb="model.predict", resource_id=model_id, **more)
+
+    partner, denied = make_client(role="none"), make_client(role="predictor")
+    grant(partner, network="10.0.0.0/8")
+    told = there.get(f"{PLACE}/permissions", headers=bearer_of(partner))
+    assert answers(partner) == [403, 403] and "some addresses alone" in told.text
+    grant(partner)
+    assert answers(partner) == [200, 200]
+    grant(denied, network="192.0.2.0/24", effect="deny")
+    assert answers(denied) == [403, 403], "a party would take it from there"
+
+
 def test_a_permission_is_for_one_party_for_a_minute_and_no_token_is_one(
     http: TestClient, bearer: dict[str, str], steward: Any, model_id: str, identities: Any
 ) -> None:
@@ -247,7 +278,7 @@ def test_a_permission_ends_and_nobody_is_permitted_where_the_platform_cannot_be_
     issuer = json.loads(base64.urlsafe_b64decode(found["permissions"][0].split(".")[1] + "=="))["iss"]
 
     def unreachable() -> dict[str, Any]:
-        raise ValueError("no platform")
+        raise NotFetched("no platform")
 
     away = Permissions(issuer, audience(found["deployment"], 0), unreachable)
     with pytest.raises(NotPermitted, match="cannot be had"):
@@ -273,6 +304,21 @@ def test_what_cannot_be_deployed_is_refused_by_name(
         ({"unknown": 1}, "invalid_request"),
     ):
         assert deploy(http, bearer, asked(identities, **change)).json()["code"] == code
+
+
+def test_a_network_whose_randomness_no_party_keeps_is_refused_and_so_are_rows_whose_randomness_takes_all_memory(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = SharedNetwork(small_network().architecture).material_bytes(1)
+    monkeypatch.setattr(private_deployments, "_MOST_BYTES_MEASURED", 3 * row)
+    told = deploy(http, bearer, asked(identities))
+    assert told.json()["code"] == "public_rows_needed" and "3 are the most" in told.text
+    monkeypatch.setattr("cloister_privacy.mpc.Limits", partial(Limits, disk_bytes=row))
+    monkeypatch.setattr(private_deployments, "_MOST_BYTES_MEASURED", 4 * row)
+    assert deploy(http, bearer, asked(identities)).status_code == 201
+    monkeypatch.setattr("cloister_privacy.mpc.Limits", partial(Limits, disk_bytes=row - 1))
+    told = deploy(http, bearer, asked(identities))
+    assert told.json()["code"] == "not_shared" and f"{row} bytes" in told.text
 
 
 def test_roles_that_are_one_or_expired_or_of_the_wrong_kind_are_refused(
@@ -324,6 +370,52 @@ def test_a_newer_generation_ends_the_one_before_and_the_end_takes_the_files(
     for path in (PLACE, f"{PLACE}/permissions", f"{PLACE}/roles/dealer"):
         assert http.get(path, headers=bearer).json()["code"] == "not_deployed_privately"
     assert deploy(http, bearer, body).json()["generation"] == 3
+
+
+def test_weights_are_opened_for_one_deployment_at_a_time_and_for_no_retry(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    share = private_deployments.shared
+
+    def counted(service: Service, version: private_deployments.Opened, body: Any) -> private_deployments.Shared:
+        opened.append(version.version)
+        with pytest.raises(Unavailable), private_deployments.at_work():
+            pass
+        return share(service, version, body)
+
+    monkeypatch.setattr(private_deployments, "shared", counted)
+    monkeypatch.setattr(private_deployments, "_LONGEST_WAIT_S", 0.0)
+    body, key = asked(identities), {"Idempotency-Key": "once"}
+    with private_deployments.at_work():
+        busy = deploy(http, bearer, body, **key)
+    assert (busy.status_code, busy.json()["code"], opened) == (503, "private_deployment_busy", [])
+    first = deploy(http, bearer, body, **key)
+    assert first.status_code == 201, first.text
+    with private_deployments.at_work():  # a retry needs no place
+        again = deploy(http, bearer, body, **key)
+        other = deploy(http, bearer, asked(identities, development=True), **key)
+    assert again.json() == first.json() and again.headers["Idempotency-Replayed"] == "true"
+    assert other.json()["code"] == "idempotency_mismatch" and opened == [1]
+
+
+def test_a_retry_that_waited_for_its_place_finds_what_was_answered_meanwhile(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, key, answers = asked(identities), {"Idempotency-Key": "once"}, list[Any]()
+
+    @contextmanager
+    def waited() -> Iterator[None]:
+        """As a place that is free when another request of the same key has been answered."""
+        monkeypatch.setattr(private_deployments, "at_work", at_work)
+        answers.append(deploy(http, bearer, body, **key))
+        yield
+
+    at_work = private_deployments.at_work
+    monkeypatch.setattr(private_deployments, "at_work", waited)
+    late = deploy(http, bearer, body, **key)
+    assert late.headers["Idempotency-Replayed"] == "true" and late.json() == answers[0].json()
+    assert late.json()["generation"] == 1
 
 
 def test_a_role_refuses_a_deployment_of_roles_that_are_one(

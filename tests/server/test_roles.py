@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import stat
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cloister.wire.private_requests import PERMISSION_TYPE
 from cloister.wire.shares import Shares
 from cloister_server.cli.server import cli
 from cloister_server.errors import StartRefused
-from cloister_server.roles import identity
-from cloister_server.roles.permissions import fetched_keys
+from cloister_server.oauth.fetching import MOST_BYTES, NotFetched
+from cloister_server.roles import identity, permissions
+from cloister_server.roles.permissions import NotPermitted, Permissions, fetched_keys
 from cloister_server.roles.waiting import Busy, Held, Queue, Request
+from issuers import elsewhere, send_json
+from keys_of_clients import Signer
 
 
 def request(caller: str, number: int = 0) -> Request:
@@ -140,3 +147,49 @@ def test_the_platforms_keys_are_never_asked_for_in_the_clear_over_a_network() ->
             fetched_keys(issuer)
     for issuer in ("https://platform.example", "http://127.0.0.1:8443", "http://localhost:1"):
         assert callable(fetched_keys(issuer))
+
+
+def test_the_platforms_keys_are_those_of_es256_and_no_answer_of_any_size_is_read() -> None:
+    with elsewhere("party") as made:
+        path = "/.well-known/jwks.json"
+        fetch = fetched_keys(made.url)
+        made.answers[path] = lambda to: send_json(to, {"keys": made.keys})
+        assert list(fetch()) == ["k1"]
+        made.answers[path] = lambda to: send_json(to, {"keys": made.keys, "more": "x" * MOST_BYTES})
+        with pytest.raises(NotFetched, match="over"):
+            fetch()
+
+
+def test_whose_key_is_known_waits_for_no_platform_and_of_unknown_keys_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(permissions, "_ASKED_APART_S", 0.0)
+    monkeypatch.setattr(permissions, "_MOST_WAITING", 0)
+    known, other = Signer(), Signer()
+    is_asked, answers = threading.Event(), threading.Event()
+    fetched: list[int] = []
+
+    def fetch() -> dict[str, dict[str, str]]:
+        fetched.append(len(fetched))
+        if len(fetched) == 1:
+            return {"k": known.jwk}
+        is_asked.set()
+        assert answers.wait(60)
+        return {"k": known.jwk, "new": other.jwk}
+
+    def permission(by: Signer, kid: str) -> str:
+        at = int(time.time())
+        claims = {"iss": "https://p", "aud": "party", "sub": "app", "iat": at, "exp": at + 60}
+        return by.sign({"typ": PERMISSION_TYPE, "kid": kid}, claims)
+
+    mine = Permissions("https://p", "party", fetch)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            assert mine.subject(permission(known, "k")) == "app"
+            waiting = pool.submit(mine.subject, permission(other, "new"))
+            assert is_asked.wait(60)
+            assert pool.submit(mine.subject, permission(known, "k")).result(timeout=60) == "app"
+            with pytest.raises(NotPermitted, match="no permission"):
+                pool.submit(mine.subject, permission(other, "nobodys")).result(timeout=60)
+            assert not waiting.done() and fetched == [0, 1]
+        finally:
+            answers.set()
+        assert waiting.result(timeout=60) == "app"

@@ -16,7 +16,7 @@ from cloister_privacy.mpc.deployment import Deployment, Limits
 from cloister_privacy.mpc.errors import RequestDropped
 from cloister_privacy.mpc.keystream import KEY_BYTES, Index
 from cloister_privacy.mpc.links import Deadline, Identity, Link, Listener
-from cloister_privacy.mpc.material import deal, masks_of
+from cloister_privacy.mpc.material import deal, masks_of, material_bytes
 from cloister_privacy.mpc.network import SharedNetwork
 from cloister_privacy.mpc.ring import Ring
 
@@ -150,11 +150,14 @@ class Dealer:
             return REFUSED + b"this generation's material is at its end; form anew"
         if count <= generation.dealt.get(rows, 0):
             return REFUSED + b"this index was dealt before; form anew"
+        program, most = self._network.program(rows), asked.get("most")
+        if isinstance(most, int) and material_bytes(program) > most:
+            told = f"material of {material_bytes(program)} bytes does not fit in party 0's budget of {most}"
+            return REFUSED + f"{told}; raise disk_bytes, or send fewer rows".encode()
         generation.dealt[rows] = count
         keys, masks = generation.keys, generation.masks
         if generation.is_over:
             return REFUSED + b"the generation is over; form anew"
-        program = self._network.program(rows)
         return DEALT + deal(program, generation=generation.id, index=Index(rows, count), keys=keys, masks=masks)
 
 

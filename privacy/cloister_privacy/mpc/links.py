@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from cloister_privacy.mpc.errors import PeerRefused, RequestDropped
+from cloister_privacy.mpc.places import Places
 from cloister_privacy.sealing.files import write_new
 
 __all__ = ["Deadline", "Identity", "Link", "Listener", "Peer", "connect"]
@@ -165,6 +166,9 @@ class Link:
         """Whether anything came before the deadline, be it the end."""
         return bool(self._sock.pending()) or self._select(read=True, write=False, timeout_s=deadline.left_s)
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def close(self) -> None:
         """Ends it for both; whoever waits for it wakes."""
         with contextlib.suppress(OSError):
@@ -250,33 +254,11 @@ def _secured(
     return Link(sock, names[digest])
 
 
-class _Handshakes:
-    """So many at once: the one that has lasted longest makes room for the next, so that silence holds nobody up."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._lock = most, threading.Lock()
-        self._under_way: list[socket.socket] = []
-
-    def begin(self, raw: socket.socket) -> socket.socket:
-        """A handle of the same connection, which TLS takes over: to be given to `end`."""
-        handle = raw.dup()
-        with self._lock:
-            if len(self._under_way) == self._most:
-                with contextlib.suppress(OSError):
-                    self._under_way.pop(0).shutdown(socket.SHUT_RDWR)
-            self._under_way.append(handle)
-        return handle
-
-    def end(self, handle: socket.socket) -> None:
-        with self._lock, contextlib.suppress(ValueError):
-            self._under_way.remove(handle)
-        handle.close()
-
-
 class Listener:
     """Takes links of pinned peers, each handed to `on_link` in a thread of its own; whoever else knocks holds nobody up.
 
-    With None in place of peers it takes anybody's, for clients who show a permission.
+    With None in place of peers it takes anybody's, for clients who show a permission. It listens at the host's IPv4
+    address, and at its IPv6 address where it has no other. Raises OSError where that is no address of this machine.
     """
 
     def __init__(
@@ -291,9 +273,9 @@ class Listener:
         self._peers = None if peers is None else tuple(peers)
         self._context = identity.context(self._peers, is_server=True)
         self._on_link, self._is_closed = on_link, False
-        self._handshakes = _Handshakes(_MOST_HANDSHAKES)
+        self._handshakes = Places(_MOST_HANDSHAKES)
         self._threads = threading.BoundedSemaphore(_MOST_ENDING)
-        self._sock = socket.create_server((host, port), backlog=64)
+        self._sock = socket.create_server((host, port), family=_family(host, port), backlog=64)
         self.port: int = self._sock.getsockname()[1]
         threading.Thread(target=self._accept, name=f"mpc-listen-{self.port}", daemon=True).start()
 
@@ -314,9 +296,10 @@ class Listener:
             if not self._threads.acquire(blocking=False):
                 raw.close()
                 continue
-            try:
-                handle = self._handshakes.begin(raw)
-            except OSError:  # no descriptor is left
+            handle: socket.socket | None = None
+            with contextlib.suppress(OSError):  # no descriptor is left
+                handle = self._handshakes.take(raw.fileno())
+            if handle is None:
                 raw.close()
                 self._threads.release()
                 continue
@@ -328,9 +311,14 @@ class Listener:
         except RequestDropped:
             return
         finally:
-            self._handshakes.end(handle)
+            self._handshakes.leave(handle)
             self._threads.release()
         self._on_link(link)
+
+
+def _family(host: str, port: int) -> socket.AddressFamily:
+    found = [each[0] for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    return socket.AF_INET if socket.AF_INET in found else found[0]
 
 
 def _digest(certificate: bytes) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "corrections",
     "deal",
     "masks_of",
+    "material_bytes",
     "open_material",
     "program_digest",
 ]
@@ -54,6 +55,11 @@ class Source(Protocol):
 def program_digest(program: Sequence[Tuple]) -> str:
     """SHA-256 of the tuples that a network takes for so many rows, in order."""
     return hashlib.sha256("\n".join(map(repr, program)).encode()).hexdigest()
+
+
+def material_bytes(program: Sequence[Tuple]) -> int:
+    """What party 0 is dealt for it, before it is sealed."""
+    return sum(part.nbytes for kind in program for part in kind.derived)
 
 
 class Recorder:
@@ -140,7 +146,7 @@ def open_material(sealed: bytes, program: Sequence[Tuple], *, generation: Genera
         raise MaterialRefused(
             "the material was changed, or is of another generation, index or network; it was not used. Try again"
         ) from None
-    expected = sum(part.nbytes for kind in program for part in kind.derived)
+    expected = material_bytes(program)
     if len(body) != expected:
         raise MaterialRefused(f"the material has {len(body)} bytes where the program takes {expected}; it was not used")
     return Material(Keystream.of(generation.key, index), corrections=body)

@@ -25,7 +25,7 @@ from cloister_privacy.architecture.shapes import TEXT_INDICES, Value, column_val
 from cloister_privacy.mpc.computation import Computation, Shared, Weight
 from cloister_privacy.mpc.errors import LayerNotShared, SharesOfAnother
 from cloister_privacy.mpc.layers import RUNS, is_added
-from cloister_privacy.mpc.material import Recorder
+from cloister_privacy.mpc.material import Recorder, material_bytes
 from cloister_privacy.mpc.ring import Ring
 from cloister_privacy.mpc.tuples import Tuple
 
@@ -60,6 +60,10 @@ class SharedNetwork:
         self._order = _pooled_first([(f"layers.{k}.", node) for k, node in enumerate(nodes)])
         self.program = lru_cache(maxsize=16)(self._program)
         """The tuples that so many rows take, in order."""
+
+    def material_bytes(self, rows: int) -> int:
+        """What the dealer gives party 0 for a request of so many rows."""
+        return material_bytes(self.program(rows))
 
     @property
     def digest(self) -> str:

@@ -105,8 +105,9 @@ class Stock:
         index = Index(rows, self._counts.get(rows, 0) + 1)
         self._counts[rows] = index.count
         deadline = Deadline.after(self._limits.request_s)
-        self._dealer.send(json.dumps({"rows": rows, "count": index.count}).encode(), deadline)
-        answer = self._dealer.receive(self._limits.disk_bytes + CONTROL_BYTES, deadline)
+        most = self._limits.disk_bytes
+        self._dealer.send(json.dumps({"rows": rows, "count": index.count, "most": most}).encode(), deadline)
+        answer = self._dealer.receive(most + most // 8 + CONTROL_BYTES, deadline)  # sealed it is somewhat longer
         status, body = answer[:1], answer[1:]
         with self._changed:
             try:

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -66,19 +67,55 @@ class Call:
         """
         if self.idempotency_key is None:
             return _response(_answer(self.write(work)), status)
-        content = body if isinstance(body, bytes) else body.model_dump_json().encode()
+        content = _content(body)
         try:
             return self._once(self.idempotency_key, content, work, status)
         except _Raced:
             return self._once(self.idempotency_key, content, work, status)
 
+    def once_made(
+        self,
+        body: BaseModel,
+        make: Callable[[], T],
+        work: Callable[[Session, T], BaseModel],
+        *,
+        place: Callable[[], AbstractContextManager[None]],
+    ) -> Response:
+        """As `once`, where `make` slowly makes what `work` takes: in no transaction, at a `place`, and not where there is an answer.
+
+        Of two at the same time, the one that comes to its place later finds the answer of the other.
+        """
+        replay = self._replayed(_content(body))
+        if replay is not None:
+            return replay
+        with place():
+            replay = self._replayed(_content(body))
+            if replay is not None:
+                return replay
+            made = make()
+            return self.once(body, lambda session: work(session, made))
+
+    def _replayed(self, content: bytes) -> Response | None:
+        if self.idempotency_key is None:
+            return None
+        place = (self.principal.tenant_id, self.principal.id, self.route, self.idempotency_key)
+
+        def found(session: Session) -> Response | None:
+            stored = session.get(IdempotencyKey, place)
+            return None if stored is None else _replay(stored, self._digest(session, content))
+
+        return self.read(found)
+
+    def _digest(self, session: Session, content: bytes) -> str:
+        """Keyed: a plain hash of rows would let whoever reads the database try out what they are."""
+        pepper = vault.signing_key(session, self.service.keys, "pepper").secret
+        return hmac.new(pepper, content, hashlib.sha256).hexdigest()
+
     def _once(self, key: str, content: bytes, work: Callable[[Session], BaseModel], status: int) -> Response:
         place = (self.principal.tenant_id, self.principal.id, self.route, key)
 
         def claimed(session: Session) -> Response:
-            # Keyed: a plain hash of rows would let whoever reads the database try out what they are.
-            pepper = vault.signing_key(session, self.service.keys, "pepper").secret
-            digest = hmac.new(pepper, content, hashlib.sha256).hexdigest()
+            digest = self._digest(session, content)
             stored = session.get(IdempotencyKey, place)
             if stored is not None:
                 return _replay(stored, digest)
@@ -87,6 +124,10 @@ class Call:
             return _response(row.answer, status)
 
         return self.write(claimed)
+
+
+def _content(body: BaseModel | bytes) -> bytes:
+    return body if isinstance(body, bytes) else body.model_dump_json().encode()
 
 
 def _claim(session: Session, place: tuple[str, str, str, str], digest: str) -> IdempotencyKey:

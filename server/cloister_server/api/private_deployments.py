@@ -28,9 +28,16 @@ Version = Annotated[int, Path(ge=1, lt=2**31)]
 
 @router.post("/{model}/private-deployments", status_code=201, response_model=PrivateDeploymentView)
 def deploy_privately(model: str, body: DeployPrivately, call: WriteCall) -> Response:
-    opened = call.read(lambda s: private_deployments.opened(s, call.principal, call.service, model, body))
-    made = private_deployments.shared(call.service, opened, body)
-    return call.once(body, lambda s: private_deployments.deploy(s, call.principal, call.service, model, body, made))
+    def make() -> private_deployments.Shared:
+        opened = call.read(lambda s: private_deployments.opened(s, call.principal, call.service, model, body))
+        return private_deployments.shared(call.service, opened, body)
+
+    return call.once_made(
+        body,
+        make,
+        lambda s, made: private_deployments.deploy(s, call.principal, call.service, model, body, made),
+        place=private_deployments.at_work,
+    )
 
 
 @router.get(_PLACE)

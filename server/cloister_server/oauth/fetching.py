@@ -35,7 +35,7 @@ class NotFetched(Exception):
     """The document is not to be had, or is none that is taken; the message is for the operator."""
 
 
-def require_allowed(url: str, *, network: Network) -> SplitResult:
+def require_allowed(url: str, *, network: Network | None) -> SplitResult:
     """The parts of a URL that may be asked at all. Raises NotFetched."""
     try:
         parts = urlsplit(url)
@@ -57,8 +57,8 @@ def require_no_transaction() -> None:
         raise RuntimeError("another server is asked in no transaction")
 
 
-def fetch_json(url: str, *, network: Network) -> dict[str, Any]:
-    """The JSON object at this URL. Raises NotFetched. A fault of ours where this thread has a transaction open."""
+def fetch_json(url: str, *, network: Network | None) -> dict[str, Any]:
+    """The JSON object at this URL; with None, wherever that is. Raises NotFetched. Our fault where a transaction is open here."""
     require_no_transaction()
     parts = require_allowed(url, network=network)
     connection = _connection(parts, _addresses(parts, network))
@@ -96,7 +96,7 @@ def _read(connection: http.client.HTTPConnection, path: str) -> bytes:
     return body
 
 
-def _addresses(parts: SplitResult, network: Network) -> list[str]:
+def _addresses(parts: SplitResult, network: Network | None) -> list[str]:
     """The host's addresses, all of which are where they may be."""
     host = str(parts.hostname)
     try:
@@ -105,7 +105,7 @@ def _addresses(parts: SplitResult, network: Network) -> list[str]:
         raise NotFetched(f"{host} has no address") from None
     addresses = [str(each[4][0]) for each in found]
     for each in addresses:
-        if not _is_in(each, network):
+        if network is not None and not _is_in(each, network):
             raise NotFetched(f"{host} is at {each}, which is not in a {network} network")
     return addresses
 

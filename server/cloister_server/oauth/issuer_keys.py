@@ -39,7 +39,7 @@ _FEWEST_RSA_BITS, _MOST_RSA_BITS = 2048, 4096
 _PRIVATE = ("d", "p", "q", "dp", "dq", "qi", "oth", "k")  # RFC 7518, section 6
 
 
-def fetch_keys(jwks_uri: str, *, network: Network, algorithms: Collection[str]) -> dict[str, Key]:
+def fetch_keys(jwks_uri: str, *, network: Network | None, algorithms: Collection[str]) -> dict[str, Key]:
     """Key id -> public key, of those that may sign; what is private, symmetric, ambiguous or weak is left out. Raises NotFetched."""
     listed = fetch_json(jwks_uri, network=network).get("keys")
     if not isinstance(listed, list) or len(listed) > _MOST_KEYS:

@@ -5,7 +5,9 @@ Whoever has no permission is sent away before a share is read. Knows links and p
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from cloister_privacy.mpc import (
     SharesOfAnother,
 )
 from cloister_privacy.mpc.links import Deadline, Link, Listener
+from cloister_privacy.mpc.places import Places
 from cloister_server.roles.permissions import NotPermitted, Permissions
 from cloister_server.roles.waiting import Busy, Request
 
@@ -34,6 +37,9 @@ __all__ = ["Door"]
 log = logging.getLogger(__name__)
 
 _MOST_CLIENTS = 256
+"""Of them, whoever has shown no permission for longest makes room for the next."""
+_MOST_ENDING = 64
+"""Clients that made room, and whose threads have not ended."""
 _IDLE_S = 60.0
 _STEP_S = 20.0
 """For a client to send what it announced, or to take what it asked for."""
@@ -68,7 +74,8 @@ class Door:
         self._party, self._network, self._deployment = party, network, deployment
         self._permissions, self._put, self._answer_s = permissions, put, answer_s
         self._changed, self._owed = threading.Condition(), 0
-        self._clients = threading.BoundedSemaphore(_MOST_CLIENTS)
+        self._places = Places(_MOST_CLIENTS)
+        self._threads = threading.BoundedSemaphore(_MOST_CLIENTS + _MOST_ENDING)
         self._listener = Listener(identity, None, host, port, on_link=self._serve)
 
     def close(self) -> None:
@@ -81,21 +88,30 @@ class Door:
             self._changed.wait_for(lambda: not self._owed, wait_s)
 
     def _serve(self, link: Link) -> None:
-        if not self._clients.acquire(blocking=False):
+        if not self._threads.acquire(blocking=False):
             link.close()
             return
+        place: socket.socket | None = None
         try:
-            idle_s = _STEP_S
-            while link.wait(Deadline.after(idle_s)):
-                with self._owing():
-                    if not self._answer(link):
-                        return
-                idle_s = _IDLE_S
+            with contextlib.suppress(OSError):  # no descriptor is left
+                place = self._places.take(link.fileno())
+            if place is not None:
+                self._serve_at(place, link)
         except RequestDropped:
-            return  # the client is gone
+            return  # the client is gone, or made room
         finally:
             link.close()
-            self._clients.release()
+            if place is not None:
+                self._places.leave(place)
+            self._threads.release()
+
+    def _serve_at(self, place: socket.socket, link: Link) -> None:
+        idle_s = _STEP_S
+        while link.wait(Deadline.after(idle_s)):
+            with self._owing():
+                if not self._answer(place, link):
+                    return
+            idle_s = _IDLE_S
 
     @contextmanager
     def _owing(self) -> Iterator[None]:
@@ -108,17 +124,18 @@ class Door:
                 self._owed -= 1
                 self._changed.notify_all()
 
-    def _answer(self, link: Link) -> bool:
+    def _answer(self, place: socket.socket, link: Link) -> bool:
         """Answer one request; whether the link is of more use."""
         try:
-            answer, is_over = ANSWERED + self._answered(link).to_bytes(), False
+            answer, is_over = ANSWERED + self._answered(place, link).to_bytes(), False
         except _Refused as refused:
             answer, is_over = REFUSED + refused.refusal.model_dump_json().encode(), refused.is_over
         link.send(answer, Deadline.after(_STEP_S))
         return not is_over
 
-    def _answered(self, link: Link) -> Shares:
+    def _answered(self, place: socket.socket, link: Link) -> Shares:
         head, caller = self._announced(link.receive(HEAD_BYTES, Deadline.after(_STEP_S)))
+        self._places.keep(place)
         if head.rows > self._party.most_rows:
             told = f"the request has {head.rows} rows, and {self._party.most_rows} are the most; send fewer at once"
             raise _Refused("shares_refused", told, is_over=True)  # before there is room for them

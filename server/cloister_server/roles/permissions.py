@@ -1,7 +1,7 @@
 """Permissions of private inference as a party reads them: signed by the platform for this party, for a minute at most.
 
-The platform's keys are asked of it, and believed for a minute: where it cannot be asked, nobody is permitted. Knows HTTP as a
-client; no SQL.
+The platform's keys are asked of it, and believed for a minute: where it cannot be asked, nobody is permitted. Whose key is known
+waits for no answer of it. Knows HTTP as a client; no SQL.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import httpx2
+from urllib.parse import urlsplit
 
 from cloister.wire.private_requests import LONGEST_PERMISSION_S, PERMISSION_TYPE
 from cloister_server.errors import StartRefused
+from cloister_server.oauth.fetching import WITHIN_S, Network, NotFetched
+from cloister_server.oauth.issuer_keys import fetch_keys
 from cloister_server.oauth.signed import InvalidSigned, read_signed, verify
 
 __all__ = ["NotPermitted", "Permissions", "fetched_keys"]
@@ -25,7 +26,9 @@ _KEYS_KEPT_S = 60.0
 _ASKED_APART_S = 1.0
 """Neither keys that nobody knows nor a platform that does not answer can make us ask more often."""
 _CLOCKS_APART_S = 5
-_TIMEOUT_S = 5.0
+_WAIT_S = WITHIN_S + 1
+_MOST_WAITING = 4
+"""For a key that nobody knows, while those that are known are fresh: others are refused at once, and hold no thread."""
 
 Keys = Mapping[str, Mapping[str, Any]]
 
@@ -39,8 +42,9 @@ class Permissions:
 
     def __init__(self, issuer: str, audience: str, fetch: Callable[[], Keys]) -> None:
         self._issuer, self._audience, self._fetch = issuer, audience, fetch
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._keys: Keys = {}
+        self._is_asking, self._waiting = False, 0
         self._loaded, self._asked = -_KEYS_KEPT_S, -_ASKED_APART_S
 
     def subject(self, permission: str) -> str:
@@ -68,35 +72,55 @@ class Permissions:
         return subject
 
     def _key(self, kid: str) -> Mapping[str, Any]:
-        with self._lock:
-            at = time.monotonic()
-            is_stale = at - self._loaded >= _KEYS_KEPT_S
-            if (is_stale or kid not in self._keys) and at - self._asked >= _ASKED_APART_S:
-                # Where it does not answer, those that are known hold for their minute.
-                with contextlib.suppress(httpx2.HTTPError, ValueError, KeyError, TypeError):
-                    self._keys, self._loaded, is_stale = self._fetch(), at, False
-                self._asked = time.monotonic()
-            found = None if is_stale else self._keys.get(kid)
-        if is_stale:
-            raise NotPermitted("the platform's keys cannot be had, so nobody is permitted; try again in a moment")
+        with self._changed:
+            is_known = kid in self._keys and not self._is_stale()
+            asks = not is_known and not self._is_asking and time.monotonic() - self._asked >= _ASKED_APART_S
+            if asks:
+                self._is_asking = True
+            elif not is_known and self._is_asking and (self._is_stale() or self._waiting < _MOST_WAITING):
+                self._waiting += 1
+                self._changed.wait_for(lambda: not self._is_asking, _WAIT_S)
+                self._waiting -= 1
+        if asks:
+            self._ask()
+        with self._changed:
+            if self._is_stale():
+                raise NotPermitted("the platform's keys cannot be had, so nobody is permitted; try again in a moment")
+            found = self._keys.get(kid)
         if found is None:
             raise InvalidSigned("a key of nobody's")
         return found
 
+    def _is_stale(self) -> bool:
+        return time.monotonic() - self._loaded >= _KEYS_KEPT_S
+
+    def _ask(self) -> None:
+        """Where it does not answer, the keys that are known hold for their minute."""
+        at, keys = time.monotonic(), None
+        try:
+            with contextlib.suppress(NotFetched):
+                keys = self._fetch()
+        finally:
+            with self._changed:
+                if keys is not None:
+                    self._keys, self._loaded = keys, at
+                self._is_asking, self._asked = False, time.monotonic()
+                self._changed.notify_all()
+
 
 def fetched_keys(issuer: str) -> Callable[[], Keys]:
-    """How to ask the platform for its keys. Raises StartRefused where it would be asked in the clear over a network."""
-    url = httpx2.URL(issuer)
-    if url.scheme != "https" and not (url.scheme == "http" and _is_loopback(url.host)):
+    """How to ask the platform for its keys, which raises NotFetched. Raises StartRefused where they could be changed on the way."""
+    parts = urlsplit(issuer)
+    is_plain = parts.scheme == "http" and _is_loopback(parts.hostname or "")
+    if parts.scheme != "https" and not is_plain:
         raise StartRefused(
             f"the platform's URL {issuer!r} is not https, and its keys could be changed on the way; serve it by https"
         )
 
     def fetch() -> Keys:
-        with httpx2.Client(timeout=_TIMEOUT_S, follow_redirects=False, trust_env=url.scheme == "https") as http:
-            answer = http.get(f"{issuer}/.well-known/jwks.json")
-            answer.raise_for_status()
-            return {str(key["kid"]): key for key in answer.json()["keys"]}
+        network: Network | None = "loopback" if is_plain else None
+        found = fetch_keys(f"{issuer}/.well-known/jwks.json", network=network, algorithms=["ES256"])
+        return {kid: key for kid, key in found.items() if isinstance(key, dict)}
 
     return fetch
 

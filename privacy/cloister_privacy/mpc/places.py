@@ -1,0 +1,49 @@
+"""So many connections at once: the oldest that nobody vouches for makes room. Knows descriptors; nothing of what is sent."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+
+__all__ = ["Places"]
+
+
+class Places:
+    """Silence holds nobody up: who comes takes the place of the one that has lasted longest, of those that are not kept."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._passing: list[socket.socket] = []
+        """The oldest first."""
+        self._kept: list[socket.socket] = []
+
+    def take(self, descriptor: int) -> socket.socket | None:
+        """A handle of this connection, for `keep` and `leave`, or None where all are kept. Raises OSError where no descriptor is left.
+
+        Whose place is taken finds the end of its connection: it is shut down, by a handle of its own, and never closed from here.
+        """
+        with self._lock:
+            if len(self._kept) >= self._most:
+                return None
+            handle = socket.socket(fileno=socket.dup(descriptor))
+            if len(self._passing) + len(self._kept) >= self._most:
+                with contextlib.suppress(OSError):
+                    self._passing.pop(0).shutdown(socket.SHUT_RDWR)
+            self._passing.append(handle)
+            return handle
+
+    def keep(self, handle: socket.socket) -> None:
+        """It makes room for nobody any more; one that did already has ended, and stays so."""
+        with self._lock:
+            if handle in self._passing:
+                self._passing.remove(handle)
+                self._kept.append(handle)
+
+    def leave(self, handle: socket.socket) -> None:
+        """Its place is free, where it has one still."""
+        with self._lock:
+            for each in (self._passing, self._kept):
+                with contextlib.suppress(ValueError):
+                    each.remove(handle)
+        handle.close()
