@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def test_an_identity_that_is_refused_leaves_nothing_and_no_directory_of_others_i
     assert stat.S_IMODE(shared.stat().st_mode) == 0o755 and list(shared.iterdir()) == []
 
 
+@pytest.fixture
+def log() -> Iterator[None]:
+    """A command sends the log to its own standard error: here that ends with the command."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("log")
 def test_a_start_without_identity_file_or_keys_is_refused_by_name(tmp_path: Path) -> None:
     def told(*given: str) -> str:
         done = CliRunner().invoke(cli, ["party", *given, "--directory", str(tmp_path / "role")])
