@@ -63,12 +63,20 @@ def migrated_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory) -
     return urls
 
 
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on SQLite: a file."""
+    path = tmp_path_factory.mktemp("sqlite") / "cloister.db"
+    _migrate(DatabaseURLs(f"sqlite:///{path}"), path.parent)
+    return path
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """The runtime role's engine on a migrated database of this test's own."""
     if request.param == "sqlite":
         urls = DatabaseURLs(f"sqlite:///{tmp_path}/cloister.db")
-        _migrate(urls, tmp_path)
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "cloister.db")
     else:
         template = request.getfixturevalue("migrated_postgres")
         urls = postgres_copy(request.getfixturevalue("postgres"), template)
