@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -117,8 +118,11 @@ def test_snapshots_and_what_is_visible_agree_with_the_query(
     _always_agree(world, policies, (address,))
 
 
+LONG_EXAMPLES = 30 if os.environ.get("SHORT") else 200
+
+
 @pytest.mark.long
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=LONG_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_POLICIES)
 def test_snapshots_and_what_is_visible_agree_with_the_query_for_long(world: Service, policies: list[Any]) -> None:
     _always_agree(world, policies, ADDRESSES)
