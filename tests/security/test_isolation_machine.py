@@ -30,7 +30,7 @@ from server.conftest import Client
 from server.test_predict import weights  # noqa: F401 (fixture)
 
 SHORT = bool(os.environ.get("SHORT"))
-STEPS = int(os.environ.get("ISOLATION_STEPS", "500" if SHORT else "100000"))
+STEPS = int(os.environ.get("ISOLATION_STEPS", "300" if SHORT else "100000"))
 ENOUGH = 20_000
 """Steps after which every route was asked across tenants, by whom it is allowed and by whom it is not."""
 STEPS_OF_ONE = 100
