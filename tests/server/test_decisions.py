@@ -421,8 +421,7 @@ def test_a_job_of_more_epsilon_than_the_grant_allows_is_refused_as_plan_and_as_j
     assert ben.plan(dataset, noise=2.0)["epsilon"] == large["epsilon"]
 
 
-def test_a_grant_is_used_as_often_as_it_says_and_then_asks_to_wait(world: Service) -> None:
-    ann, model_id = APPS["ann"], models_of(world)[HERE, "one"]
+def let_ann_read(world: Service, model_id: str, *, per_minute: int) -> None:
     given = {
         "tenant_id": HERE,
         "holder": "ann",
@@ -431,10 +430,14 @@ def test_a_grant_is_used_as_often_as_it_says_and_then_asks_to_wait(world: Servic
         "hours": None,
         "network": None,
     }
+    bound = {**given, "effect": "allow", "requests_per_minute": per_minute}
     with writing(world.engine) as session:
-        session.add_all(
-            rows_of([{**given, "effect": "allow", "requests_per_minute": 3}], set(), {(HERE, "one"): model_id})
-        )
+        session.add_all(rows_of([bound], set(), {(HERE, "one"): model_id}))
+
+
+def test_a_grant_is_used_as_often_as_it_says_and_then_asks_to_wait(world: Service) -> None:
+    ann, model_id = APPS["ann"], models_of(world)[HERE, "one"]
+    let_ann_read(world, model_id, per_minute=3)
     with reading(world.engine, for_principal(ann)) as session:
         for _ in range(3):
             policy.find(session, ann, "model.read", Model, model_id)
@@ -451,18 +454,7 @@ def test_a_rate_is_of_any_minute_and_of_each_grant() -> None:
 
 def test_a_request_that_asks_a_key_provider_and_so_runs_again_is_counted_once(world: Service) -> None:
     ann, model_id = APPS["ann"], models_of(world)[HERE, "one"]
-    given = {
-        "tenant_id": HERE,
-        "holder": "ann",
-        "verb": "model.read",
-        "resource": "one",
-        "hours": None,
-        "network": None,
-    }
-    with writing(world.engine) as session:
-        session.add_all(
-            rows_of([{**given, "effect": "allow", "requests_per_minute": 2}], set(), {(HERE, "one"): model_id})
-        )
+    let_ann_read(world, model_id, per_minute=2)
     runs = []
 
     def work(session: Any) -> Any:
