@@ -5,6 +5,7 @@ The Vault tests show shapes, errors and bindings on a stand-in of the documented
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sys
 import threading
@@ -32,7 +33,9 @@ pytest_plugins = ("key_providers",)
 pytestmark = pytest.mark.xdist_group("key-providers")
 
 CONTEXT = Context(tenant="tn_1", kind="weights", object="obj_1")
-TIMEOUT_S = 0.7
+SLOW = ("hangs", "trickles")
+SLOW_TIMEOUT_S = 0.7
+TIMEOUT_S = 30
 NO_SUCH_KEY = {
     "aws_kms": lambda handler: handler.answer(400, b'{"__type": "NotFoundException"}'),
     "vault_transit": lambda handler: handler.answer(404, b'{"errors": []}'),
@@ -51,6 +54,14 @@ def opened(kind: Any, address: str, **more: Any) -> KeyProvider:
     return open_provider("vault_transit", **{"address": address, "token": VAULT_TOKEN, "timeout_s": TIMEOUT_S, **more})
 
 
+def opened_while_well(kind: Any, address: str, timeout_s: float) -> KeyProvider:
+    """Opened for so short a wait that a busy machine may miss it at first."""
+    for _ in range(50):
+        with contextlib.suppress(ProviderUnavailable):
+            return opened(kind, address, timeout_s=timeout_s)
+    pytest.fail("no answer in 50 tries of a server that is well")
+
+
 def calls(keys: KeyProvider) -> list[Callable[[], Any]]:
     return [
         lambda: keys.has_key("system"),
@@ -65,14 +76,15 @@ def calls(keys: KeyProvider) -> list[Callable[[], Any]]:
 @pytest.mark.parametrize("kind", ["aws_kms", "vault_transit"])
 def test_a_provider_that_is_slow_or_answers_garbage_is_told_by_name_and_in_time(kind: str, fault: str) -> None:
     faults = [NO_SUCH_KEY[kind]]
+    timeout_s = SLOW_TIMEOUT_S if fault in SLOW else TIMEOUT_S
     with served(Faulty, faults=faults) as address:
-        keys = opened(kind, address)
+        keys = opened_while_well(kind, address, timeout_s)
         faults[0] = FAULTS[fault]
-        for call in (*calls(keys), lambda: opened(kind, address)):
+        for call in (*calls(keys), lambda: opened(kind, address, timeout_s=timeout_s)):
             begun = time.monotonic()
             with pytest.raises((ProviderUnavailable, InvalidAnswer)) as refusal:
                 call()
-            assert time.monotonic() - begun < 20, "long before it would have answered"
+            assert time.monotonic() - begun < 40, "long before it would have answered"
             assert "oops" not in str(refusal.value)
 
 
