@@ -11,7 +11,7 @@ import hmac
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Query, Request, Response
@@ -22,10 +22,10 @@ from sqlalchemy.orm import Session
 
 from cloister_server import vault
 from cloister_server.audit import denials_kept
-from cloister_server.errors import IdempotencyMismatch, Unauthenticated
+from cloister_server.errors import Conflict, IdempotencyMismatch, Unauthenticated
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.acting import for_principal
+from cloister_server.store.acting import ALL_TENANTS, Acting, for_principal
 from cloister_server.store.tables import IdempotencyKey
 
 __all__ = ["Call", "Cursor", "Limit", "ReadCall", "WriteCall"]
@@ -48,30 +48,44 @@ class Call:
     principal: Principal
     idempotency_key: str | None
     route: str
+    is_for_all: bool = False
+    """Whether it may touch every tenant: for operators' operations alone."""
 
     def read(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in a transaction that writes nothing."""
         with denials_kept(self.service.engine):
-            return self.service.read(for_principal(self.principal), work)
+            return self.service.read(self._acting, work)
 
     def write(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in one write transaction; nothing of it is kept for a retry."""
         with denials_kept(self.service.engine):
-            return self.service.write(for_principal(self.principal), work)
+            return self.service.write(self._acting, work)
 
-    def once(self, body: BaseModel | bytes, work: Callable[[Session], BaseModel], *, status: int = 201) -> Response:
+    @property
+    def _acting(self) -> Acting:
+        return ALL_TENANTS if self.is_for_all else for_principal(self.principal)
+
+    def once(
+        self,
+        body: BaseModel | bytes,
+        work: Callable[[Session], BaseModel],
+        *,
+        status: int = 201,
+        is_secret: bool = False,
+    ) -> Response:
         """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again.
 
         Of two at the same time one runs and the other waits for its answer. Raises IdempotencyMismatch where the key
-        was used with another body.
+        was used with another body, and Conflict `secret_already_shown` for a retry where the answer `is_secret`: then it is kept
+        nowhere.
         """
         if self.idempotency_key is None:
             return _response(_answer(self.write(work)), status)
         content = _content(body)
         try:
-            return self._once(self.idempotency_key, content, work, status)
+            return self._once(self.idempotency_key, content, work, status, is_secret)
         except _Raced:
-            return self._once(self.idempotency_key, content, work, status)
+            return self._once(self.idempotency_key, content, work, status, is_secret)
 
     def once_made(
         self,
@@ -111,7 +125,9 @@ class Call:
         pepper = vault.signing_key(session, self.service.keys, "pepper").secret
         return hmac.new(pepper, content, hashlib.sha256).hexdigest()
 
-    def _once(self, key: str, content: bytes, work: Callable[[Session], BaseModel], status: int) -> Response:
+    def _once(
+        self, key: str, content: bytes, work: Callable[[Session], BaseModel], status: int, is_secret: bool
+    ) -> Response:
         place = (self.principal.tenant_id, self.principal.id, self.route, key)
 
         def claimed(session: Session) -> Response:
@@ -120,8 +136,9 @@ class Call:
             if stored is not None:
                 return _replay(stored, digest)
             row = _claim(session, place, digest)
-            row.answer, row.status = _answer(work(session)), status
-            return _response(row.answer, status)
+            answer = _answer(work(session))
+            row.answer, row.status = {} if is_secret else answer, status
+            return _response(answer, status)
 
         return self.write(claimed)
 
@@ -148,6 +165,12 @@ def _replay(stored: IdempotencyKey, digest: str) -> Response:
     if not hmac.compare_digest(stored.body_sha256, digest):
         raise IdempotencyMismatch(
             "this Idempotency-Key was used for another request; send a fresh key with every new write"
+        )
+    if not stored.answer:
+        raise Conflict(
+            "this was done, and its answer held a secret, which is shown once and kept nowhere; where it was lost, ask for a new "
+            "one (`client rotate`, `user reset`)",
+            code="secret_already_shown",
         )
     return _response(stored.answer, stored.status, replayed=True)
 
@@ -178,7 +201,7 @@ async def _write_call(
     call: Annotated[Call, Depends(_read_call)],
     idempotency_key: Annotated[str | None, Header(pattern=r"^[A-Za-z0-9_-]{1,128}$")] = None,
 ) -> Call:
-    return Call(call.service, call.principal, idempotency_key, call.route)
+    return replace(call, idempotency_key=idempotency_key)
 
 
 ReadCall = Annotated[Call, Depends(_read_call)]

@@ -6,14 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from sqlalchemy.orm import Session
 
 from cloister.wire.recipients import LINE_PREFIX, RecipientKey
 from cloister_server import keys, keystore_backups, recipients, tenants, vault
-from cloister_server.cli.terminal import JSON, InTenant, at_work, operator_in, request_id, require_confirmed, run, show
+from cloister_server.cli.terminal import JSON, InTenant, at_work, me, operator_in, require_confirmed, run, show
 from cloister_server.errors import Invalid
 from cloister_server.keys import NotRotated, Outcome, Plan, Rotation
 from cloister_server.service import Service
@@ -63,9 +63,9 @@ def rotate(
             return
         tell = _teller(service, as_json)
         if tenant_id is None:
-            outcome = keys.rotate_all(service, request_id=request_id(), on_progress=tell)
+            outcome = keys.rotate_all(service, **_by(), on_progress=tell)
         else:
-            outcome = Outcome([keys.rotate(service, tenant_id, request_id=request_id(), on_progress=tell)], [], [])
+            outcome = Outcome([keys.rotate(service, tenant_id, **_by(), on_progress=tell)], [], [])
         _show(outcome, as_json)
 
 
@@ -88,7 +88,7 @@ def migrate(
                 _show_plan(*keys.plan_migration(session, service.keys, to=to, tenant_id=tenant_id))
             return
         tell = _teller(service, as_json)
-        _show(keys.migrate(service, to=to, tenant_id=tenant_id, request_id=request_id(), on_progress=tell), as_json)
+        _show(keys.migrate(service, to=to, tenant_id=tenant_id, **_by(), on_progress=tell), as_json)
 
 
 @key_cli.command("destroy")
@@ -114,7 +114,7 @@ def destroy(
             return
         warning = f"Version {version} in {planned.provider!r} is destroyed for good. {_OLD_BACKUPS}"
         require_confirmed(planned.tenant_name, confirm, warning=warning)
-        show(asdict(keys.destroy(service, tenant_id, version=version, request_id=request_id())), as_json)
+        show(asdict(keys.destroy(service, tenant_id, version=version, **_by())), as_json)
 
 
 @key_cli.command("backup")
@@ -221,3 +221,9 @@ def _unopened(rotated: Rotation) -> str:
         f"{rotated.tenant_name}: {len(rotated.unopened)} data keys do not open under their own version and are left as they were: "
         f"{', '.join(rotated.unopened)}; restore these rows from a backup, and run the command again"
     )
+
+
+def _by() -> dict[str, Any]:
+    """Who it is that acts, and for which request, as `keys` takes it."""
+    who = me()
+    return {"request_id": who.request_id, "by": who.id}

@@ -27,6 +27,7 @@ from cloister_server.oauth import logins
 from cloister_server.oauth.logins import CLI_CLIENT_ID, Begun
 from cloister_server.oauth.redirects import is_registered
 from cloister_server.oauth.sign_in import Person, attempt, mac, network, refund
+from cloister_server.oauth.verifier import ADMIN_CLIENT_ID
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import Authorization, user_of_id
@@ -35,6 +36,7 @@ from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import App, now
 
 __all__ = [
+    "ADMIN",
     "CLI",
     "DEVICE_S",
     "INTERVAL_S",
@@ -67,6 +69,10 @@ _DEVICE_CODE = re.compile(r"cld_[0-9a-f]{64}")
 
 CLI = App(tenant_id="", id=CLI_CLIENT_ID, name="cloister, at a command line", secret_mac=b"", dpop=False, public=True)
 """The client of `cloister login`, which has no row: it is everybody's."""
+
+
+ADMIN = App(tenant_id="", id=ADMIN_CLIENT_ID, name="cloister-admin", secret_mac=b"", dpop=True, public=True)
+"""The client of `cloister-admin login`, which has no row either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +109,8 @@ class Device:
 
 
 def client_of_id(session: Session, client_id: str) -> App | None:
-    """The app of this client id, that of `cloister login` among them."""
-    return CLI if client_id == CLI_CLIENT_ID else app_of_id(session, client_id)
+    """The app of this client id, those of `cloister login` and `cloister-admin login` among them."""
+    return {each.id: each for each in (CLI, ADMIN)}.get(client_id) or app_of_id(session, client_id)
 
 
 def read_authorization_request(service: Service, query: str) -> AuthorizationRequest:
@@ -224,6 +230,8 @@ def find_device(service: Service, person: Person, user_code: str, *, address: st
     with reading(service.engine, ALL_TENANTS) as session:
         row = _device(session, key)
         client = client_of_id(session, row.client_id) if row is not None else None
+        if client is ADMIN and not logins.may_begin(session, client.id, person.id):
+            return None
     if row is None or client is None or client.tenant_id not in ("", person.tenant_id):
         return None
     refund(service, "user-code", person.id, address)
@@ -318,6 +326,8 @@ def _begin(
     """Begin what was allowed, once, where the person is still there to have allowed it."""
     user = user_of_id(session, row.user_id) if row.state == "allowed" and row.user_id is not None else None
     if user is None or not logins.is_active(session, user.tenant_id, user.id):
+        return None
+    if not logins.may_begin(session, client.id, user.id) or (client is ADMIN and proven is None):
         return None
     begun = logins.begin(
         session,
