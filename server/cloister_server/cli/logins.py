@@ -28,6 +28,9 @@ __all__ = ["first_admin", "login", "logout", "operator_cli", "print_first_admin_
 
 operator_cli = typer.Typer(no_args_is_help=True, help="People who may administer this deployment from elsewhere.")
 
+Profile = Annotated[
+    str | None, typer.Option("--profile", metavar="NAME", help="What to keep it as; `default` otherwise.")
+]
 Named = Annotated[str, typer.Argument(metavar="NAME", help="The operator, by name.")]
 
 
@@ -36,8 +39,9 @@ def login(
     allow_insecure: Annotated[
         bool, typer.Option("--allow-insecure", help="Plain HTTP to another machine, on a network of yours.")
     ] = False,
+    named: Profile = None,
 ) -> None:
-    """Log in at a deployment as an operator: a code to type in a browser. `--profile NAME` (before `login`) keeps several apart."""
+    """Log in at a deployment as an operator: it shows a code to type in a browser."""
     from cloister import _login
     from cloister._http import check_url
     from cloister._possession import PrivateKey
@@ -45,27 +49,23 @@ def login(
     from cloister_server.cli import remote
 
     with refusals(False):
-        base, store, key = (
-            check_url(url, allow_insecure=allow_insecure),
-            remote.store_of(_named()),
-            PrivateKey.generate(),
-        )
+        base, store = check_url(url, allow_insecure=allow_insecure), remote.store_of(_named(named))
         device = _login.begin(base, "cloister-admin", scope="admin")
         print(f"Open {printable(device.page)} in a browser and type in the code {printable(device.user_code)}")
         sys.stdout.flush()
-        found = _login.wait(device, proves_by=key, allow_insecure=allow_insecure)
+        found = _login.wait(device, proves_by=PrivateKey.generate(), allow_insecure=allow_insecure)
         with store.alone():
             store.write(found)
         print(f"Logged in at {base} (profile {store.name}).")
 
 
-def logout() -> None:
+def logout(named: Profile = None) -> None:
     """End the login of a profile, there and here."""
     from cloister import _login
     from cloister_server.cli import remote
 
     with refusals(False):
-        found = _login.log_out(remote.store_of(_named()))
+        found = _login.log_out(remote.store_of(_named(named)))
         print(f"Logged out of {found.url}.")
 
 
@@ -121,6 +121,6 @@ def listed(as_json: JSON = False) -> None:
     operate(people.operators_, Body(), as_json)
 
 
-def _named() -> str:
+def _named(given: str | None) -> str:
     """Which login: `default` unless another was asked for."""
-    return profile() or DEFAULT_PROFILE
+    return given or profile() or DEFAULT_PROFILE
