@@ -323,10 +323,10 @@ def holders_on(session: Session, verb: str, *, tenant_id: str, resource_id: str)
     return found
 
 
-def holds_something(session: Session, app: App, tenant_id: str) -> bool:
-    """Whether the app holds a grant of this tenant, itself or by a group, in force or not."""
-    groups = select(Member.group_id).where(Member.tenant_id == app.tenant_id, Member.principal_id == app.id)
-    held = or_(Grant.principal_id == app.id, Grant.principal_id.in_(groups))
+def holds_something(session: Session, holder: App | User, tenant_id: str) -> bool:
+    """Whether an app or a person holds a grant of this tenant, itself or by a group, in force or not."""
+    groups = select(Member.group_id).where(Member.tenant_id == holder.tenant_id, Member.principal_id == holder.id)
+    held = or_(Grant.principal_id == holder.id, Grant.principal_id.in_(groups))
     with lifted(session):
         return session.scalar(select(Grant.id).where(Grant.tenant_id == tenant_id, held).limit(1)) is not None
 
