@@ -255,7 +255,9 @@ def _require_epsilon(allow: Allow, principal: Principal, verb: str, resource_id:
 def _require_standing(session: Session, principal: Principal, tenant_id: str, resource_id: str) -> None:
     tenant = session.get(Tenant, tenant_id)
     if tenant is None or tenant.status != "active" or tenant.suspended is not None:
-        raise _NotVisible("resource", Denial(principal, "(a replay)", resource_id, "its tenant is suspended or shredded"))
+        raise _NotVisible(
+            "resource", Denial(principal, "(a replay)", resource_id, "its tenant is suspended or shredded")
+        )
 
 
 def _may_know(session: Session, principal: Principal, verb: str, resource_id: str) -> bool:

@@ -136,8 +136,8 @@ class Call:
             )
         if stored.proofs is None:
             raise Conflict(
-                "this was done once, by an older version of the server, which did not keep what to ask you for again before it repeats "
-                "its answer; look at what there is now, and send a fresh key only if it is not done",
+                "this was done once, by an older version of the server, which did not keep what to ask again before it repeats its "
+                "answer; look at what there is now, and send a fresh key only if it is not done",
                 code="answer_not_kept",
             )
         policy.authorize_again(session, self.principal, stored.proofs)

@@ -196,8 +196,8 @@ def client_remove(
 ) -> None:
     """Remove a client with all its grants; its secret is refused from now on, its tokens within a second."""
 
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        removed = tenants.remove_client(session, operator_in(session, tenant), client)
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        removed = tenants.remove_client(session, service, operator_in(session, tenant), client)
         return {"removed": removed.client_id, "name": removed.name, "sources_without_owner": removed.sources}
 
     def name_in(session: Session) -> str:
