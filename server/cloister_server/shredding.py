@@ -102,7 +102,7 @@ def shred(service: Service, principal: Principal) -> dict[str, Any]:
     Raises Conflict `shredding_unfinished` where work does not end or a provider does not destroy a key: the tenant stays
     closed, and calling again goes on from there.
     """
-    with keys.alone(service):
+    with keys.alone(service.settings):
         with reading(service.engine, for_tenants(principal.tenant_id)) as session:
             is_done = session.get_one(Tenant, principal.tenant_id).status == "shredded"
             if is_done:
