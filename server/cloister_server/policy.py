@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -22,8 +22,10 @@ from cloister_server.store.rates import take
 from cloister_server.store.tables import Table, Tenant
 
 __all__ = [
+    "DECIDED",
     "Allow",
     "Authorized",
+    "Decided",
     "Denial",
     "Denied",
     "Deny",
@@ -33,6 +35,9 @@ __all__ = [
     "find",
     "require_epsilon",
 ]
+
+DECIDED = "decided"
+"""Under this name a session's `info` has the list, if anybody keeps one, to which is added what is allowed in it."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 _ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
@@ -55,6 +60,14 @@ class Deny:
 
     reason: str
     by: str | None = None
+
+
+class Decided(NamedTuple):
+    """What was allowed, and by which grant."""
+
+    verb: str
+    resource_id: str
+    grant_id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +155,9 @@ def authorize(session: Session, principal: Principal, verb: str, row: R) -> Auth
     decision = decide(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     if isinstance(decision, Allow):
         _count(session, decision)
+        kept: list[Decided] | None = session.info.get(DECIDED)
+        if kept is not None:
+            kept.append(Decided(verb, resource_id, decision.by))
         return Authorized(principal, row, decision.by, _PROOF, decision.conditions)
     if decision is _UNREACHABLE:
         raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment")
