@@ -11,7 +11,7 @@ from alembic import op
 from cloister_server.store.row_security import secured
 
 revision = "0014"
-down_revision = "0011"
+down_revision = "0016"
 branch_labels = None
 depends_on = None
 

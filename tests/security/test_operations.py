@@ -27,8 +27,8 @@ from cloister_server.settings import load_settings
 from cloister_server.store.anchors import Anchors
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App, AuditRow
-from harness import free_port
 from operators import Operating, allowed, first_operator
+from ports import free_port
 from security.conftest import serving
 
 BY_HAND = {
@@ -38,7 +38,7 @@ BY_HAND = {
 LOCAL = {
     "init", "doctor", "backup", "restore", "login", "logout", "first-admin",
     "tenant.shred", "tenant.receipt", "tenant.export", "storage.collect", "storage.adopt",
-    "key.list", "key.rotate", "key.migrate", "key.destroy", "key.backup", "key.recipient.create",
+    "key.list", "key.rotate", "key.migrate", "key.destroy", "key.backup", "key.recover", "key.recovery-renew", "key.recipient.create",
     "key.recipient.list", "key.recipient.remove", "audit.head", "audit.compare",
     "ledger.export", "ledger.replay", "ledger.write-off",
 }  # fmt: skip

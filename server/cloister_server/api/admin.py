@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
@@ -27,6 +28,7 @@ class Answer(BaseModel):
 
 def _answer(operation: Operation[Any], call: Call, asked: Asked[Any]) -> Response | Answer:
     service, by = call.service, Acting.remote(call.principal)
+    call.noted.is_told = True  # in words of their own
     with running.accounted(service, operation, by, asked):
         if not operation.changes:
             return Answer(answer=plain(running.read(service, operation, by, asked)))
@@ -37,7 +39,8 @@ def _answer(operation: Operation[Any], call: Call, asked: Asked[Any]) -> Respons
         def work(session: Session) -> Answer:
             return Answer(answer=plain(running.done(session, service, operation, by, ready)))
 
-        return replace(call, is_for_all=True).once(asked, work, status=200, is_secret=bool(operation.secret))
+        operating = replace(call, operates=partial(running.require_operator, by=by))
+        return operating.once(asked, work, status=200, is_secret=bool(operation.secret))
 
 
 def _route(operation: Operation[Any]) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """One authenticated request and its one transaction; a repeated write gets the answer that it got. Knows no feature.
 
 The answer to a write is stored in the write's own transaction, by its Idempotency-Key: it is there if, and only if,
-the write is. A refused write leaves nothing but its denial in the audit log.
+the write is. A refused write leaves nothing but its denial in the audit log. Whoever repeats a write is asked for every grant that
+it was allowed by, as at the first time: an answer is no way around what was taken away since.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pydantic import BaseModel
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from cloister_server import vault
+from cloister_server import policy, vault
 from cloister_server.audit import denials_kept
+from cloister_server.audit_batches import Noted
 from cloister_server.errors import Conflict, IdempotencyMismatch, Unauthenticated
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -48,22 +50,25 @@ class Call:
     principal: Principal
     idempotency_key: str | None
     route: str
-    is_for_all: bool = False
-    """Whether it may touch every tenant: for operators' operations alone."""
+    noted: Noted
+    operates: Callable[[Session], None] | None = None
+    """For operators' operations alone, which may touch every tenant: raises unless whoever asks is an operator still."""
 
     def read(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in a transaction that writes nothing."""
         with denials_kept(self.service.engine):
-            return self.service.read(self._acting, work)
+            return self.service.read(self._acting, self.noted.within(work))
 
     def write(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in one write transaction; nothing of it is kept for a retry."""
         with denials_kept(self.service.engine):
-            return self.service.write(self._acting, work)
+            done, tells = self.service.write(self._acting, self.noted.of_deed(work))
+        self.noted.is_told |= tells
+        return done
 
     @property
     def _acting(self) -> Acting:
-        return ALL_TENANTS if self.is_for_all else for_principal(self.principal)
+        return for_principal(self.principal) if self.operates is None else ALL_TENANTS
 
     def once(
         self,
@@ -73,11 +78,12 @@ class Call:
         status: int = 201,
         is_secret: bool = False,
     ) -> Response:
-        """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again.
+        """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again, if it may still do
+        what it did.
 
         Of two at the same time one runs and the other waits for its answer. Raises IdempotencyMismatch where the key
-        was used with another body, and Conflict `secret_already_shown` for a retry where the answer `is_secret`: then it is kept
-        nowhere.
+        was used with another body, as the write itself where it is not allowed any more, and Conflict `secret_already_shown` for a
+        retry where the answer `is_secret`: then it is kept nowhere.
         """
         if self.idempotency_key is None:
             return _response(_answer(self.write(work)), status)
@@ -116,7 +122,7 @@ class Call:
 
         def found(session: Session) -> Response | None:
             stored = session.get(IdempotencyKey, place)
-            return None if stored is None else _replay(stored, self._digest(session, content))
+            return None if stored is None else self._replay(session, stored, self._digest(session, content))
 
         return self.read(found)
 
@@ -134,13 +140,36 @@ class Call:
             digest = self._digest(session, content)
             stored = session.get(IdempotencyKey, place)
             if stored is not None:
-                return _replay(stored, digest)
+                return self._replay(session, stored, digest)
             row = _claim(session, place, digest)
             answer = _answer(work(session))
             row.answer, row.status = {} if is_secret else answer, status
+            row.proofs = policy.proofs(session, self.principal) if self.operates is None else []
             return _response(answer, status)
 
         return self.write(claimed)
+
+    def _replay(self, session: Session, stored: IdempotencyKey, digest: str) -> Response:
+        if not hmac.compare_digest(stored.body_sha256, digest):
+            raise IdempotencyMismatch(
+                "this Idempotency-Key was used for another request; send a fresh key with every new write"
+            )
+        if stored.proofs is None:
+            raise Conflict(
+                "this was done once, by an older version of the server, which did not keep what to ask again before it repeats its "
+                "answer; look at what there is now, and send a fresh key only if it is not done",
+                code="answer_not_kept",
+            )
+        if self.operates is not None:
+            self.operates(session)
+        policy.authorize_again(session, self.principal, stored.proofs)
+        if not stored.answer:
+            raise Conflict(
+                "this was done, and its answer held a secret, which is shown once and kept nowhere; where it was lost, ask for a new "
+                "one (`client rotate`, `user reset`)",
+                code="secret_already_shown",
+            )
+        return _response(stored.answer, stored.status, replayed=True)
 
 
 def _content(body: BaseModel | bytes) -> bytes:
@@ -159,20 +188,6 @@ def _claim(session: Session, place: tuple[str, str, str, str], digest: str) -> I
     except IntegrityError:
         raise _Raced from None
     return row
-
-
-def _replay(stored: IdempotencyKey, digest: str) -> Response:
-    if not hmac.compare_digest(stored.body_sha256, digest):
-        raise IdempotencyMismatch(
-            "this Idempotency-Key was used for another request; send a fresh key with every new write"
-        )
-    if not stored.answer:
-        raise Conflict(
-            "this was done, and its answer held a secret, which is shown once and kept nowhere; where it was lost, ask for a new "
-            "one (`client rotate`, `user reset`)",
-            code="secret_already_shown",
-        )
-    return _response(stored.answer, stored.status, replayed=True)
 
 
 def _answer(model: BaseModel) -> dict[str, Any]:
@@ -194,7 +209,8 @@ async def _read_call(request: Request, _: Annotated[Any, Depends(_documented)]) 
     principal = getattr(request.state, "principal", None)
     if not isinstance(principal, Principal):
         raise Unauthenticated("there is no valid access token; get one at /oauth/token")
-    return Call(request.app.state.service, principal, None, f"{request.method} {request.url.path}")
+    route = f"{request.method} {request.url.path}"
+    return Call(request.app.state.service, principal, None, route, request.state.noted)
 
 
 async def _write_call(

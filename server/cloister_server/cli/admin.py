@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,10 +10,10 @@ from typing import Annotated, Literal
 import typer
 
 from cloister.wire.sources import CreateSource
-from cloister_server import deployment, processes, vault
+from cloister_server import deployment, processes, recovery, vault
 from cloister_server.cli import audit, backups, bundles, doctor, ledger, logins
 from cloister_server.cli.issuers import issuer_cli
-from cloister_server.cli.keys import key_cli
+from cloister_server.cli.keys import key_cli, read_line
 from cloister_server.cli.policy import group_cli, policy_cli
 from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
@@ -35,6 +34,7 @@ from cloister_server.cli.token_keys import token_cli, token_key_cli
 from cloister_server.cli.users import user_cli
 from cloister_server.errors import Invalid
 from cloister_server.grants import Role
+from cloister_server.keyring import LOCAL as LOCAL_PROVIDER
 from cloister_server.operations import clients, policy, sources
 from cloister_server.operations.definition import InTenant as OneTenant
 from cloister_server.store import chain
@@ -110,14 +110,20 @@ def init(
 ) -> None:
     """Make the data directory, the keystore, the schema and the service's keys; running it again upgrades the schema.
 
-    While there is no operator, a token that makes the first one is printed on standard error.
+    The recovery key of a new keystore is printed this once: it opens the keystore when the key file or the passphrase is lost.
+    Write it down, and keep it as you keep those. With other key providers there is none. While there is no operator, a token that
+    makes the first one is printed on standard error.
     """
     with refusals(as_json):
-        passphrase = None if passphrase_fd is None else _read_line(passphrase_fd)
+        passphrase = None if passphrase_fd is None else read_line(passphrase_fd)
         settings = settings_here(**({} if key_file is None else {"key_file": key_file}))
+        is_new = not deployment.has_keystore(settings)
         service = deployment.initialise(settings, passphrase=passphrase)
         keys = [vault.service_key(service, "certificate").public]
-        show({"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}, as_json)
+        told = {"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}
+        if is_new and LOCAL_PROVIDER in service.keys:
+            told["recovery_key"] = recovery.renew(service).text()
+        show(told, as_json)
         logins.print_first_admin_token(service)
 
 
@@ -308,11 +314,6 @@ def _text_of(file: Path | None) -> str | None:
             return opened.read(2**16).decode(errors="replace")
     except OSError as error:
         raise Invalid(f"{file}: {error.strerror}; give the file with the client's public key") from None
-
-
-def _read_line(descriptor: int) -> str:
-    with os.fdopen(descriptor) as given:
-        return given.readline().rstrip("\n")
 
 
 def main() -> None:

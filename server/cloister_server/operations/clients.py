@@ -88,8 +88,8 @@ _GONE: Destroys[OneClient] = Destroys(_name, "The client is removed with all its
 
 
 @operation("client.remove", OneClient, changes=True, destroys=_GONE)
-def remove(session: Session, _: Service, by: Acting, request: OneClient) -> dict[str, Any]:
-    removed = tenants.remove_client(session, by.within(session, request.tenant), request.client)
+def remove(session: Session, service: Service, by: Acting, request: OneClient) -> dict[str, Any]:
+    removed = tenants.remove_client(session, service, by.within(session, request.tenant), request.client)
     return {"removed": removed.client_id, "name": removed.name, "sources_without_owner": removed.sources}
 
 

@@ -25,7 +25,7 @@ from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import snapshot
 
-__all__ = ["accounted", "done", "planned", "prepared", "read", "require_scope", "run"]
+__all__ = ["accounted", "done", "planned", "prepared", "read", "require_operator", "require_scope", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def prepared(service: Service, operation: Operation[R], by: Acting, asked: Asked
     prepare = operation.prepare
     if prepare is None:
         return asked
-    service.read(ALL_TENANTS, lambda session: _require(session, by))
+    service.read(ALL_TENANTS, lambda session: require_operator(session, by))
     return asked.model_copy(update={"request": prepare(asked.request)})
 
 
@@ -106,7 +106,7 @@ def read(service: Service, operation: Operation[R], by: Acting, asked: Asked[R])
     """The answer of an operation that writes nothing, of one moment; told in the audit log before it is given."""
 
     def work(session: Session) -> Any:
-        _require(session, by)
+        require_operator(session, by)
         return operation.work(session, service, by, asked.request)
 
     answer = asking.run(lambda: snapshot(service.engine, ALL_TENANTS), service.keys, work)
@@ -124,7 +124,7 @@ def planned(service: Service, operation: Operation[R], by: Acting, asked: Asked[
     """What the operation would answer, but for what is fresh in it; it is refused what the operation would be. Nothing is changed."""
 
     def work(session: Session) -> Any:
-        _require(session, by)
+        require_operator(session, by)
         answer = (operation.plan or operation.work)(session, service, by, asked.request)
         session.flush()  # the database's own checks, too
         raise _Planned({name: value for name, value in answer.items() if name not in operation.fresh})
@@ -139,14 +139,15 @@ def planned(service: Service, operation: Operation[R], by: Acting, asked: Asked[
 
 def done(session: Session, service: Service, operation: Operation[R], by: Acting, asked: Asked[R]) -> Any:
     """Do it, in this transaction, and tell so in the audit log. Raises Invalid where it is to be confirmed first."""
-    _require(session, by)
+    require_operator(session, by)
     _require_confirmed(session, operation, asked)
     answer = operation.work(session, service, by, asked.request)
     _told(session, operation, by, asked, "allowed")
     return answer
 
 
-def _require(session: Session, by: Acting) -> None:
+def require_operator(session: Session, by: Acting) -> None:
+    """Raise Forbidden unless whoever has come by the API is an operator now."""
     if not (by.is_local or operators.is_operator(session, by.id)):
         raise _NoOperator
 
