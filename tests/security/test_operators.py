@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import pytest
+from joserfc import jwt
+from joserfc.jwk import ECKey
 from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from asked import asked_writing
-from cloister_server import operators, shredding, tenants
+from cloister_server import operators, shredding, tenants, vault
 from cloister_server.errors import Conflict
 from cloister_server.oauth import authorizations
 from cloister_server.oauth.foreign import ForeignToken
@@ -63,6 +67,31 @@ def test_only_an_operators_bound_token_with_its_key_opens(
         http.cookies.clear()
     foreign = ForeignToken("is_1", operator.id, 2**40, operating.signer.thumbprint)
     assert not _principal(("tn_1", operator.id), "r", foreign).may_administer
+
+
+def test_the_scope_is_believed_in_no_other_token_even_one_that_we_signed(
+    http: TestClient, service: Service, operating: Operating, make_client: Any
+) -> None:
+    key, path, app = vault.service_key(service, "token"), "/v1/admin/tenant.list", make_client("acme")
+    payload = operating.token.split(".")[1]
+    genuine = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+
+    def status(scheme: str = "DPoP", **changed: Any) -> int:
+        claims = {name: value for name, value in (genuine | changed).items() if value is not None}
+        signed = jwt.encode({"alg": "ES256", "typ": "at+jwt", "kid": key.id}, claims, ECKey.import_key(key.secret))
+        forged = Operating(http, operating.issuer, operating.signer, signed)
+        return int(http.post(path, json=NOTHING, headers=forged.headers(path, scheme=scheme)).status_code)
+
+    assert status() == 200
+    of_app = {"client_id": app.id, "sub": app.id, "sid": None}
+    others: tuple[dict[str, Any], ...] = (
+        {"client_id": "cloister-cli"},
+        of_app,
+        {"scope": "admin more"},
+        {"scope": "read"},
+    )
+    assert [status(**each) for each in others] == [401] * 4
+    assert [status("Bearer", cnf=None, **each) for each in ({}, *others)] == [401] * 5
 
 
 def test_the_scope_comes_by_one_client_and_one_flow(
