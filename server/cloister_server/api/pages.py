@@ -154,11 +154,14 @@ def _decide_device(visit: _Visit) -> Page | _GoTo:
     given, address, decision = visit.field("user_code"), visit.address, visit.field("decision")
     if decision in ("allow", "deny"):
         is_allowed = decision == "allow"
-        if is_allowed:
-            again = _confirmed_admin(visit, visit.person)
-            if again is not None:
-                return again
-        if authorizations.decide_device(visit.service, visit.person, given, is_allowed=is_allowed, address=address):
+        try:
+            is_decided = authorizations.decide_device(
+                visit.service, visit.person, given, is_allowed=is_allowed, address=address, code=visit.field("code")
+            )
+        except authorizations.NotConfirmed as again:
+            asked = {"token": visit.token, "user_code": given, "account": visit.person.account}
+            return pages.admin_consent(**asked, problem=again.refusal.message, status=again.refusal.status)
+        if is_decided:
             told = (
                 "You can go back to your device." if decision == "allow" else "The device may do nothing in your name."
             )
@@ -173,19 +176,6 @@ def _decide_device(visit: _Visit) -> Page | _GoTo:
     if client is authorizations.ADMIN:
         return pages.admin_consent(token=visit.token, user_code=code, account=visit.person.account)
     return pages.device_consent(token=visit.token, user_code=code, app=client.name, account=visit.person.account)
-
-
-def _confirmed_admin(visit: _Visit, person: Person) -> Page | None:
-    """None where nothing is to be administered, or the second factor was just shown; else the page that asks for it again."""
-    found = authorizations.find_device(visit.service, person, visit.field("user_code"), address=visit.address)
-    if found is None or found[1] is not authorizations.ADMIN:
-        return None
-    try:
-        sign_in.confirm(visit.service, person, visit.field("code"), address=visit.address)
-    except ServerError as refusal:
-        again = {"token": visit.token, "user_code": found[0], "account": person.account}
-        return pages.admin_consent(**again, problem=refusal.message, status=refusal.status)
-    return None
 
 
 def _redeem_first_admin(visit: _Visit) -> Page | _GoTo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -23,6 +23,7 @@ from cloister_server.cli.terminal import (
     show,
 )
 from cloister_server.operations import people
+from cloister_server.service import Service
 
 __all__ = ["first_admin", "login", "logout", "operator_cli", "print_first_admin_token"]
 
@@ -92,7 +93,7 @@ def first_admin(
         )
 
 
-def print_first_admin_token(service: Any) -> None:
+def print_first_admin_token(service: Service) -> None:
     """On standard error: what `init` prints otherwise is kept and handed around, for its public keys."""
     token = operators.first_admin_token(service)
     if token is not None:

@@ -22,11 +22,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cloister_server import vault
-from cloister_server.errors import BadRequest, RateLimited
+from cloister_server.errors import BadRequest, RateLimited, ServerError
 from cloister_server.oauth import logins
 from cloister_server.oauth.logins import CLI_CLIENT_ID, Begun
 from cloister_server.oauth.redirects import is_registered
-from cloister_server.oauth.sign_in import Person, attempt, mac, network, refund
+from cloister_server.oauth.sign_in import NotSignedIn, Person, attempt, confirm, mac, network, refund
 from cloister_server.oauth.verifier import ADMIN_CLIENT_ID
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS, for_tenants
@@ -42,6 +42,7 @@ __all__ = [
     "INTERVAL_S",
     "AuthorizationRequest",
     "Device",
+    "NotConfirmed",
     "RedirectedError",
     "allow",
     "answer",
@@ -98,6 +99,14 @@ class RedirectedError(Exception):
     def location(self, issuer: str) -> str:
         told = {"error": self.error, "error_description": self.description}
         return _location(self.redirect_uri, told, state=self.state, issuer=issuer)
+
+
+class NotConfirmed(Exception):
+    """The second factor was not shown once more, where that is asked for; `refusal` says why."""
+
+    def __init__(self, refusal: ServerError) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +247,21 @@ def find_device(service: Service, person: Person, user_code: str, *, address: st
     return code, client
 
 
-def decide_device(service: Service, person: Person, user_code: str, *, is_allowed: bool, address: str) -> bool:
-    """Let the device act for this person, or not; whether there was still something to decide."""
+def decide_device(
+    service: Service, person: Person, user_code: str, *, is_allowed: bool, address: str, code: str
+) -> bool:
+    """Let the device act for this person, or not; whether there was still something to decide.
+
+    Raises NotConfirmed where it is to administer the deployment and `code` is not the next one of the second factor.
+    """
     found = find_device(service, person, user_code, address=address)
     if found is None:
         return False
+    if is_allowed and found[1] is ADMIN:
+        try:
+            confirm(service, person, code, address=address)
+        except (NotSignedIn, RateLimited) as refusal:
+            raise NotConfirmed(refusal) from None
     key = mac(vault.pepper(service), "user-code", found[0])
     with writing(service.engine, for_tenants(person.tenant_id)) as session:
         row = _device(session, key, is_locked=True)
