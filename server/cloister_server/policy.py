@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -23,8 +23,10 @@ from cloister_server.store.rates import take
 from cloister_server.store.tables import Table, Tenant
 
 __all__ = [
+    "DECIDED",
     "Allow",
     "Authorized",
+    "Decided",
     "Denial",
     "Denied",
     "Deny",
@@ -33,16 +35,16 @@ __all__ = [
     "authorize_change",
     "decide",
     "find",
-    "note_proofs",
     "proofs",
     "require_epsilon",
 ]
 
+DECIDED = "decided"
+"""Under this name a session's `info` has the list, if anybody keeps one, to which is added what is allowed in it."""
+
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 _ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
 _PROOF = object()
-_NOTED = "proofs"
-"""Under this name a session's `info` has what its work was allowed, where somebody wants to know."""
 
 R = TypeVar("R", bound=Table)
 
@@ -61,6 +63,16 @@ class Deny:
 
     reason: str
     by: str | None = None
+
+
+class Decided(NamedTuple):
+    """What was allowed, by which grant, and for a job of which epsilon, where that was asked."""
+
+    verb: str
+    tenant_id: str
+    resource_id: str
+    grant_id: str
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +158,7 @@ def authorize(session: Session, principal: Principal, verb: str, row: R) -> Auth
     """
     tenant_id, resource_id = _place(row)
     allow = _allow(session, principal, verb, tenant_id, resource_id)
-    _note(session, verb, tenant_id, resource_id)
+    _note(session, Decided(verb, tenant_id, resource_id, allow.by))
     return Authorized(principal, row, allow.by, _PROOF, allow.conditions)
 
 
@@ -156,20 +168,20 @@ def require_epsilon(session: Session, authorized: Authorized[Any], verb: str, ep
     _require_epsilon(
         Allow(authorized.grant_id, authorized.conditions), authorized.principal, verb, resource_id, epsilon
     )
-    _note(session, verb, tenant_id, resource_id, epsilon)
-
-
-def note_proofs(session: Session) -> None:
-    """From here on keep what this transaction's work is allowed, for `proofs`."""
-    session.info[_NOTED] = {}
+    _note(session, Decided(verb, tenant_id, resource_id, authorized.grant_id, epsilon))
 
 
 def proofs(session: Session, principal: Principal) -> list[list[Any]]:
-    """What the work since `note_proofs` was allowed, as JSON for `authorize_again`: [verb, tenant, resource, epsilon] each.
+    """What was allowed so far for this request, as JSON for `authorize_again`: [verb, tenant, resource, epsilon] each.
 
     Of what the work itself took the grant away, as whoever deletes a resource does, the verb is null: that cannot be asked again.
     """
-    noted: dict[tuple[str, str, str], float | None] = session.info.pop(_NOTED)
+    noted: dict[tuple[str, str, str], float | None] = {}
+    for each in session.info[DECIDED]:
+        asked = (each.verb, each.tenant_id, each.resource_id)
+        noted[asked] = max(
+            (epsilon for epsilon in (noted.get(asked), each.epsilon) if epsilon is not None), default=None
+        )
     kept: list[list[Any]] = []
     for (verb, tenant_id, resource_id), epsilon in noted.items():
         decision = decide(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
@@ -269,11 +281,10 @@ def _may_know(session: Session, principal: Principal, verb: str, resource_id: st
     return session.scalars(visible).one_or_none() is not None
 
 
-def _note(session: Session, verb: str, tenant_id: str, resource_id: str, epsilon: float | None = None) -> None:
-    noted: dict[tuple[str, str, str], float | None] | None = session.info.get(_NOTED)
+def _note(session: Session, decided: Decided) -> None:
+    noted: list[Decided] | None = session.info.get(DECIDED)
     if noted is not None:
-        asked = (verb, tenant_id, resource_id)
-        noted[asked] = max((each for each in (noted.get(asked), epsilon) if each is not None), default=None)
+        noted.append(decided)
 
 
 def _count(session: Session, allow: Allow) -> None:

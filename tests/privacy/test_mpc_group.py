@@ -31,7 +31,8 @@ from cloister_privacy.mpc import (
 )
 from cloister_privacy.mpc.links import Deadline, Link, Listener, connect
 from cloister_privacy.mpc.places import Places
-from mpc_groups import Group, Running, free_port, shares_of, small_network
+from mpc_groups import Group, Running, shares_of, small_network
+from ports import free_port
 
 NETWORK = small_network()
 
@@ -170,7 +171,7 @@ def test_a_party_that_went_in_the_middle_is_told_and_its_material_is_gone(runnin
     def gone(request: bytes) -> None:
         running.parties[1]._group.other.close()
 
-    follower = threading.Thread(target=_swallow, args=(lambda: running.parties[1].follow(gone, wait_s=30),))
+    follower = threading.Thread(target=_swallow, args=(lambda: running.parties[1].follow(gone, wait_s=120),))
     follower.start()
     with pytest.raises(RequestDropped, match="try again"):
         running.parties[0].lead(shares_of(running.group, _images(1))[0])
@@ -230,7 +231,7 @@ def _listening(identity: Identity, peers: Any, host: str = "127.0.0.1") -> Itera
 
 
 def _deadline() -> Deadline:
-    return Deadline.after(30)
+    return Deadline.after(120)
 
 
 def test_frames_go_both_ways_at_once_however_large(group: Group) -> None:

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from httpx2 import Response
+from httpx2 import Client, Response
 from sqlalchemy import event, update
-from starlette.testclient import TestClient
 
 from accounts import COLUMNS
 from asked import asked_writing
@@ -55,7 +54,7 @@ class World:
     def __init__(
         self,
         service: Service,
-        http: TestClient,
+        http: Client,
         *,
         weights: bytes,
         training: dict[str, Any],

@@ -31,7 +31,8 @@ from cloister_privacy.mpc import Limits, MaterialExhausted, Party
 from cloister_server.roles.door import Door
 from cloister_server.roles.permissions import Permissions
 from cloister_server.roles.waiting import Request
-from mpc_groups import Group, free_port, small_network
+from mpc_groups import Group, small_network
+from ports import free_port
 
 ISSUER = "https://platform.example"
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of no time

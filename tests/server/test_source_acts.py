@@ -18,6 +18,7 @@ from cloister_server.service import Service
 from cloister_server.store.conditions import Conditions
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, now
+from people import invited
 
 REASON = "as the board decided"
 LITTLE = 0.65
@@ -244,6 +245,23 @@ def test_a_client_of_another_tenant_is_as_none_until_something_is_granted_to_it(
     assert told(stranger.id) == told("ap_" + "0" * 32)
     grant(service, owner.client.tenant_id, stranger, "dataset.train", on=rows)
     assert told(stranger.id)[0] == 200
+
+
+def test_an_allowance_is_of_a_person_as_of_an_app(owner: Person, source: str, rows: str, service: Service) -> None:
+    here, there = (
+        invited(service, owner.http, name, tenant=tenant, role="none")
+        for name, tenant in (("ada", "acme"), ("eve", "globex"))
+    )
+
+    def told(client: str) -> tuple[int, Any]:
+        body = {"epsilon": 5, "reason": REASON}
+        answer = owner.ask("PUT", f"/sources/{source}/allowances/{client}", body)
+        return answer.status_code, {**answer.json(), "request_id": ""}
+
+    assert told("ada") == told(here.id) and told(here.id)[1]["client"] == here.id
+    assert told(there.id) == told("us_" + "0" * 32) == told("eve")
+    grant(service, owner.client.tenant_id, there, "dataset.train", on=rows)
+    assert told(there.id)[1]["client"] == there.id
 
 
 def test_an_opened_block_has_a_budget_of_its_own(owner: Person, source: str, rows: str) -> None:

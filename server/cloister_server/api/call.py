@@ -12,7 +12,7 @@ import hmac
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Query, Request, Response
@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from cloister_server import policy, vault
 from cloister_server.audit import denials_kept
+from cloister_server.audit_batches import Noted
 from cloister_server.errors import Conflict, IdempotencyMismatch, Unauthenticated
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -49,16 +50,19 @@ class Call:
     principal: Principal
     idempotency_key: str | None
     route: str
+    noted: Noted
 
     def read(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in a transaction that writes nothing."""
         with denials_kept(self.service.engine):
-            return self.service.read(for_principal(self.principal), work)
+            return self.service.read(for_principal(self.principal), self.noted.within(work))
 
     def write(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in one write transaction; nothing of it is kept for a retry."""
         with denials_kept(self.service.engine):
-            return self.service.write(for_principal(self.principal), work)
+            done, tells = self.service.write(for_principal(self.principal), self.noted.of_deed(work))
+        self.noted.is_told |= tells
+        return done
 
     def once(self, body: BaseModel | bytes, work: Callable[[Session], BaseModel], *, status: int = 201) -> Response:
         """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again, if it may still do
@@ -122,7 +126,6 @@ class Call:
             if stored is not None:
                 return self._replay(session, stored, digest)
             row = _claim(session, place, digest)
-            policy.note_proofs(session)
             row.answer, row.status = _answer(work(session)), status
             row.proofs = policy.proofs(session, self.principal)
             return _response(row.answer, status)
@@ -181,14 +184,15 @@ async def _read_call(request: Request, _: Annotated[Any, Depends(_documented)]) 
     principal = getattr(request.state, "principal", None)
     if not isinstance(principal, Principal):
         raise Unauthenticated("there is no valid access token; get one at /oauth/token")
-    return Call(request.app.state.service, principal, None, f"{request.method} {request.url.path}")
+    route = f"{request.method} {request.url.path}"
+    return Call(request.app.state.service, principal, None, route, request.state.noted)
 
 
 async def _write_call(
     call: Annotated[Call, Depends(_read_call)],
     idempotency_key: Annotated[str | None, Header(pattern=r"^[A-Za-z0-9_-]{1,128}$")] = None,
 ) -> Call:
-    return Call(call.service, call.principal, idempotency_key, call.route)
+    return replace(call, idempotency_key=idempotency_key)
 
 
 ReadCall = Annotated[Call, Depends(_read_call)]
