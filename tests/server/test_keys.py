@@ -23,9 +23,6 @@ from cloister_server.store.tables import AuditRow, SealedObject, Tenant, TenantK
 from cloister_server.vault import SYSTEM
 from rotated import AT_ONCE, OBJECTS, ON_SQLITE, PURPOSES, Killed, Sealed, files, new_service, secrets_of, states
 
-pytest_plugins = ("key_providers",)
-pytestmark = pytest.mark.xdist_group("key-providers")
-
 
 @pytest.fixture(autouse=True)
 def _small_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
