@@ -35,7 +35,7 @@ SHORT = bool(os.environ.get("SHORT"))
 STEPS = int(os.environ.get("ISOLATION_STEPS", "300" if SHORT else "100000"))
 ENOUGH = 20_000
 """Steps after which every route was asked across tenants, by whom it is allowed and by whom it is not."""
-STEPS_OF_ONE = 100
+STEPS_OF_ONE = 200
 """Of one world; then another is made beside it."""
 
 N = st.integers(0, 2**16)
