@@ -32,6 +32,7 @@ __all__ = [
     "ACCOUNT",
     "FAULTS",
     "PIN",
+    "SLOW",
     "TOKEN_LABEL",
     "VAULT_TOKEN",
     "Faulty",
@@ -128,14 +129,14 @@ def kms_server(home: Path) -> Iterator[str]:
             env={**os.environ, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"},
         )
     try:
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 300
         while not (match := re.search(r"Running on (http://127\.0\.0\.1:\d+)", log.read_text())):
             assert server.poll() is None and time.monotonic() < give_up, "moto's server did not start"
             time.sleep(0.1)
         yield match[1]
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 def kms_client(url: str) -> Any:
@@ -328,6 +329,9 @@ def _wrong_fields() -> bytes:
         {"KeyMetadata": key, "data": {"type": 1, "ciphertext": [], "plaintext": {}}, "errors": 5}
     ).encode()
 
+
+SLOW = ("hangs", "trickles")
+"""The faults for which nothing but one's own patience ends a wait, short there, and elsewhere long: a busy machine is slow too."""
 
 FAULTS: dict[str, Callable[[Faulty], None]] = {
     "closes": lambda handler: handler.connection.shutdown(socket.SHUT_RDWR),

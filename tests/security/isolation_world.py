@@ -20,7 +20,7 @@ from certificates import CERTIFICATE
 from cloister.wire.certificate import sign
 from cloister_server import grants, groups, people, suspension, tenants, vault
 from cloister_server.grants import Role
-from cloister_server.oauth import logins, verifier
+from cloister_server.oauth import logins
 from cloister_server.oauth.server import _Client, _Person, _Tokens
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -191,8 +191,7 @@ class World:
             if who.kind == "user":
                 people.remove(session, self.service, self.operator(who.tenant), who.id)
             else:
-                tenants.remove_client(session, self.operator(who.tenant), who.id)
-                verifier.forget_after(session, self.service)  # else for a second more
+                tenants.remove_client(session, self.service, self.operator(who.tenant), who.id)
         who.is_gone = True
         self.oracle.left(who.id)
         for each in self.oracle.people:  # the person's login is by this app

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, Connection, cast, event, inspect, null, or_, select, text
+from sqlalchemy import BigInteger, CompoundSelect, Connection, bindparam, cast, event, inspect, null, or_, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, with_loader_criteria
+from sqlalchemy.sql.base import ExecutableOption
 
 from cloister_server.errors import ServerError, Unavailable
 from cloister_server.store.acting import Acting
@@ -93,7 +95,8 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
         tenant_ids, revisions = acting.tenant_ids, dict[str, int | None]()
         if tenant_ids is not None and acting.principal_id is not None:
             own = tenant_ids[0]
-            found = connection.execute(_sharing_with(own, acting.principal_id)).all()
+            asked = {"own": own, "asking": acting.principal_id, "at": now()}
+            found = connection.execute(_sharing_with(), asked).all()
             revisions[own] = next((row.revision for row in found if row.revision is not None), None)
             tenant_ids = tuple(dict.fromkeys((*tenant_ids, *(row.tenant_id for row in found))))
             if tenant_ids != acting.tenant_ids:
@@ -120,16 +123,23 @@ def end(session: Session, transaction: SessionTransaction) -> None:
 def keep_to_tenants(state: ORMExecuteState) -> None:
     """Add the session's tenants to every `Owned` table that a statement names, however deep; refuse bulk inserts of others."""
     session = state.session
-    session.connection()  # begins the transaction, which looks up the tenants
+    if DRIVER not in session.info:
+        session.connection()  # begins the transaction, which looks up the tenants
     tenant_ids = session.info.get(_TENANTS, ())
     if tenant_ids is None:
         return
     if state.is_insert:
         _refuse_inserted(state, tenant_ids)
         return
+    state.statement = state.statement.options(*_of(tenant_ids))
+
+
+@lru_cache(maxsize=1024)
+def _of(tenant_ids: tuple[str, ...]) -> tuple[ExecutableOption, ...]:
+    """What keeps a statement to these tenants. Kept, since it takes longer to make than many a statement to run."""
     # The service's own key is told apart by no tenant: it opens the keys that sign tokens, for whoever comes.
     own = (*tenant_ids, SYSTEM)
-    state.statement = state.statement.options(
+    return (
         with_loader_criteria(Owned, lambda cls: cls.tenant_id.in_(own), include_aliases=True),
         with_loader_criteria(Tenant, lambda cls: cls.id.in_(own), include_aliases=True),
     )
@@ -185,18 +195,21 @@ def _tell(connection: Connection, tenant_ids: tuple[str, ...] | None, acting: Ac
     connection.execute(_TELL, {"tenants": tenants, "principal": acting.principal_id or ""})
 
 
-def _sharing_with(tenant_id: str, principal_id: str) -> Any:
-    """The tenants that granted the principal something, and its own with its policy's revision. On the tables themselves, past the
-    ORM's gate."""
-    grant, member, counted, at = Grant.__table__.c, Member.__table__.c, PolicyRevision.__table__.c, now()
-    groups = select(member.group_id).where(member.tenant_id == tenant_id, member.principal_id == principal_id)
-    own = select(counted.tenant_id, counted.revision).where(counted.tenant_id == tenant_id)
+@cache
+def _sharing_with() -> CompoundSelect[Any]:
+    """The tenants that granted `asking` something that counts at `at`, and its `own` with its policy's revision. On the tables
+    themselves, past the ORM's gate."""
+    grant, member, counted = Grant.__table__.c, Member.__table__.c, PolicyRevision.__table__.c
+    own_id, at = bindparam("own", type_=counted.tenant_id.type), bindparam("at", type_=grant.expires.type)
+    principal_id = bindparam("asking", type_=grant.principal_id.type)
+    groups = select(member.group_id).where(member.tenant_id == own_id, member.principal_id == principal_id)
+    own = select(counted.tenant_id, counted.revision).where(counted.tenant_id == own_id)
     return own.union_all(
         select(grant.tenant_id, cast(null(), BigInteger).label("revision"))
         .distinct()
         .where(
             or_(grant.principal_id == principal_id, grant.principal_id.in_(groups)),
-            grant.tenant_id != tenant_id,
+            grant.tenant_id != own_id,
             grant.effect == "allow",
             or_(grant.expires.is_(None), grant.expires > at),
         )
