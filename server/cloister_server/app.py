@@ -29,6 +29,7 @@ from cloister_server.api import (
     weights,
 )
 from cloister_server.api.edge import Edge, Guard, Limits, StrictJSON
+from cloister_server.api.telling import Telling
 from cloister_server.errors import ServerError
 from cloister_server.predict import PredictRoute
 from cloister_server.service import Service
@@ -53,7 +54,7 @@ def create_app(service: Service) -> ASGIApp:
         is_predict = scope["type"] == "http" and (scope["path"] == "/v2" or scope["path"].startswith("/v2/"))
         await (predict if is_predict else api)(scope, receive, send)
 
-    return Edge(Limits(Guard(StrictJSON(route), service), service), service)
+    return Edge(Telling(Limits(Guard(StrictJSON(route), service), service), service), service)
 
 
 def _api(service: Service) -> FastAPI:

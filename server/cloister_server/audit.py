@@ -17,9 +17,9 @@ from cloister_server.policy import Authorized, Denied
 from cloister_server.principal import Principal
 from cloister_server.store.acting import for_tenants
 from cloister_server.store.session import writing
-from cloister_server.store.tables import AuditRow, new_id
+from cloister_server.store.tables import AuditRow, new_id, now
 
-__all__ = ["allowed", "denials_kept", "keep_denial", "told"]
+__all__ = ["allowed", "denials_kept", "keep_denial", "told", "values_of"]
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +66,22 @@ def keep_denial(engine: Engine, denied: Denied) -> None:
         )
 
 
-def _row(principal: Principal, verb: str, resource_id: str, *, outcome: str, grant_id: str | None = None) -> AuditRow:
-    return AuditRow(
-        tenant_id=principal.tenant_id,
-        id=new_id("aud"),
-        principal_id=principal.id,
-        verb=verb,
-        resource_id=resource_id,
-        outcome=outcome,
-        grant_id=grant_id,
-        request_id=principal.request_id,
-    )
+def values_of(
+    principal: Principal, verb: str, resource_id: str, *, outcome: str, grant_id: str | None = None
+) -> dict[str, Any]:
+    """A row of now, as values by column."""
+    return {
+        "tenant_id": principal.tenant_id,
+        "id": new_id("aud"),
+        "time": now(),
+        "principal_id": principal.id,
+        "verb": verb,
+        "resource_id": resource_id,
+        "outcome": outcome,
+        "grant_id": grant_id,
+        "request_id": principal.request_id,
+    }
+
+
+def _row(principal: Principal, verb: str, resource_id: str, **more: Any) -> AuditRow:
+    return AuditRow(**values_of(principal, verb, resource_id, **more))

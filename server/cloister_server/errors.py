@@ -15,8 +15,8 @@ ServerError                500  internal, weights_differ: what is stored is not 
 │   └── RevisionMoved      409  revision_moved
 ├── TooLarge               413  too_large
 ├── RateLimited            429  rate_limited, request_quota_exceeded: `retry_after_s` in its details is the Retry-After
-├── Unavailable            503  unavailable, key_provider_busy, storage_full, storage_unavailable, storage_missing, storage_conflict,
-│   │                           storage_foreign, private_deployment_busy
+├── Unavailable            503  unavailable, audit_unavailable, key_provider_busy, storage_full, storage_unavailable, storage_missing,
+│   │                           storage_conflict, storage_foreign, private_deployment_busy
 │   └── LedgerRolledBack   503  ledger_rolled_back: the database is older than its anchor; only reads go on
 └── StartRefused           -    the process refuses to start (never sent over HTTP)
 """

@@ -26,7 +26,6 @@ from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import for_principal
-from cloister_server.store.session import reading
 from cloister_server.store.tables import Model, ModelVersion
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class PredictRoute:
         if match is None or (method == "POST") != (match["verb"] == "/infer") or method not in ("GET", "POST"):
             raise NotFound("route")
         body = await _body(receive, headers, self._service.settings.max_body_bytes) if method == "POST" else b""
-        told = await asyncio.to_thread(self._respond, scope["state"]["principal"], match, body)
+        told = await asyncio.to_thread(self._respond, scope["state"], match, body)
         if not isinstance(
             told, dict
         ):  # no thread waits while a key is asked for: there are few, and others' models to answer with
@@ -68,12 +67,15 @@ class PredictRoute:
         await _answer(send, told)
 
     def _respond(
-        self, principal: Principal, match: re.Match[str], body: bytes
+        self, state: Mapping[str, Any], match: re.Match[str], body: bytes
     ) -> dict[str, Any] | tuple[Future[Network], Callable[[Network], dict[str, Any]]]:
         """The answer, or, where the model is not open, what will be its network and how to answer with that."""
-        with reading(self._service.engine, for_principal(principal)) as session:
-            number = int(match["version"]) if match["version"] else None
-            authorized, version = models.find_version(session, principal, match["model"], number)
+        principal: Principal = state["principal"]
+        number = int(match["version"]) if match["version"] else None
+        authorized, version = self._service.read(
+            for_principal(principal),
+            state["noted"].within(lambda session: models.find_version(session, principal, match["model"], number)),
+        )
         answer = partial(_answered, authorized, version, match["verb"], body)
         network = self._networks.get(version)
         return (network, answer) if isinstance(network, Future) else answer(network)

@@ -264,7 +264,10 @@ def terms(session: Session, principal: Principal, service: Service, id_or_name: 
 
 
 def permissions(session: Session, principal: Principal, service: Service, id_or_name: str, number: int) -> Permissions:
-    """One for each party, for a minute: whoever loses the grant, or the tenant its key, gets none from then on."""
+    """One for each party, for a minute: whoever loses the grant, or the tenant its key, gets none from then on.
+
+    The platform sees nothing of what is asked by them: that they were given is what its audit log tells.
+    """
     authorized, row = models.find_version(session, principal, id_or_name, number)
     _require_unbound(session, authorized)
     found = _standing(session, row)
@@ -278,6 +281,7 @@ def permissions(session: Session, principal: Principal, service: Service, id_or_
         jwt.encode(header, {**claims, "aud": audience(found.id, party), "jti": secrets.token_hex(16)}, key)
         for party in (0, 1)
     )
+    audit.allowed(session, authorized, "model.predict_private", f"{row.model_id}/{row.version}")
     return Permissions(deployment=found.id, permissions=(first, second), expires_in=LONGEST_PERMISSION_S)
 
 

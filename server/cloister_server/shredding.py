@@ -18,6 +18,7 @@ from cloister.wire.receipts import sign_receipt
 from cloister_privacy.sealing import KeyMissing, KeyProvider, KeyProviderError, KeystoreDamaged
 from cloister_server import audit, budgets, keys, marking, policy, processes, receipts, vault
 from cloister_server.errors import Conflict, StartRefused
+from cloister_server.oauth import verifier
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS, for_tenants
@@ -101,7 +102,7 @@ def shred(service: Service, principal: Principal) -> dict[str, Any]:
     Raises Conflict `shredding_unfinished` where work does not end or a provider does not destroy a key: the tenant stays
     closed, and calling again goes on from there.
     """
-    with keys.alone(service):
+    with keys.alone(service.settings):
         with reading(service.engine, for_tenants(principal.tenant_id)) as session:
             is_done = session.get_one(Tenant, principal.tenant_id).status == "shredded"
             if is_done:
@@ -137,7 +138,7 @@ def _close(service: Service, principal: Principal) -> None:
             .where(TenantKey.tenant_id == tenant_id, TenantKey.state.in_(("pre-active", "active")))
             .values(state="decrypt-only")
         )
-        withdrawn = _withdraw(session, tenant_id)
+        withdrawn = _withdraw(session, service, tenant_id)
         _note(session, tenant_id, begun=now().isoformat(), deleted=withdrawn, keys={}).status = "shredding"
         audit.allowed(session, authorized, "tenant.shred", tenant_id)
     log.info("tenant.closed", extra={"tenant_id": tenant_id})
@@ -273,7 +274,9 @@ def _conclude(service: Service, principal: Principal) -> dict[str, Any]:
         gone = _counted(session, tenant_id)
         for table in _DELETED:
             session.execute(delete(table).where(_of(table, tenant_id)))
-        for name, count in _withdraw(session, tenant_id).items():  # what came in at the very moment of the closing
+        for name, count in _withdraw(
+            session, service, tenant_id
+        ).items():  # what came in at the very moment of the closing
             gone[name] = gone.get(name, 0) + count
         notes = _notes(session, tenant_id)
         for name, count in notes["deleted"].items():
@@ -307,8 +310,12 @@ def _cancel_jobs(session: Session, tenant_id: str) -> None:
     )
 
 
-def _withdraw(session: Session, tenant_id: str) -> dict[str, int]:
-    """Delete the tenant's clients and accounts, all that they may do anywhere, and all that anybody may do here; how many of each."""
+def _withdraw(session: Session, service: Service, tenant_id: str) -> dict[str, int]:
+    """Delete the tenant's clients and accounts, all that they may do anywhere, and all that anybody may do here; how many of each.
+
+    Their tokens are refused in this process from the next request on, elsewhere within a second.
+    """
+    verifier.forget_after(session, service)
     grants = _deleted(session, Grant, _grants_of(tenant_id))
     people = select(User.id).where(User.tenant_id == tenant_id)
     for of_a_person in (Login, BrowserSession, Authorization):

@@ -15,6 +15,7 @@ from cloister_server.grants import NoSuch, Role
 from cloister_server.keyring import KeyRing
 from cloister_server.oauth import client_secrets, logins, redirects
 from cloister_server.principal import Principal
+from cloister_server.service import Service
 from cloister_server.store import queries
 from cloister_server.store.tables import App, Tenant, new_id, now
 
@@ -123,8 +124,9 @@ def rotate_client(
     return app, secret
 
 
-def remove_client(session: Session, principal: Principal, id_or_name: str) -> Removed:
-    """Remove an app of the operator's tenant and all its grants: its tokens are refused within a second.
+def remove_client(session: Session, service: Service, principal: Principal, id_or_name: str) -> Removed:
+    """Remove an app of the operator's tenant and all its grants: its tokens are refused from the next request on, elsewhere within a
+    second.
 
     What it made stays: its jobs go on, and sources that it owned answer to whoever is granted `source.own` next.
     """
@@ -133,7 +135,7 @@ def remove_client(session: Session, principal: Principal, id_or_name: str) -> Re
     app = _own_app(session, tenant, id_or_name)
     removed = Removed(app.id, app.name, queries.sources_of(session, app.id))
     grants.forget_holder(session, app)
-    logins.forget_client(session, app.id)
+    logins.forget_client(session, service, app.id)
     session.delete(app)
     audit.allowed(session, authorized, "client.remove", app.id)
     return removed

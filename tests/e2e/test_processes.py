@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import itertools
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +90,41 @@ def test_no_secret_stands_in_a_command_line_or_an_environment_and_the_queue_keep
     assert b"root.key" in seen, "the search looked at the real thing"
     assert app.client_secret not in served.tail()
     _check_queue(served.data_dir / "workflows.db")
+
+
+def test_no_answer_was_given_without_its_row_in_the_audit_log_however_the_process_dies(served: Deployment) -> None:
+    app = served.app(served.tenant("audited"), "steward")
+    token, answered, stopping = served.token(app), list[str](), threading.Event()
+
+    def ask(who: int) -> None:
+        for number in itertools.count():
+            if stopping.is_set():
+                return
+            request_id = f"asked-{who}-{number}"
+            headers = {"Authorization": f"Bearer {token}", "X-Request-Id": request_id}
+            asked = urllib.request.Request(f"{served.url}/v1/{'whoami' if who % 2 else 'sources'}", headers=headers)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                with urllib.request.urlopen(asked, timeout=10):
+                    answered.append(request_id)
+                continue
+            stopping.wait(0.05)
+
+    with ThreadPoolExecutor(8) as pool:
+        for who in range(8):
+            pool.submit(ask, who)
+        for _ in range(2):
+            before = len(answered)
+            deadline = time.monotonic() + 60
+            while len(answered) < before + 40 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(_first(lambda: served.pids(PROCESSES["api"])), signal.SIGKILL)
+        stopping.set()
+    assert len(answered) >= 80, "it was killed while it answered"
+    with contextlib.closing(sqlite3.connect(f"file:{served.data_dir / 'cloister.db'}?mode=ro", uri=True)) as database:
+        told = Counter(row[0] for row in database.execute("SELECT request_id FROM audit WHERE verb = 'GET'"))
+    assert [told[each] for each in answered] == [1] * len(answered)
+    served.admin("audit", "verify", "--tenant", "audited")
+    served.wait_ready()
 
 
 def _told(pid: int) -> bytes:

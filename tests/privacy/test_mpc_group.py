@@ -274,14 +274,14 @@ def test_the_oldest_connection_that_nobody_vouches_for_makes_room_and_where_all_
     first, second, third, fourth, fifth = (near for near, _ in pairs)
     kept, passing = places.take(first.fileno()), places.take(second.fileno())
     assert kept is not None and passing is not None
-    places.keep(kept)
+    places.keep(kept, "a")
     taken = places.take(third.fileno())
     assert taken is not None and pairs[1][1].recv(1) == b"", "the second made room"
-    places.keep(passing)  # too late: it has ended
+    places.keep(passing, "a")  # too late: it has ended
     for _, far in (pairs[0], pairs[2]):
         with pytest.raises(BlockingIOError):
             far.recv(1)
-    places.keep(taken)
+    places.keep(taken, "b")
     assert places.take(fourth.fileno()) is None
     assert second.fileno() >= 0, "whoever has it closes it, and nobody else"
     places.leave(passing)

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from httpx2 import Response
+from httpx2 import Client, Response
 from sqlalchemy import event, update
-from starlette.testclient import TestClient
 
 from accounts import COLUMNS
 from asked import asked_writing
@@ -21,7 +20,7 @@ from certificates import CERTIFICATE
 from cloister.wire.certificate import sign
 from cloister_server import grants, groups, people, suspension, tenants, vault
 from cloister_server.grants import Role
-from cloister_server.oauth import logins, verifier
+from cloister_server.oauth import logins
 from cloister_server.oauth.server import _Client, _Person, _Tokens
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -55,7 +54,7 @@ class World:
     def __init__(
         self,
         service: Service,
-        http: TestClient,
+        http: Client,
         *,
         weights: bytes,
         training: dict[str, Any],
@@ -191,8 +190,7 @@ class World:
             if who.kind == "user":
                 people.remove(session, self.service, self.operator(who.tenant), who.id)
             else:
-                tenants.remove_client(session, self.operator(who.tenant), who.id)
-                verifier.forget_after(session, self.service)  # else for a second more
+                tenants.remove_client(session, self.service, self.operator(who.tenant), who.id)
         who.is_gone = True
         self.oracle.left(who.id)
         for each in self.oracle.people:  # the person's login is by this app

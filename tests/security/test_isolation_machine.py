@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
 import pytest
+from httpx2 import Client
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,14 +20,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from starlette.testclient import TestClient
 
 from accounts import COLUMNS
+from cloister_server.app import create_app
 from cloister_server.service import Service
+from direct import direct
 from security.isolation_oracle import ANY, VERBS, Row, Who
 from security.isolation_routes import ABOUT, CREATING, ELSEWHERE, LISTS, PREDICT, PREFIX, Route
 from security.isolation_world import World, told
-from server.conftest import Client
 from server.test_predict import weights  # noqa: F401 (fixture)
 
 SHORT = bool(os.environ.get("SHORT"))
@@ -288,7 +289,13 @@ class Isolation(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def training(http: TestClient, make_client: Callable[..., Client], bearer_of: Any) -> dict[str, Any]:
+def http(service: Service) -> Iterator[Client]:
+    with direct(create_app(service)) as client:
+        yield client
+
+
+@pytest.fixture
+def training(http: Client, make_client: Callable[..., Any], bearer_of: Any) -> dict[str, Any]:
     """A whole specification of a run on a dataset such as every tenant has."""
     bearer = bearer_of(make_client("planner"))
     source = {"name": "people", "epsilon": 900.0, "delta": 1e-6}
@@ -302,7 +309,7 @@ def training(http: TestClient, make_client: Callable[..., Client], bearer_of: An
 
 
 @pytest.fixture
-def make_world(service: Service, http: TestClient, weights: bytes, training: dict[str, Any]) -> Callable[[], World]:  # noqa: F811 (the fixture)
+def make_world(service: Service, http: Client, weights: bytes, training: dict[str, Any]) -> Callable[[], World]:  # noqa: F811 (the fixture)
     elsewhere: set[str] = set()
     given = {"weights": weights, "training": training, "tally": TALLY, "elsewhere": elsewhere}
     return lambda: World(service, http, **given)

@@ -9,7 +9,7 @@ from cloister_server.app import _api
 from cloister_server.service import Service
 from security.isolation_routes import ABOUT, CREATING, ELSEWHERE, LISTS, POLICY, PREDICT, TOKENS
 from security.isolation_world import World
-from security.test_isolation_machine import make_world, training  # noqa: F401 (fixtures)
+from security.test_isolation_machine import http, make_world, training  # noqa: F401 (fixtures)
 from server.test_predict import weights  # noqa: F401 (fixture)
 
 

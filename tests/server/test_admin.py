@@ -21,7 +21,8 @@ from starlette.testclient import TestClient
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from cloister_server import budgets, deployment
+from cloister_privacy.sealing import LocalKeyProvider
+from cloister_server import budgets, deployment, recovery
 from cloister_server.app import create_app
 from cloister_server.cli.admin import cli
 from cloister_server.errors import StartRefused
@@ -107,6 +108,50 @@ def test_init_takes_a_passphrase_by_a_descriptor(
     done(admin("init", "--passphrase-fd", str(reader), "--json"))
     assert "no terminal" in refusal(admin("tenant", "list"))
     assert b"horse" not in b"".join(path.read_bytes() for path in _files(tmp_path))
+
+
+def test_the_recovery_key_is_shown_once_and_opens_what_lost_its_key_file(
+    admin: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recover(typed: str, *more: str) -> Result:
+        return CliRunner().invoke(cli, ["key", "recover", *more, "--json"], input=typed)
+
+    shown = done(admin("init", "--json"))["recovery_key"]
+    assert "recovery_key" not in done(admin("init", "--json"))
+    assert shown.encode() not in b"".join(path.read_bytes() for path in _files(tmp_path))
+    renewed = done(admin("key", "recovery-renew", "--json"))
+    assert renewed["replaces"] and renewed["recovery_key"] != shown
+    (tmp_path / "root.key").unlink()
+    assert "no key file" in refusal(admin("tenant", "list", "--json"))
+    assert "another was made since" in refusal(recover(shown))
+    assert "mistyped" in refusal(recover(shown[:-1]))
+    assert done(recover(renewed["recovery_key"].lower(), "--dry-run"))["dry_run"]
+    assert not (tmp_path / "root.key").exists()
+    assert "inside the data directory" in refusal(recover(shown, "--key-file", str(tmp_path / "data" / "root.key")))
+    done(recover(renewed["recovery_key"]))
+    assert stat.S_IMODE((tmp_path / "root.key").stat().st_mode) == 0o600
+    done(admin("tenant", "create", "acme", "--json"))
+    reader, writer = os.pipe()
+    os.write(writer, b"correct horse battery staple\n")
+    os.close(writer)
+    monkeypatch.delenv("CLOISTER_KEY_FILE")
+    done(recover(renewed["recovery_key"], "--passphrase-fd", str(reader)))
+    service = deployment.initialise(load_settings(), passphrase="correct horse battery staple")
+    assert recovery.has_key(service)
+
+
+def test_keys_with_other_providers_alone_have_no_recovery_key_here(
+    admin: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LocalKeyProvider.create(tmp_path / "other", key_file=tmp_path / "other.key")
+    file = tmp_path / "providers.json"
+    file.touch(0o600)
+    given = {"kind": "local", "directory": str(tmp_path / "other"), "key_file": str(tmp_path / "other.key")}
+    file.write_text(json.dumps({"format": "cloister.key-providers/1", "default": "it", "providers": {"it": given}}))
+    monkeypatch.setenv("CLOISTER_KEY_PROVIDERS", str(file))
+    assert "recovery_key" not in done(admin("init", "--json"))
+    assert "no keystore of its own" in refusal(admin("key", "recovery-renew"))
+    assert "by their own means" in refusal(CliRunner().invoke(cli, ["key", "recover"], input="CR1"))
 
 
 def test_a_client_that_is_made_here_gets_a_token_and_its_secret_is_nowhere_on_the_disk(
@@ -219,7 +264,7 @@ def _lose_database(root: Path) -> None:
     ("harm", "told"),
     [
         (_expose, "others"),
-        (_replace_key, "not the one that this keystore was made with"),
+        (_replace_key, "not the one that this keystore is opened by"),
         (_lose_keystore, "no keystore"),
         (_age, "migration 0000"),
         (_lose_database, "not initialised"),
@@ -600,7 +645,7 @@ def _lose_objects(root: Path) -> None:
     ("harm", "told"),
     [
         (_expose, "others have access"),
-        (_replace_key, "not the one that this keystore was made with"),
+        (_replace_key, "not the one that this keystore is opened by"),
         (_lose_keystore, "no keystore"),
         (_age, "migration 0000"),
         (_lose_database, "not initialised"),

@@ -504,7 +504,10 @@ def test_a_restored_database_is_read_only_for_its_tenant(
 
 
 def test_a_restored_database_is_told_of_over_http(
-    world: World, backup: Callable[[Service], Callable[[], Service]], steward: Any
+    world: World,
+    backup: Callable[[Service], Callable[[], Service]],
+    steward: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     restore = backup(world.service)
     world.charge()
@@ -520,6 +523,11 @@ def test_a_restored_database_is_told_of_over_http(
         assert len(http.get("/v1/sources", headers=bearer).json()["items"]) == 1
         absent = http.get(f"/v1/sources/src_{'0' * 32}", headers=bearer)
         assert absent.status_code == 404, "a denial stands though the log of it cannot be written"
+        told = [each for each in caplog.records if each.msg == "audit.beside_the_chain"]
+        assert [(each.principal_id, each.verb, each.resource_id, each.outcome) for each in told] == [
+            (steward.id, "source.create", world.tenant_id, "allowed: answered 503"),
+            (steward.id, "GET", "/v1/sources", "allowed"),
+        ]
 
 
 def test_a_replayed_ledger_spends_again_from_where_it_was(

@@ -22,6 +22,7 @@ from cloister_privacy.sealing import InvalidSeal
 from cloister_server import errors, logs
 from cloister_server.api.edge import PUBLIC, Edge, Guard, Limits, StrictJSON
 from cloister_server.api.problems import response_to
+from cloister_server.api.telling import Telling
 from cloister_server.app import create_app
 from cloister_server.service import Service
 from cloister_server.store.session import reading
@@ -298,10 +299,10 @@ def test_ready_is_no_more_when_the_keys_are_gone(http: TestClient, service: Serv
 def test_the_layers_stand_in_their_order(service: Service) -> None:
     app: Any = create_app(service)
     layers = []
-    while isinstance(app, (Edge, Limits, Guard, StrictJSON)):
+    while isinstance(app, (Edge, Telling, Limits, Guard, StrictJSON)):
         layers.append(type(app))
         app = app._app
-    assert layers == [Edge, Limits, Guard, StrictJSON]
+    assert layers == [Edge, Telling, Limits, Guard, StrictJSON]
 
 
 def test_the_description_tells_of_a_tenants_quota_of_requests_wherever_a_token_is_wanted(http: TestClient) -> None:

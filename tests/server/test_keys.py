@@ -587,9 +587,9 @@ def test_the_lock_is_free_between_two_tenants(acme: Sealed, service: Service, mo
     Sealed(service, "other", count=1)
     turns, alone = [], keys.alone
 
-    def counted(service: Service) -> Any:
-        turns.append(service)
-        return alone(service)
+    def counted(settings: Settings) -> Any:
+        turns.append(settings)
+        return alone(settings)
 
     monkeypatch.setattr(keys, "alone", counted)
     assert len(keys.rotate_all(service, request_id="request-of-a-test").rotated) == len(turns) == 3
@@ -598,7 +598,7 @@ def test_the_lock_is_free_between_two_tenants(acme: Sealed, service: Service, mo
 @ON_SQLITE
 def test_two_operators_do_not_rotate_at_once(acme: Sealed, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     def another(*_: Any) -> None:
-        with keys.alone(service):
+        with keys.alone(service.settings):
             pytest.fail("two at once")
 
     monkeypatch.setattr("cloister_server.processes.time.monotonic", iter(range(0, 10_000, 10)).__next__)

@@ -47,7 +47,7 @@ from cloister_server.settings import RoleSettings
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.conditions import Conditions
 from cloister_server.store.session import reading, writing
-from cloister_server.store.tables import AuditRow, Model, ModelVersion, SealedObject, new_id
+from cloister_server.store.tables import AuditRow, Grant, Model, ModelVersion, SealedObject, new_id
 from mpc_groups import small_network
 
 PLACE = "/v1/models/images/versions/1/private-deployment"
@@ -195,7 +195,8 @@ def test_only_whoever_is_granted_it_deploys_and_only_a_predictor_is_permitted(
     mine = bearer_of(predictor)
     assert http.get(f"{PLACE}/roles/party-0", headers=mine).status_code == 403
     assert http.get(PLACE, headers=mine).status_code == 200
-    assert http.get(f"{PLACE}/permissions", headers=mine).status_code == 200
+    given = http.get(f"{PLACE}/permissions", headers=mine)
+    assert given.status_code == 200
     for path in (PLACE, f"{PLACE}/permissions"):
         assert http.get(path, headers=bearer_of(nobody)).status_code == 404
     operator = Principal.operator(steward.tenant_id, request_id="request-of-a-test")
@@ -206,6 +207,16 @@ def test_only_whoever_is_granted_it_deploys_and_only_a_predictor_is_permitted(
         rows = session.scalars(select(AuditRow).where(AuditRow.verb == "model.deploy_private")).all()
     outcomes = sorted(row.outcome.partition(":")[0] for row in rows)
     assert outcomes.count("allowed") == 1 and "denied" in outcomes
+    with reading(service.engine) as session:
+        (permitted,) = session.scalars(select(AuditRow).where(AuditRow.verb == "model.predict_private"))
+        granted = session.get_one(Grant, (steward.tenant_id, permitted.grant_id))
+    assert (permitted.principal_id, permitted.outcome, permitted.resource_id) == (
+        predictor.id,
+        "allowed",
+        f"{model_id}/1",
+    )
+    assert permitted.request_id == given.headers["x-request-id"]
+    assert (granted.principal_id, granted.verb) == (predictor.id, "model.predict")
 
 
 @pytest.mark.parametrize(

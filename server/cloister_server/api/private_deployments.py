@@ -47,7 +47,8 @@ def get_terms(model: str, version: Version, call: ReadCall) -> PrivateTerms:
 
 @router.get(_PLACE + "/permissions")
 def get_permissions(model: str, version: Version, call: ReadCall) -> Permissions:
-    return call.read(lambda s: private_deployments.permissions(s, call.principal, call.service, model, version))
+    # It is a deed, and in the audit log as one.
+    return call.write(lambda s: private_deployments.permissions(s, call.principal, call.service, model, version))
 
 
 @router.get(_PLACE + "/roles/{role}")

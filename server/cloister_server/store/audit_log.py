@@ -27,7 +27,7 @@ class Entry:
     verb: str
     resource: str
     outcome: str
-    """'allowed', or 'denied: <reason>'."""
+    """As in `tables.AuditRow`."""
     grant: str | None
     request_id: str
     id: str

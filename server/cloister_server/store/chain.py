@@ -25,6 +25,7 @@ __all__ = [
     "ChainBroken",
     "Head",
     "Linked",
+    "add",
     "begin_new_chain",
     "canonical",
     "collect",
@@ -41,6 +42,7 @@ __all__ = [
     "require_linked",
     "rolled_back",
     "row_id",
+    "tells",
     "uncanonical",
     "verify",
 ]
@@ -51,7 +53,7 @@ _KINDS: dict[str, type[Row]] = {"ledger": LedgerEntry, "audit": AuditRow}
 _LEDGER_ID = re.compile(r"(.+)/([0-9]{1,9})")
 _PAGE = 500
 
-_ADDED, _BEGINS_ANEW = "cloister_chain_added", "cloister_chain_begins_anew"
+_ADDED, _VALUES, _BEGINS_ANEW = "cloister_chain_added", "cloister_chain_values", "cloister_chain_begins_anew"
 
 
 class ChainBroken(ServerError):
@@ -93,6 +95,17 @@ def collect(session: Session, row: object) -> None:
         session.info.setdefault(_ADDED, []).append(row)
 
 
+def add(session: Session, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert many audit rows at once, of values by column; `extend` links them after all others."""
+    session.execute(insert(AuditRow), rows)
+    session.info.setdefault(_VALUES, []).extend(rows)
+
+
+def tells(session: Session) -> bool:
+    """Whether this transaction, as far as it has come, tells the audit log of something."""
+    return any(isinstance(row, AuditRow) for row in session.info.get(_ADDED, ()))
+
+
 def extend(session: Session, anchors: Anchors | None, drafts: list[Draft]) -> None:
     """Link the rows that this transaction added; the anchors to publish once it is committed are added to `drafts`.
 
@@ -100,16 +113,20 @@ def extend(session: Session, anchors: Anchors | None, drafts: list[Draft]) -> No
     does, too, where an attempt begins that would charge.
     """
     added = [row for row in session.info.pop(_ADDED, ()) if inspect(row).persistent]
+    values: dict[str, list[dict[str, Any]]] = {}
+    for each in session.info.pop(_VALUES, ()):
+        values.setdefault(each["tenant_id"], []).append(each)
     anew: set[str] = session.info.get(_BEGINS_ANEW, set())
-    for tenant_id in sorted({row.tenant_id for row in added} | anew):
+    for tenant_id in sorted({row.tenant_id for row in added} | values.keys() | anew):
         rows = [row for row in added if row.tenant_id == tenant_id and not isinstance(row, Attempt)]
-        if not rows and tenant_id not in anew:
+        more = [canonical_of(AuditRow, each) for each in values.get(tenant_id, ())]
+        if not rows and not more and tenant_id not in anew:
             if anchors is not None:
                 require_anchored(session, anchors, tenant_id)
             continue
         _lock(session, tenant_id)
         before = head(session, tenant_id) if tenant_id in anew else require_anchored(session, anchors, tenant_id)
-        after = _link(session, tenant_id, rows, before)
+        after = _link(session, tenant_id, (*map(canonical, rows), *more), before)
         if anchors is None:
             continue
         if before.count == 0:
@@ -213,7 +230,7 @@ def link_rows_from_before(session: Session, anchors: Anchors) -> list[Draft]:
             (AuditRow, (AuditRow.time, AuditRow.id)),
         ):
             for rows in _in_order(session, select(table).where(table.tenant_id == tenant_id), order):
-                newest = _link(session, tenant_id, rows, newest)
+                newest = _link(session, tenant_id, map(canonical, rows), newest)
         if anchors.of(tenant_id) is None:
             anchors.begin(tenant_id, genesis=GENESIS)
             drafts.append(anchors.draft(Anchor(tenant_id, newest.count, newest.digest)))
@@ -294,17 +311,17 @@ def _in_order(session: Session, rows: Select[Any], order: tuple[Any, Any]) -> It
         page = page.order_by(*order).limit(_PAGE)
 
 
-def _link(session: Session, tenant_id: str, rows: Iterable[Row], before: Head) -> Head:
+def _link(session: Session, tenant_id: str, rows: Iterable[dict[str, Any]], before: Head) -> Head:
     links = []
     for row in rows:
-        before = Head(before.count + 1, digest(before.digest, canonical(row)))
-        kind = "ledger" if isinstance(row, LedgerEntry) else "audit"
+        before = Head(before.count + 1, digest(before.digest, row))
+        kind, named = _named(row)
         links.append(
             {
                 "tenant_id": tenant_id,
                 "number": before.count,
                 "kind": kind,
-                "row_id": row_id(row),
+                "row_id": named,
                 "digest": before.digest,
             }
         )

@@ -511,13 +511,13 @@ class AuditRow(Owned, Table):
     verb: Mapped[str]
     resource_id: Mapped[str]
     outcome: Mapped[str]
-    """'allowed', or 'denied: <reason>'."""
+    """'allowed', 'allowed: answered <status>' where something else refused it, or 'denied: <reason>'."""
     grant_id: Mapped[str | None] = mapped_column(String(40))
     request_id: Mapped[str]
 
 
 class IdempotencyKey(Owned, Table):
-    """A write that was answered: the same key with the same body gets the same answer."""
+    """A write that was answered: the same key with the same body gets the same answer, from whom may still do it."""
 
     __tablename__ = "idempotency_keys"
     principal_id: Mapped[str] = _id()
@@ -526,6 +526,8 @@ class IdempotencyKey(Owned, Table):
     body_sha256: Mapped[str] = mapped_column(String(64))
     status: Mapped[int]
     answer: Mapped[dict[str, Any]]
+    proofs: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """What it was allowed by (`policy.proofs`); None of one that was answered before that was kept."""
     created: Mapped[datetime] = mapped_column(default=now)
 
 
