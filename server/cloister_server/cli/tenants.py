@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import typer
+from sqlalchemy.orm import Session
 
 from cloister.wire._model import Body
-from cloister_server import shredding
+from cloister_server import approvals, policy, shredding
 from cloister_server import tenants as tenants_
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import (
@@ -19,13 +21,16 @@ from cloister_server.cli.terminal import (
     operator_in,
     refusals,
     require_confirmed,
+    run,
     show,
 )
 from cloister_server.errors import Invalid
 from cloister_server.operations import tenants
 from cloister_server.operations.definition import InTenant
+from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
+from cloister_server.store.tables import Tenant
 
 __all__ = ["tenant_cli"]
 
@@ -41,12 +46,14 @@ def create(
         str | None,
         typer.Option(help="Where its key is made, by name in the key provider file; the default one otherwise."),
     ] = None,
+    two_person: Annotated[bool, typer.Option("--two-person", help="Shredding it takes two operators.")] = False,
     dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
     """Make a tenant, with an encryption key of its own."""
     with refusals(as_json):
-        operate(tenants.create, tenants.CreateTenant(name=name, key_provider=key_provider), as_json, dry_run=dry_run)
+        request = tenants.CreateTenant(name=name, key_provider=key_provider, two_person=two_person)
+        operate(tenants.create, request, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("list")
@@ -67,6 +74,38 @@ def resume(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Let a suspended tenant act again, with all that it had; its jobs go on from their last checkpoints."""
     with refusals(as_json):
         operate(tenants.resume, InTenant(tenant=name), as_json, dry_run=dry_run)
+
+
+@tenant_cli.command("approvals")
+def approvals_(
+    name: Named,
+    two_person: Annotated[
+        bool | None,
+        typer.Option(
+            "--two-person/--one-person", help="Whether shredding it takes two operators; so does --one-person."
+        ),
+    ] = None,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take back what is asked for, whoever asked.")] = False,
+    dry_run: DryRun = False,
+    as_json: JSON = False,
+) -> None:
+    """Show whether a tenant's end takes two operators, and what is asked for now; or set that, or take back what is asked for.
+
+    What one operator asks for another does within 24 hours, by the same command.
+    """
+
+    def work(session: Session, _: Service) -> dict[str, Any]:
+        operator = operator_in(session, name)
+        if withdraw and two_person is not None:
+            raise Invalid("take back what is asked for, or set who is needed: one at a time")
+        if withdraw:
+            return asdict(approvals.withdraw(session, operator))
+        if two_person is not None:
+            return asdict(approvals.set_two_persons(session, operator, required=two_person))
+        tenant = session.get_one(Tenant, operator.tenant_id)
+        return asdict(approvals.told(policy.authorize(session, operator, "tenant.administer", tenant).resource))
+
+    run(work, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("quota")
@@ -114,7 +153,8 @@ def shred(
 ) -> None:
     """Destroy a tenant's keys and delete what they sealed, for good; with --json, print the signed receipt.
 
-    What was cut short is finished by running it again.
+    Where the tenant takes two operators, this asks for it, or does what another operator asked for within the last 24 hours. What was
+    cut short is finished by running it again.
     """
     if dry_run:
         with refusals(as_json):
@@ -125,6 +165,11 @@ def shred(
             tenant, operator = tenants_.find_tenant(session, name), operator_in(session, name)
         require_confirmed(tenant.name, confirm, warning="Nobody can undo a shredding.")
         with denials_kept(service.engine):
+            asked = shredding.ask(service, operator)
+            if asked is not None:
+                note = "nothing is shredded: another operator runs the same command, or `tenant approvals --withdraw`"
+                show({"request": asdict(asked), "note": note}, as_json)
+                return
             signed = shredding.shred(service, operator)
         if as_json:
             show(signed, as_json)

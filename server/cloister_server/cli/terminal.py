@@ -160,9 +160,9 @@ def told(operation: Operation[Any], request: Body, *, dry_run: bool = False, con
 def me() -> Acting:
     """Whoever runs the command: the user of the operating system, as the kernel has it."""
     try:
-        name = pwd.getpwuid(os.getuid()).pw_name
+        name = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
-        name = str(os.getuid())
+        name = str(os.geteuid())
     return Acting.local(name)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from cloister.wire._model import Body
-from cloister_server import operators, policy, quotas, suspension
+from cloister_server import approvals, operators, policy, quotas, suspension
 from cloister_server import tenants as tenants_
 from cloister_server.operations.definition import Acting, Given, InTenant, operation
 from cloister_server.service import Service
@@ -24,6 +24,8 @@ class CreateTenant(Body):
     name: Given
     key_provider: Given | None = None
     """Where its key is made, by name; the default one otherwise."""
+    two_person: bool = False
+    """Whether its end takes two operators."""
 
 
 class SetQuota(InTenant):
@@ -37,7 +39,7 @@ class SetQuota(InTenant):
 def _plan(session: Session, service: Service, _: Acting, request: CreateTenant) -> dict[str, Any]:
     operators.require_other(request.name)
     chosen = tenants_.plan_tenant(session, service.keys, name=request.name, provider=request.key_provider)
-    return {"name": request.name, "key_provider": chosen}
+    return {"name": request.name, "key_provider": chosen, "two_person": request.two_person}
 
 
 @operation("tenant.create", CreateTenant, changes=True, plan=_plan)
@@ -50,6 +52,7 @@ def create(session: Session, service: Service, by: Acting, request: CreateTenant
         request_id=by.request_id,
         by=by.id,
         provider=request.key_provider,
+        two_person=request.two_person,
     )
     return {"id": made.id, "name": made.name}
 
@@ -62,6 +65,8 @@ def listed(session: Session, _: Service, __: Acting, ___: Body) -> list[dict[str
             "name": each.name,
             "created": each.created,
             "status": "suspended" if each.suspended and each.status == "active" else each.status,
+            "two_person": each.two_person,
+            "requests": [asdict(asked) for asked in approvals.told(each).requests],
         }
         for each in tenants_.tenants(session)
     ]
