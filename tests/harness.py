@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,9 +24,11 @@ from cloister_server import deployment, tenants
 from cloister_server.grants import Role
 from cloister_server.service import Service
 from cloister_server.settings import Settings
+from ports import free_port
 
 BIN = Path(sys.executable).parent
-START_S = 60.0
+PATIENCE_S = 300.0
+"""For what comes in moments where the machine is idle."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ class Deployment:
     def admin(self, *arguments: str) -> Any:
         """Run `cloister-admin ... --json` and return its document."""
         done = subprocess.run(
-            [BIN / "cloister-admin", *arguments, "--json"], env=self.env, capture_output=True, text=True, timeout=120
+            [BIN / "cloister-admin", *arguments, "--json"],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
         )
         assert done.returncode == 0, f"cloister-admin {arguments} exited {done.returncode}: {done.stderr}{done.stdout}"
         return json.loads(done.stdout)
@@ -135,15 +140,15 @@ class Deployment:
         return self
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             if self.process is not None and self.process.poll() is not None:
                 raise AssertionError(f"the server exited {self.process.returncode}: {self.tail()}")
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/readyz", timeout=2) as answer:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/readyz", timeout=60) as answer:
                 if answer.status == 200:
                     return
             time.sleep(0.1)
-        raise AssertionError(f"the server was not ready within {START_S:g} s: {self.tail()}")
+        raise AssertionError(f"the server was not ready within {PATIENCE_S:g} s: {self.tail()}")
 
     def client(self, app: App, **options: Any) -> cloister.Cloister:
         return cloister.Cloister(self.url, client_id=app.client_id, client_secret=app.client_secret, **options)
@@ -154,15 +159,16 @@ class Deployment:
             f"{self.url}/oauth/token",
             data={"grant_type": "client_credentials"},
             auth=(app.client_id, app.client_secret),
+            timeout=60,
         )
         assert answer.status_code == 200, answer.text
         return str(answer.json()["access_token"])
 
-    def stop(self, *, timeout_s: float = 10.0) -> int:
-        """SIGTERM; every process must be gone within the time."""
+    def stop(self) -> int:
+        """SIGTERM; every process must be gone soon."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(timeout_s)
+        code = self.process.wait(60)
         self.process = None
         return code
 
@@ -173,7 +179,7 @@ class Deployment:
                 self.process.kill()
             self.process.wait()
             self.process = None
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while self.pids("cloister_server.") and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -190,9 +196,3 @@ class Deployment:
                     if ours and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
                         found.append(int(entry.name))
         return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -85,7 +85,7 @@ def elsewhere(audience: str) -> Iterator[Elsewhere]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(60)
 
 
 def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:

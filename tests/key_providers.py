@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,7 @@ __all__ = [
     "ACCOUNT",
     "FAULTS",
     "PIN",
+    "SLOW",
     "TOKEN_LABEL",
     "VAULT_TOKEN",
     "Faulty",
@@ -40,6 +42,7 @@ __all__ = [
     "kms_client",
     "kms_server",
     "new_token",
+    "refusals",
     "served",
     "softhsm",
     "token",
@@ -128,14 +131,14 @@ def kms_server(home: Path) -> Iterator[str]:
             env={**os.environ, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"},
         )
     try:
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 300
         while not (match := re.search(r"Running on (http://127\.0\.0\.1:\d+)", log.read_text())):
             assert server.poll() is None and time.monotonic() < give_up, "moto's server did not start"
             time.sleep(0.1)
         yield match[1]
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 def kms_client(url: str) -> Any:
@@ -158,6 +161,12 @@ def served(handler: type[BaseHTTPRequestHandler], *, port: int = 0, **state: Any
     finally:
         server.shutdown()
         server.server_close()
+
+
+def refusals(*calls: Callable[[], Any]) -> list[BaseException | None]:
+    """What each call raises, all made at once: each may wait for as long as its patience lasts."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [made.exception() for made in [pool.submit(call) for call in calls]]
 
 
 @dataclass(slots=True)
@@ -328,6 +337,9 @@ def _wrong_fields() -> bytes:
         {"KeyMetadata": key, "data": {"type": 1, "ciphertext": [], "plaintext": {}}, "errors": 5}
     ).encode()
 
+
+SLOW = ("hangs", "trickles")
+"""The faults for which nothing but one's own patience ends a wait, short there, and elsewhere long: a busy machine is slow too."""
 
 FAULTS: dict[str, Callable[[Faulty], None]] = {
     "closes": lambda handler: handler.connection.shutdown(socket.SHUT_RDWR),

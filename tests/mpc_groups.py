@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from cloister.wire.layers import Flatten, Layer, Linear, ReLU
 from cloister.wire.shares import Shares, decode, encode, join, split
 from cloister_privacy.architecture import Network, build
 from cloister_privacy.mpc import Dealer, Deployment, Identity, Limits, Party, Peer, SharedNetwork, split_weights
+from ports import free_port
 
-__all__ = ["Group", "Running", "free_port", "network_of", "shares_of", "small_network"]
+__all__ = ["Group", "Running", "network_of", "shares_of", "small_network"]
 
 ROLES = ("party-0", "party-1", "dealer")
+_PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ class Group:
         weights = [Shares.from_bytes((directory / f"{number}.weights").read_bytes()).tensors for number in (0, 1)]
         deployment = Deployment("dep_" + "0" * 32, (peers[0], peers[1]), peers[2])
         return cls(deployment, identities, SharedNetwork(network.architecture), tuple(dict(each) for each in weights))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def network_of(shape: tuple[int, ...], *layers: Layer, values: int = 10) -> Network:
@@ -88,6 +84,7 @@ class Running:
     """A group in this process, each party in a thread of its own while both must work."""
 
     def __init__(self, group: Group, directory: Path, *, limits: Limits | None = None) -> None:
+        limits = replace(limits or Limits(), form_s=_PATIENCE_S, request_s=_PATIENCE_S)
         self.group, self.directory, self._limits = group, directory, limits
         self.dealer = Dealer(group.identities["dealer"], group.deployment, group.network, limits=limits)
         self.parties = tuple(

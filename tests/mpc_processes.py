@@ -116,7 +116,7 @@ class Processes:
     def _written(self, role: str, name: str) -> bytes:
         """Party 1 may be writing still; where it was killed first, the request is lost."""
         path, waiting = self.directory / role / f"{name}.out", threading.Event()
-        for _ in range(200):
+        for _ in range(int(_PATIENCE_S / 0.05)):
             if path.exists():
                 return path.read_bytes()
             if role not in self.running or self.running[role].poll() is not None:

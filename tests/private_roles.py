@@ -13,7 +13,8 @@ from typing import Any
 import cloister
 from cloister.wire.private_deployments import ROLES
 from cloister_server.roles import identity
-from harness import BIN, Deployment, free_port
+from harness import BIN, Deployment
+from ports import free_port
 
 __all__ = ["PrivateRoles"]
 
@@ -65,6 +66,8 @@ class PrivateRoles:
                 "CLOISTER_ROLE_DIRECTORY": str(self.directory / role),
                 "CLOISTER_ROLE_FILE": str(self.directory / f"{role}.role"),
                 "CLOISTER_ROLE_CERTIFICATE_KEYS": str(self.directory / "keys.json"),
+                "CLOISTER_ROLE_FORM_S": "60",
+                "CLOISTER_ROLE_REQUEST_S": "60",
             }
             with (self.directory / f"{role}.log").open("ab") as log:
                 self.running[role] = subprocess.Popen(

@@ -35,6 +35,7 @@ __all__ = ["Parties"]
 _HEAD_OF_SHARES = 4096
 _ERRORS: dict[str, type[PrivateInferenceFailed]] = {
     "busy": PartyBusy,
+    "too_many_links": PartyBusy,
     "stale": StaleDeployment,
     "not_permitted": PartyRefused,
     "shares_refused": PartyRefused,

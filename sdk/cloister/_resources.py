@@ -96,10 +96,10 @@ class Sources(_Sync):
         expires: datetime | None = None,
         reason: str,
     ) -> Allowance:
-        """Bound what one app may use of a source, in each of its blocks, and until when; with neither, lift the bound.
+        """Bound what one app or person may use of a source, in each of its blocks, and until when; with neither, lift the bound.
 
-        `client`: its id, or its name where it is of the source's own tenant. It grants nothing: what the app may do is the
-        operator's to say.
+        `client`: the app's or the person's id, or the name where it is of the source's own tenant. It grants nothing: what the
+        app or person may do is the operator's to say.
         """
         body = valid(SetAllowance, epsilon=epsilon, expires=expires, reason=reason)
         return self._sender.run(self._operations.allow(source, client, body))

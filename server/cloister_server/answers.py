@@ -141,5 +141,5 @@ def _planned(
     plan = QueryPlan.of(
         query, schema=datasets.schema_of(dataset), unit=source.unit, adjacency=source.adjacency, models=schemas
     )
-    policy.require_epsilon(authorized, "dataset.train", plan.event().epsilon)
+    policy.require_epsilon(session, authorized, "dataset.train", plan.event().epsilon)
     return authorized, source, plan, evaluated

@@ -73,15 +73,16 @@ async def keep(engine: Engine, principal: Principal, noted: Noted, *, route: tup
     template for verb and resource. Raises Unavailable `audit_unavailable` where the log cannot be written. Of a tenant whose ledger
     is older than its anchor, which can be read and whose chain must not go on, the rows are in the process' own log instead.
     """
-    decided: Iterable[Decided] = dict.fromkeys(noted.decided)
     if noted.is_told:
         return
-    if not noted.decided:
+    told: Iterable[tuple[str, str, str | None]]
+    told = dict.fromkeys((each.verb, each.resource_id, each.grant_id) for each in noted.decided)
+    if not told:
         if status >= 400:
             return
-        decided = (Decided(*route, None),)
+        told = ((*route, None),)
     outcome = "allowed" if status < 400 else f"allowed: answered {status}"
-    rows = [audit.values_of(principal, verb, on, outcome=outcome, grant_id=grant) for verb, on, grant in decided]
+    rows = [audit.values_of(principal, verb, on, outcome=outcome, grant_id=grant) for verb, on, grant in told]
     await _batches_of(engine).append(engine, principal.tenant_id, rows)
 
 

@@ -30,7 +30,17 @@ from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.queries import keys_not_destroyed, public_keys
 from cloister_server.store.session import check_durability, new_engine, reading, writing
 
-__all__ = ["check_initialised", "check_ready", "initialise", "open_keys", "open_service", "rolled_back"]
+__all__ = [
+    "check_apart",
+    "check_initialised",
+    "check_ready",
+    "has_keystore",
+    "initialise",
+    "new_passphrase",
+    "open_keys",
+    "open_service",
+    "rolled_back",
+]
 
 _PURPOSES: tuple[vault.Purpose, ...] = ("token", "certificate", "pepper")
 
@@ -42,10 +52,11 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
     service's own keys, and the chains of rows from before there were any. Raises StartRefused, above all where database and
     keystore do not belong together.
     """
-    _check_apart(settings)
+    check_apart(settings)
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     _make_database_directory(settings)
     keys = _open_or_create_keys(settings, passphrase)
+    settings.key_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # anchors lie there, keystore or not
     anchors = Anchors(settings.anchor_dir)
     anchors.create()
     try:
@@ -87,7 +98,7 @@ def open_keys(settings: Settings) -> KeyRing:
     Raises StartRefused.
     """
     default, providers = _providers(settings)
-    if default == LOCAL or _has_keystore(settings):
+    if default == LOCAL or has_keystore(settings):
         if not settings.key_dir.is_dir():
             raise StartRefused(
                 f"there is no keystore in {settings.key_dir}: not initialised; run `cloister-admin init`"
@@ -102,7 +113,7 @@ def open_service(settings: Settings, *, keys: KeyRing | None = None) -> Service:
 
     Tenants whose ledger is older than its anchor are logged; of theirs nothing can be charged or changed, and all can be read.
     """
-    _check_apart(settings)
+    check_apart(settings)
     check_initialised(settings)
     keys = open_keys(settings) if keys is None else keys
     try:
@@ -154,8 +165,8 @@ def _rolled_back(engine: Engine, settings: Settings) -> list[LedgerRolledBack]:
         return chain.rolled_back(session, anchors)
 
 
-def _check_apart(settings: Settings) -> None:
-    """A copy of the data must not be a copy of the keys."""
+def check_apart(settings: Settings) -> None:
+    """Raise StartRefused where keys lie with the data: a copy of the data must not be a copy of the keys."""
     data_dir = settings.data_dir.resolve()
     for name, place in (
         ("key_dir", settings.key_dir),
@@ -173,12 +184,12 @@ def _check_apart(settings: Settings) -> None:
 def _open_or_create_keys(settings: Settings, passphrase: str | None) -> KeyRing:
     """As `open_keys`, but that a keystore is made where new keys go into it and there is none."""
     default, providers = _providers(settings)
-    is_new = not _has_keystore(settings)
+    is_new = not has_keystore(settings)
     if default == LOCAL or not is_new:
         if settings.key_file is not None:
             passphrase = None
         elif passphrase is None:
-            passphrase = _new_passphrase() if is_new else _ask_passphrase("Passphrase of the keystore: ")
+            passphrase = new_passphrase() if is_new else _ask_passphrase("Passphrase of the keystore: ")
         make = LocalKeyProvider.create if is_new else LocalKeyProvider.open
         providers[LOCAL] = _local(settings, make, passphrase)
     return _ring(settings, default, providers)
@@ -217,7 +228,7 @@ def _local(settings: Settings, make: Callable[..., LocalKeyProvider], passphrase
     return {"kind": "local", "directory": settings.key_dir, "root_key": opened.root_key}
 
 
-def _has_keystore(settings: Settings) -> bool:
+def has_keystore(settings: Settings) -> bool:
     """Anything but the ledgers' anchors, which lie there too: what is left of a damaged keystore is not built over."""
     return settings.key_dir.is_dir() and any(place != settings.anchor_dir for place in settings.key_dir.iterdir())
 
@@ -298,10 +309,11 @@ def _make_database_directory(settings: Settings) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _new_passphrase() -> str:
+def new_passphrase() -> str:
+    """Ask at the terminal for a passphrase that the keystore is to have, twice. Raises StartRefused."""
     first = _ask_passphrase("Choose a passphrase for the keystore: ")
     if _ask_passphrase("Once more: ") != first:
-        raise StartRefused("the two passphrases differ; run `cloister-admin init` again")
+        raise StartRefused("the two passphrases differ; run the command again")
     return first
 
 

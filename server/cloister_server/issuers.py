@@ -151,7 +151,7 @@ def map_subject(
     tenant, issuer = authorized.resource, find(session, url)
     if not 0 < len(subject) <= LONGEST_SUBJECT or not subject.isprintable():
         raise Invalid(f"a subject is what the issuer's tokens have for `sub`: 1 to {LONGEST_SUBJECT} characters")
-    holder = grants.find_holder(session, tenant, to)
+    holder = grants.find_principal(session, tenant, to)
     if holder.tenant_id != tenant.id:
         raise Invalid("somebody of another tenant is not this operator's to let in; name that tenant")
     if isinstance(holder, App) and (holder.public or holder.dpop):

@@ -50,7 +50,7 @@ def start(
     read = plans.readable(session, principal, spec)
     dataset, source = read.first, budgets.lock(session, read.source)
     plan = plans.check_spec(read, spec)
-    read.require_epsilon(plan.epsilon())
+    read.require_epsilon(session, plan.epsilon())
     start = weights.usable(session, principal, spec.initial.id if spec.initial else None, dataset=dataset)
     weights.require_named(start, spec.initial)
     if any(each.status != "ready" for each in read.datasets):

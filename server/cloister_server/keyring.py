@@ -16,7 +16,15 @@ from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import Any, get_args
 
-from cloister_privacy.sealing import Context, Destruction, KeyProvider, KeyProviderError, ProviderKind, open_provider
+from cloister_privacy.sealing import (
+    Context,
+    Destruction,
+    KeyProvider,
+    KeyProviderError,
+    LocalKeyProvider,
+    ProviderKind,
+    open_provider,
+)
 from cloister_privacy.sealing.files import read_private
 from cloister_server.errors import StartRefused, Unavailable
 from cloister_server.store.key_record import KeyRecord
@@ -163,6 +171,11 @@ class KeyRing:
             if name not in self._opened:
                 self._opened[name] = _InTurn(self._open(name), turns, name, self._record)
             return self._opened[name]
+
+    def own_keystore(self) -> LocalKeyProvider:
+        """The deployment's own keystore, whose root key is known here. Only where there is one."""
+        settings = self._settings[LOCAL]
+        return LocalKeyProvider(settings["directory"], root_key=settings["root_key"])
 
     def kind_of(self, name: str) -> str | None:
         """Of which kind the provider of this name is; None where the deployment has none of the name."""

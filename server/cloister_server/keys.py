@@ -31,6 +31,7 @@ from cloister_server.keyring import LOCAL, KeyRing
 from cloister_server.principal import Principal
 from cloister_server.rewrapping import Wraps, rewrap
 from cloister_server.service import Service
+from cloister_server.settings import Settings
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import SealedObject, SigningKey, Tenant, TenantKey, now
@@ -207,7 +208,7 @@ def rotate(
     finished, and no further version is made. Raises Conflict where the tenant has no active key (any more), or where a
     key was begun in another provider; KeyProviderError where a provider refuses: what was committed until then stands.
     """
-    with alone(service):
+    with alone(service.settings):
         return _rotate(service, tenant_id, None, request_id, on_progress or _untold)
 
 
@@ -249,7 +250,7 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
     Commits twice; a process killed in between leaves a key that is gone and named decrypt-only, and the same call again finishes.
     Raises Conflict where the version is active or still wraps something, Invalid where there is none.
     """
-    with alone(service):
+    with alone(service.settings):
         with writing(service.engine, ALL_TENANTS) as session:
             # Whoever still writes under this version holds its row.
             key = session.get(TenantKey, (tenant_id, version), with_for_update=True)
@@ -274,9 +275,9 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
 
 
 @contextmanager
-def alone(service: Service) -> Iterator[None]:
+def alone(settings: Settings) -> Iterator[None]:
     """While no other process makes, moves or destroys keys. Raises StartRefused where one still does after a moment."""
-    lock = service.settings.data_dir / "locks" / "keys.lock"
+    lock = settings.data_dir / "locks" / "keys.lock"
     with processes.locked(lock, wait_s=5, what="the life of the keys"):
         yield
 
@@ -307,7 +308,7 @@ def _rotate_each(
     outcome = Outcome([], left, [])
     for each in tenant_ids:
         try:
-            with alone(service):
+            with alone(service.settings):
                 outcome.rotated.append(_rotate(service, each, provider, request_id, tell))
         except (ServerError, KeyProviderError) as error:
             why = f"{error.why}; mend its ledger first" if isinstance(error, LedgerRolledBack) else str(error)

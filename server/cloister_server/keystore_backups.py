@@ -43,7 +43,7 @@ def backup(service: Service, place: Path) -> Backup:
             raise Invalid(f"{place} lies inside {what}, so that a copy of one is a copy of both; name another place")
     if place.exists() or not place.parent.is_dir():
         raise Invalid(f"{place} cannot be made: there is a file already, or no directory; nothing is overwritten")
-    with keys.alone(service):
+    with keys.alone(service.settings):
         content, count = _tar(directory)
         row = KeystoreBackup(id=new_id("kb"), place=str(place))
         with writing(service.engine, ALL_TENANTS) as session:

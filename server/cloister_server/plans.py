@@ -53,10 +53,10 @@ class Read:
     def capacity(self) -> int:
         return sum(each.capacity for each in self.datasets)
 
-    def require_epsilon(self, epsilon: float) -> None:
+    def require_epsilon(self, session: Session, epsilon: float) -> None:
         """Raise Forbidden where a grant that the run is allowed by is bound to less."""
         for each in self.authorized:
-            policy.require_epsilon(each, "dataset.train", epsilon)
+            policy.require_epsilon(session, each, "dataset.train", epsilon)
 
 
 def make(session: Session, principal: Principal, service: Service, body: PlanRequest) -> Plan:
@@ -77,7 +77,7 @@ def make(session: Session, principal: Principal, service: Service, body: PlanReq
         )
         spec = _resolved(_with_noise(body, noise), read, start)
     plan = check_spec(read, spec)
-    read.require_epsilon(plan.epsilon())
+    read.require_epsilon(session, plan.epsilon())
     weights.require_start(session, service, spec.architecture, spec.lora, start)
     event = plan.event()
     return Plan(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -31,10 +32,12 @@ __all__ = [
     "Denied",
     "Deny",
     "authorize",
+    "authorize_again",
     "authorize_change",
     "decide",
     "find",
     "find_served",
+    "proofs",
     "require_epsilon",
 ]
 
@@ -65,11 +68,13 @@ class Deny:
 
 
 class Decided(NamedTuple):
-    """What was allowed, and by which grant."""
+    """What was allowed, by which grant, and for a job of which epsilon, where that was asked."""
 
     verb: str
+    tenant_id: str
     resource_id: str
-    grant_id: str | None
+    grant_id: str
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,24 +161,55 @@ def authorize(session: Session, principal: Principal, verb: str, row: R) -> Auth
     Raises Forbidden, RateLimited where the grant was used too often, or Unavailable where nobody could decide.
     """
     tenant_id, resource_id = _place(row)
-    decision = decide(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
-    if isinstance(decision, Allow):
-        _count(session, decision)
-        kept: list[Decided] | None = session.info.get(DECIDED)
-        if kept is not None:
-            kept.append(Decided(verb, resource_id, decision.by))
-        return Authorized(principal, row, decision.by, _PROOF, decision.conditions)
-    if decision is _UNREACHABLE:
-        raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment")
-    raise _NotThis(Denial(principal, verb, resource_id, decision.reason))
+    allow = _allow(session, principal, verb, tenant_id, resource_id)
+    _note(session, Decided(verb, tenant_id, resource_id, allow.by))
+    return Authorized(principal, row, allow.by, _PROOF, allow.conditions)
 
 
-def require_epsilon(authorized: Authorized[Any], verb: str, epsilon: float) -> None:
+def require_epsilon(session: Session, authorized: Authorized[Any], verb: str, epsilon: float) -> None:
     """Raise Forbidden where the grant does not allow a job of this epsilon."""
-    most = authorized.conditions.max_epsilon
-    if most is not None and not epsilon <= most:
-        reason = f"grant {authorized.grant_id} allows epsilon {most:g} at most, and {epsilon:g} was asked"
-        raise _NotSoMuch(Denial(authorized.principal, verb, str(authorized.resource.id), reason), most)
+    tenant_id, resource_id = _place(authorized.resource)
+    _require_epsilon(
+        Allow(authorized.grant_id, authorized.conditions), authorized.principal, verb, resource_id, epsilon
+    )
+    _note(session, Decided(verb, tenant_id, resource_id, authorized.grant_id, epsilon))
+
+
+def proofs(session: Session, principal: Principal) -> list[list[Any]]:
+    """What was allowed so far for this request, as JSON for `authorize_again`: [verb, tenant, resource, epsilon] each.
+
+    Of what the work itself took the grant away, as whoever deletes a resource does, the verb is null: that cannot be asked again.
+    """
+    noted: dict[tuple[str, str, str], float | None] = {}
+    for each in session.info[DECIDED]:
+        asked = (each.verb, each.tenant_id, each.resource_id)
+        noted[asked] = max(
+            (epsilon for epsilon in (noted.get(asked), each.epsilon) if epsilon is not None), default=None
+        )
+    kept: list[list[Any]] = []
+    for (verb, tenant_id, resource_id), epsilon in noted.items():
+        decision = decide(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+        kept.append([verb if isinstance(decision, Allow) else None, tenant_id, resource_id, epsilon])
+    return kept
+
+
+def authorize_again(session: Session, principal: Principal, proofs: Iterable[Iterable[Any]]) -> None:
+    """Ask for all of this as the work that was allowed it would be asked now; refuses as `find` and `require_epsilon` do.
+
+    What cannot be asked again is refused where its tenant is suspended, or no more.
+    """
+    for verb, tenant_id, resource_id, epsilon in proofs:
+        if verb is None:
+            _require_standing(session, principal, tenant_id, resource_id)
+            continue
+        try:
+            allow = _allow(session, principal, verb, tenant_id, resource_id)
+        except _NotThis as refusal:
+            if _may_know(session, principal, verb, resource_id):
+                raise
+            raise _NotVisible(VERBS[verb].__name__.lower(), refusal.denial) from None
+        if epsilon is not None:
+            _require_epsilon(allow, principal, verb, resource_id, epsilon)
 
 
 def authorize_change(session: Session, principal: Principal, verb: str) -> Authorized[Tenant]:
@@ -224,6 +260,47 @@ def find_served(
         return None
     model = Model(tenant_id=principal.tenant_id, id=served.model_id, name=served.model)
     return Authorized(principal, model, served.by.grant_id, _PROOF, served.by.conditions), served
+
+
+def _allow(session: Session, principal: Principal, verb: str, tenant_id: str, resource_id: str) -> Allow:
+    """Raises _NotThis, RateLimited or Unavailable."""
+    decision = decide(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+    if isinstance(decision, Allow):
+        _count(session, decision)
+        return decision
+    if decision is _UNREACHABLE:
+        raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment")
+    raise _NotThis(Denial(principal, verb, resource_id, decision.reason))
+
+
+def _require_epsilon(allow: Allow, principal: Principal, verb: str, resource_id: str, epsilon: float) -> None:
+    most = allow.conditions.max_epsilon
+    if most is not None and not epsilon <= most:
+        reason = f"grant {allow.by} allows epsilon {most:g} at most, and {epsilon:g} was asked"
+        raise _NotSoMuch(Denial(principal, verb, resource_id, reason), most)
+
+
+def _require_standing(session: Session, principal: Principal, tenant_id: str, resource_id: str) -> None:
+    tenant = session.get(Tenant, tenant_id)
+    if tenant is None or tenant.status != "active" or tenant.suspended is not None:
+        raise _NotVisible(
+            "resource", Denial(principal, "(a replay)", resource_id, "its tenant is suspended or shredded")
+        )
+
+
+def _may_know(session: Session, principal: Principal, verb: str, resource_id: str) -> bool:
+    """Whether the principal may know that there is such a resource: of a tenant, which is its own, it does."""
+    table = VERBS.get(verb, Tenant)
+    if table is Tenant:
+        return True
+    visible = visible_to(principal, table).where(table.__table__.c.id == resource_id)
+    return session.scalars(visible).one_or_none() is not None
+
+
+def _note(session: Session, decided: Decided) -> None:
+    noted: list[Decided] | None = session.info.get(DECIDED)
+    if noted is not None:
+        noted.append(decided)
 
 
 def _count(session: Session, allow: Allow) -> None:

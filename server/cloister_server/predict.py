@@ -87,7 +87,7 @@ class PredictRoute:
         network = self._networks.opened(**of, version=served.version)
         if network is None:
             return None
-        state["noted"].decided.append(Decided(_VERB, served.model_id, authorized.grant_id))
+        state["noted"].decided.append(Decided(_VERB, principal.tenant_id, served.model_id, authorized.grant_id))
         return partial(_answered, authorized, served.version, match["verb"], body, network)
 
     def _respond(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import case, delete, func, or_, select, union_all, update
@@ -16,8 +17,10 @@ from sqlalchemy.orm import Session
 from cloister.wire.jobs import FINAL
 from cloister.wire.receipts import sign_receipt
 from cloister_privacy.sealing import KeyMissing, KeyProvider, KeyProviderError, KeystoreDamaged
-from cloister_server import audit, budgets, keys, marking, policy, processes, receipts, vault
+from cloister_server import approvals, audit, budgets, keys, marking, policy, processes, receipts, vault
+from cloister_server.approvals import Request
 from cloister_server.errors import Conflict, StartRefused
+from cloister_server.oauth import verifier
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS, for_tenants
@@ -43,7 +46,7 @@ from cloister_server.store.tables import (
     now,
 )
 
-__all__ = ["plan", "receipt", "shred"]
+__all__ = ["ask", "plan", "receipt", "shred"]
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ def plan(session: Session, principal: Principal) -> dict[str, Any]:
         "tenant": tenant.id,
         "name": tenant.name,
         "status": tenant.status,
+        "approvals": asdict(approvals.told(tenant)),
         "keys": [{"version": key.version, "provider": key.provider, "state": key.state} for key in versions],
         "keystore_copies": [
             {"place": each.place, "created": each.created}
@@ -95,13 +99,24 @@ def receipt(session: Session, principal: Principal) -> dict[str, Any]:
     return tenant.receipt
 
 
+def ask(service: Service, principal: Principal) -> Request | None:
+    """Ask for the end of a tenant that takes two operators: the request that stands now; None where `shred` will not want for one.
+
+    Of a tenant that is closed already nobody asks again: whoever goes on with it finishes what two have begun.
+    """
+    with writing(service.engine, ALL_TENANTS) as session:
+        if session.get_one(Tenant, principal.tenant_id).status != "active":
+            return None
+        return approvals.ask(session, policy.authorize_change(session, principal, "tenant.administer"), "shred")
+
+
 def shred(service: Service, principal: Principal) -> dict[str, Any]:
     """Shred the operator's tenant, for good; its signed receipt, which is the same however often this is called.
 
-    Raises Conflict `shredding_unfinished` where work does not end or a provider does not destroy a key: the tenant stays
-    closed, and calling again goes on from there.
+    Raises Conflict `needs_another_operator` where it takes two, and no other asked for it; and `shredding_unfinished` where work does
+    not end or a provider does not destroy a key: the tenant stays closed, and calling again goes on from there.
     """
-    with keys.alone(service):
+    with keys.alone(service.settings):
         with reading(service.engine, for_tenants(principal.tenant_id)) as session:
             is_done = session.get_one(Tenant, principal.tenant_id).status == "shredded"
             if is_done:
@@ -137,8 +152,9 @@ def _close(service: Service, principal: Principal) -> None:
             .where(TenantKey.tenant_id == tenant_id, TenantKey.state.in_(("pre-active", "active")))
             .values(state="decrypt-only")
         )
-        withdrawn = _withdraw(session, tenant_id)
+        withdrawn = _withdraw(session, service, tenant_id)
         _note(session, tenant_id, begun=now().isoformat(), deleted=withdrawn, keys={}).status = "shredding"
+        approvals.require(session, authorized, "shred")  # the row is locked, and as it is now
         audit.allowed(session, authorized, "tenant.shred", tenant_id)
     log.info("tenant.closed", extra={"tenant_id": tenant_id})
 
@@ -273,7 +289,9 @@ def _conclude(service: Service, principal: Principal) -> dict[str, Any]:
         gone = _counted(session, tenant_id)
         for table in _DELETED:
             session.execute(delete(table).where(_of(table, tenant_id)))
-        for name, count in _withdraw(session, tenant_id).items():  # what came in at the very moment of the closing
+        for name, count in _withdraw(
+            session, service, tenant_id
+        ).items():  # what came in at the very moment of the closing
             gone[name] = gone.get(name, 0) + count
         notes = _notes(session, tenant_id)
         for name, count in notes["deleted"].items():
@@ -307,8 +325,12 @@ def _cancel_jobs(session: Session, tenant_id: str) -> None:
     )
 
 
-def _withdraw(session: Session, tenant_id: str) -> dict[str, int]:
-    """Delete the tenant's clients and accounts, all that they may do anywhere, and all that anybody may do here; how many of each."""
+def _withdraw(session: Session, service: Service, tenant_id: str) -> dict[str, int]:
+    """Delete the tenant's clients and accounts, all that they may do anywhere, and all that anybody may do here; how many of each.
+
+    Their tokens are refused in this process from the next request on, elsewhere within a second.
+    """
+    verifier.forget_after(session, service)
     grants = _deleted(session, Grant, _grants_of(tenant_id))
     people = select(User.id).where(User.tenant_id == tenant_id)
     for of_a_person in (Login, BrowserSession, Authorization):

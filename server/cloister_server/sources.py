@@ -12,8 +12,8 @@ from cloister_server.errors import Conflict, NotFound
 from cloister_server.policy import Allow
 from cloister_server.principal import Principal
 from cloister_server.store.paging import page_of
-from cloister_server.store.queries import app_of_id, app_of_name, blocks_of, holds_something
-from cloister_server.store.tables import Block, Source, new_id
+from cloister_server.store.queries import blocks_of, holds_something
+from cloister_server.store.tables import Block, Source, Tenant, new_id
 
 __all__ = ["allow", "create", "get", "is_owned", "listed", "open_block", "set_budget"]
 
@@ -59,15 +59,16 @@ def set_budget(session: Session, principal: Principal, id_or_name: str, body: wi
 def allow(
     session: Session, principal: Principal, id_or_name: str, client: str, body: wire.SetAllowance
 ) -> wire.Allowance:
-    """Bound what an app may use of the source: of its own tenant by id or name, and of another by its id, once something of this
-    tenant is granted to it. The newest holds."""
+    """Bound what an app or a person may use of the source: of its own tenant by id or name, and of another by its id, once something
+    of this tenant is granted to it. The newest holds."""
     authorized = policy.find(session, principal, "source.own", Source, id_or_name)
     source = authorized.resource
-    holder = app_of_id(session, client) or app_of_name(session, source.tenant_id, client)
+    try:
+        holder = grants.find_principal(session, session.get_one(Tenant, source.tenant_id), client)
+    except grants.NoSuch:
+        raise NotFound("client") from None
     # Who is elsewhere, and has nothing here, is nobody's to find out.
-    if holder is None or (
-        holder.tenant_id != source.tenant_id and not holds_something(session, holder, source.tenant_id)
-    ):
+    if holder.tenant_id != source.tenant_id and not holds_something(session, holder, source.tenant_id):
         raise NotFound("client")
     budgets.allow(
         session,

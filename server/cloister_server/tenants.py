@@ -15,6 +15,7 @@ from cloister_server.grants import NoSuch, Role
 from cloister_server.keyring import KeyRing
 from cloister_server.oauth import client_secrets, logins, redirects
 from cloister_server.principal import Principal
+from cloister_server.service import Service
 from cloister_server.store import queries
 from cloister_server.store.tables import App, Tenant, new_id, now
 
@@ -44,13 +45,22 @@ class Removed:
 
 
 def create_tenant(
-    session: Session, keys: KeyRing, *, name: str, request_id: str, provider: str | None = None
+    session: Session,
+    keys: KeyRing,
+    *,
+    name: str,
+    request_id: str,
+    provider: str | None = None,
+    two_person: bool = False,
 ) -> Tenant:
-    """A tenant, and its first key in the default provider or the named one: nothing of it is ever sealed under another's."""
+    """A tenant, and its first key in the default provider or the named one: nothing of it is ever sealed under another's.
+
+    With `two_person` its end takes two operators (`approvals`).
+    """
     if queries.tenant_of_id_or_name(session, _checked(name)) is not None:
         raise Conflict(f"a tenant named {name!r} is already there; choose another name")
     key = vault.new_tenant_key(session, provider=provider or keys.default)
-    tenant = Tenant(id=key.tenant_id, name=name)
+    tenant = Tenant(id=key.tenant_id, name=name, two_person=two_person)
     principal = operator_of(tenant, request_id=request_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
     session.add(tenant)
@@ -123,8 +133,9 @@ def rotate_client(
     return app, secret
 
 
-def remove_client(session: Session, principal: Principal, id_or_name: str) -> Removed:
-    """Remove an app of the operator's tenant and all its grants: its tokens are refused within a second.
+def remove_client(session: Session, service: Service, principal: Principal, id_or_name: str) -> Removed:
+    """Remove an app of the operator's tenant and all its grants: its tokens are refused from the next request on, elsewhere within a
+    second.
 
     What it made stays: its jobs go on, and sources that it owned answer to whoever is granted `source.own` next.
     """
@@ -133,7 +144,7 @@ def remove_client(session: Session, principal: Principal, id_or_name: str) -> Re
     app = _own_app(session, tenant, id_or_name)
     removed = Removed(app.id, app.name, queries.sources_of(session, app.id))
     grants.forget_holder(session, app)
-    logins.forget_client(session, app.id)
+    logins.forget_client(session, service, app.id)
     session.delete(app)
     audit.allowed(session, authorized, "client.remove", app.id)
     return removed

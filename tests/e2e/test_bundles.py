@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("deployment", [SQLITE], indirect=True)
 
 
 def command(*arguments: str | Path, status: int = 0) -> str:
-    done = subprocess.run([BIN / "cloister", *arguments], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([BIN / "cloister", *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout.strip()
 
@@ -65,7 +65,7 @@ def test_a_tenants_bundle_holds_its_rows_its_models_and_its_ledger(
 def test_a_bundle_for_no_key_is_not_made(deployment: Deployment, app: App, tmp_path: Path, line: str) -> None:
     done = subprocess.run(
         [BIN / "cloister-admin", "tenant", "export", app.tenant, "--for", line, "--to", tmp_path / "b"],
-        env=deployment.env, capture_output=True, text=True, timeout=60,
+        env=deployment.env, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1 and "give it whole" in done.stderr
     assert not list(tmp_path.iterdir())

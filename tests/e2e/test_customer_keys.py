@@ -55,7 +55,7 @@ class Served:
             self.bystander_url,
             json={"inputs": [{"name": "scan", "shape": [1, 8, 8], "datatype": "FP32", "data": self.rows[0].ravel().tolist()}]},
             headers={"Authorization": f"Bearer {self.bystander_token}"},
-            timeout=20.0,
+            timeout=60.0,
         )  # fmt: skip
         assert answer.status_code == 200, answer.text
 

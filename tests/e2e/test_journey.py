@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,9 @@ import pytest
 
 import cloister
 from harness import App, Deployment
-from journeys import COLUMNS, upload
+from journeys import COLUMNS, POSTGRES_LONG, SQLITE, upload
+
+BOTH_IN_LONG = pytest.mark.parametrize("deployment", [SQLITE, POSTGRES_LONG], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,10 @@ def test_predictions_refuse_what_the_columns_do_not_allow(trained: Trained) -> N
 def test_a_job_is_reattached_by_its_id_and_waiting_for_a_finished_one_returns_at_once(trained: Trained) -> None:
     again = trained.client.jobs.get(trained.job.id)
     assert again.status == "done"
-    assert again.wait(timeout_s=1).name == "reader"
+    assert again.wait(timeout_s=60).name == "reader"
 
 
+@BOTH_IN_LONG
 def test_a_cancelled_job_publishes_nothing_and_stays_charged_for_what_ran(
     client: cloister.Cloister, digits: dict[str, np.ndarray]
 ) -> None:
@@ -119,10 +123,10 @@ def test_a_cancelled_job_publishes_nothing_and_stays_charged_for_what_ran(
     plan = client.plan(data, target="digit", privacy=cloister.DP(noise_multiplier=4.0), epochs=300, batch_size=100)
     job = client.train(plan, model="stopped")
     while client.jobs.get(job.id).steps_done == 0:
-        pass
+        time.sleep(0.05)
     job.cancel()
     with pytest.raises(cloister.JobCancelled):
-        job.wait(timeout_s=30)
+        job.wait(timeout_s=300)
     spent = client.sources.get("digits-people").budget.spent
     assert 0 < spent < plan.quote.after
     with pytest.raises(cloister.NotFound):
@@ -147,7 +151,7 @@ def test_a_retried_start_never_spends_twice(
 ) -> None:
     data = upload(client, digits)
     plan = client.plan(data, target="digit", privacy=cloister.DP(epsilon=2), epochs=1)
-    with httpx2.Client(base_url=deployment.url) as raw:
+    with httpx2.Client(base_url=deployment.url, timeout=60) as raw:
         headers = {"Authorization": f"Bearer {deployment.token(app)}", "Idempotency-Key": "one-and-only"}
         body = {"training": plan.training.model_dump(mode="json"), "model": "once"}
         answers = [raw.post("/v1/jobs", json=body, headers=headers) for _ in range(3)]
@@ -159,6 +163,7 @@ def test_a_retried_start_never_spends_twice(
     client.jobs.get(answers[0].json()["id"]).cancel()
 
 
+@BOTH_IN_LONG
 def test_the_async_client_does_the_same(deployment: Deployment, app: App, digits: dict[str, np.ndarray]) -> None:
     async def journey() -> np.ndarray:
         async with cloister.AsyncCloister(
@@ -176,6 +181,7 @@ def test_the_async_client_does_the_same(deployment: Deployment, app: App, digits
     assert asyncio.run(journey()).shape == (4,)
 
 
+@BOTH_IN_LONG
 def test_a_tabular_regression_trains_on_bounds_and_categories(client: cloister.Cloister) -> None:
     rng = np.random.default_rng(1)
     age, region = rng.uniform(18, 90, 1500).astype(np.float32), rng.integers(0, 3, 1500).astype(np.int32)

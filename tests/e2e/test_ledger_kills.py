@@ -51,7 +51,7 @@ def test_at_every_instant_of_fifty_kills_what_ran_and_what_was_released_is_charg
                 _look(deployment, engine)
                 if _status(deployment, jobs[-1]) in FINAL:
                     jobs.append(kills._start_job(deployment, app, digits))
-            kills._until(lambda: _status(deployment, jobs[-1]) in FINAL, "the last job never ended", timeout_s=120)
+            kills._until(lambda: _status(deployment, jobs[-1]) in FINAL, "the last job never ended")
             found = _look(deployment, engine)
             assert all(found.jobs[job].settled is not None for job in jobs)
             done = [job for job in jobs if _status(deployment, job) == "done"]  # some may have died too often to go on

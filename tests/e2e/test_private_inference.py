@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,14 @@ def _right_or_unavailable(private: cloister.PrivateModel, clear: np.ndarray, row
     return True
 
 
+def _right_soon(private: cloister.PrivateModel, clear: np.ndarray, rows: np.ndarray) -> None:
+    """However long the roles take to start, or to find each other: errors by name, and then a right answer."""
+    deadline = time.monotonic() + 300
+    while not _right_or_unavailable(private, clear, rows):
+        assert time.monotonic() < deadline, "the roles did not come"
+        time.sleep(0.1)
+
+
 def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill(
     deployment: Deployment,
     app: App,
@@ -95,7 +104,7 @@ def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill
     assert [party.operator for party in private.parties] == list(OPERATORS.values())[:2]
     assert private.dealer.operator == OPERATORS["dealer"]
     assert private.statement.max_error < 1e-4 and private.statement.rows_measured == 8
-    assert np.abs(private.predict_proba(rows) - clear).max() < 1e-4
+    _right_soon(private, clear, rows)
     assert np.array_equal(private.predict(rows, decoded=True), model.predict(rows, decoded=True))
 
     async def asked() -> np.ndarray:
@@ -118,7 +127,7 @@ def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill
     survivors = {role: roles.running[role].pid for role in ("party-1", "dealer")}
     roles.kill("party-0")
     roles.start("party-0")
-    assert _right_or_unavailable(private, clear, rows) or _right_or_unavailable(private, clear, rows)
+    _right_soon(private, clear, rows)
     assert {role: roles.running[role].pid for role in survivors} == survivors
     assert all(roles.running[role].poll() is None for role in survivors)
 
@@ -147,7 +156,7 @@ def test_roles_killed_at_any_instant_leave_an_error_or_a_right_answer_and_come_b
     rows, instants = digits["scan"][:4], random.Random(8)
     clear = model.predict_proba(rows)
     private = client.private("m")
-    assert _right_or_unavailable(private, clear, rows)
+    _right_soon(private, clear, rows)
     for _ in range(4 if os.environ.get("SHORT") else 20):
         role = instants.choice(("dealer", "party-0", "party-1"))
         for _ in range(instants.randrange(20)):
@@ -155,7 +164,7 @@ def test_roles_killed_at_any_instant_leave_an_error_or_a_right_answer_and_come_b
         roles.kill(role)
         _right_or_unavailable_soon(private, clear, rows)
         roles.start(role)
-        assert any(_right_or_unavailable(private, clear, rows) for _ in range(5))
+        _right_soon(private, clear, rows)
     for role in ("party-0", "party-1", "dealer"):
         held = b"".join(p.read_bytes() for p in (roles.directory / role).rglob("*") if p.is_file())
         assert rows[0].tobytes() not in held and json.dumps(clear[0].tolist()).encode() not in held

@@ -80,16 +80,22 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         wrapping = name.partition(" ")[2]
         return Store(name, lambda: open_provider("pkcs11", **token, wrapping=wrapping), b"cloister.pkcs11/1\n", 40)
     if name == "aws_kms":
-        place = {"endpoint_url": request.getfixturevalue("kms"), "prefix": f"tests-{secrets.token_hex(4)}"}
+        place = {
+            "endpoint_url": request.getfixturevalue("kms"),
+            "prefix": f"tests-{secrets.token_hex(4)}",
+            "timeout_s": 60,
+        }
         account = {**ACCOUNT, **place}
         return Store(name, lambda: open_provider("aws_kms", **account), b"cloister.aws-kms/1\n", 8)
     if name == "aws_kms_held":
         url = request.getfixturevalue("kms")
         arn = kms_client(url).create_key(KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"]["Arn"]
-        held = {"key_arn": arn, "endpoint_url": url} | {name: ACCOUNT[name] for name in ACCOUNT if name != "region"}
+        held = {"key_arn": arn, "endpoint_url": url, "timeout_s": 60} | {
+            name: ACCOUNT[name] for name in ACCOUNT if name != "region"
+        }
         return Store(name, lambda: open_provider("aws_kms_held", **held), b"cloister.aws-kms-held/1\n", 8)
     if name == "vault stand-in":
-        vault = {"address": request.getfixturevalue("vault"), "token": VAULT_TOKEN}
+        vault = {"address": request.getfixturevalue("vault"), "token": VAULT_TOKEN, "timeout_s": 60}
         return Store(name, lambda: open_provider("vault_transit", **vault), b"cloister.transit/1\n", 20)
     live = {
         "address": os.environ["VAULT_ADDR"],

@@ -54,7 +54,7 @@ def prefix() -> str:
 
 @pytest.fixture
 def aws(kms: str, prefix: str) -> AWSKMSKeyProvider:
-    keys = open_provider("aws_kms", **ACCOUNT, endpoint_url=kms, prefix=prefix, timeout_s=20.0)
+    keys = open_provider("aws_kms", **ACCOUNT, endpoint_url=kms, prefix=prefix, timeout_s=60.0)
     assert isinstance(keys, AWSKMSKeyProvider)
     return keys
 
@@ -215,7 +215,7 @@ def test_what_kms_refuses_is_told_by_name_and_without_its_words(
     words = json.dumps({"__type": code, "message": "words of the server"}).encode()
     with served(Faulty, faults=[lambda handler: handler.answer(status, words)]) as address:
         with pytest.raises(named) as refusal:
-            open_provider("aws_kms", **ACCOUNT, endpoint_url=address, timeout_s=6.0)
+            open_provider("aws_kms", **ACCOUNT, endpoint_url=address, timeout_s=60.0)
         assert "words of the server" not in str(refusal.value) and code in str(refusal.value)
 
 

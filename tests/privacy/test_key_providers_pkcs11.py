@@ -92,7 +92,7 @@ def begin(script: str, library: Path, *arguments: str, **environment: str) -> su
 
 def run(script: str, library: Path, *arguments: str, **environment: str) -> list[str]:
     """The lines that another process prints, which is given the PIN by its standard input."""
-    out, err = begin(script, library, *arguments, **environment).communicate(timeout=60)
+    out, err = begin(script, library, *arguments, **environment).communicate(timeout=300)
     assert not err, err
     return out.splitlines()
 
@@ -275,7 +275,7 @@ for n in range(20):
 print(made)
 """
     racers = [begin(script, token, prefix) for _ in range(2)]
-    made = [racer.communicate(timeout=60) for racer in racers]
+    made = [racer.communicate(timeout=300) for racer in racers]
     assert not [err for _, err in made if err], made
     assert sum(int(out) for out, _ in made) == 20
     for n in range(20):
@@ -398,11 +398,11 @@ def test_a_busy_token_is_waited_for_so_long_and_no_longer(token: Path) -> None:
     def hold() -> None:
         with keys._token.session():
             held.set()
-            done.wait(10)
+            done.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    held.wait(10)
+    held.wait(60)
     with pytest.raises(ProviderUnavailable, match="busy"):
         keys.has_key("system")
     done.set()

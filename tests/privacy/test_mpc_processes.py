@@ -20,7 +20,7 @@ from cloister_privacy.mpc import Limits
 from mpc_groups import Group, small_network
 from mpc_processes import Dropped, Processes, memory_of
 
-LIMITS = Limits(form_s=60, request_s=20)
+LIMITS = Limits(form_s=60, request_s=60)
 NETWORK = small_network()
 
 

@@ -201,7 +201,7 @@ def test_a_taken_draw_is_its_taker_s(draws: NoiseDraws) -> None:
 def test_no_more_than_one_keystream_waits() -> None:
     with NoiseDraws(1001, std=2.0, device="cpu", is_ahead=True) as ahead:
         ahead.take()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not ahead._ready and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.02)
@@ -243,7 +243,7 @@ def test_a_finalizer_may_close_in_the_thread_itself(monkeypatch: pytest.MonkeyPa
     with draws:
         thread = draws._thread
         assert thread is not None
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
         assert draws._failure is None
         assert not draws._ready

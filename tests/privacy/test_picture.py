@@ -186,7 +186,7 @@ def test_the_same_network_has_the_same_picture_in_another_process(family: str) -
     )
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True, env=environment
     )
     assert done.stdout == picture(FAMILIES[family].architecture)
 

@@ -19,6 +19,7 @@ from cloister_privacy.sealing import (
     InvalidSeal,
     InvalidWrap,
     LocalKeyProvider,
+    RecoveryKey,
     SealedReader,
     UnsupportedSeal,
     open_into,
@@ -279,3 +280,25 @@ def test_a_keystore_of_the_vectors_opens_and_is_laid_out_as_the_specification_sa
     wrap_line = b"cloister.wrapped/1\n"
     info = bound(wrap_line, vector["context"])
     assert reference_unwrap(bytes.fromhex(vector["wrapped"]), kek, info, wrap_line).hex() == vector["secret"]
+
+
+@named(VECTORS["recoveries"])
+def test_a_recovery_of_the_vectors_opens_and_is_laid_out_as_the_specification_says(
+    vector: dict[str, Any], tmp_path: Path
+) -> None:
+    directory, record = tmp_path / "keystore", json.loads(vector["record"])
+    directory.mkdir(mode=0o700)
+    (directory / "keystore.json").touch(mode=0o600)
+    (directory / "keystore.json").write_text(vector["record"])
+    root = bytes.fromhex(vector["root_key"])
+    number = 0
+    for digit in vector["recovery_key"].removeprefix("CR1").replace("-", ""):
+        number = number * 32 + "0123456789ABCDEFGHJKMNPQRSTVWXYZ".index(digit)
+    secret, checksum = number.to_bytes(35)[:32], number.to_bytes(35)[32:]
+    assert checksum == hashlib.sha256(b"CR1" + secret).digest()[:3]
+    line = b"cloister.recovery/1\n"
+    wrapped = bytes.fromhex(record["recovery"]["wrapped"])
+    assert reference_unwrap(wrapped, secret, line + lp(record["id"]), line) == root
+    assert LocalKeyProvider.open_by_recovery(directory, RecoveryKey.parse(vector["recovery_key"])).root_key == root
+    if "passphrase" in vector:
+        assert LocalKeyProvider.open(directory, passphrase=vector["passphrase"]).root_key == root

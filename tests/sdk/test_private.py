@@ -27,7 +27,8 @@ from cloister.wire.private_requests import ANSWERED, HEAD_BYTES, REFUSED, TAKEN,
 from cloister.wire.shares import Shares, encode, join
 from cloister_privacy.mpc import Identity, RequestDropped
 from cloister_privacy.mpc.links import Deadline, Link, Listener
-from mpc_groups import free_port, network_of
+from mpc_groups import network_of
+from ports import free_port
 
 ID = "pd_" + "a" * 32
 X = np.array([[1.5, -2.0], [0.25, 3.0]])

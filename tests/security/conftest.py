@@ -19,8 +19,8 @@ from cloister_server import deployment, tenants
 from cloister_server.app import create_app
 from cloister_server.oauth import authorizations, device_endpoint, passphrases
 from cloister_server.service import Service
-from harness import free_port
 from people import Human, invited
+from ports import free_port
 from server.conftest import (  # noqa: F401 (fixtures)
     Client,
     bearer,
@@ -30,17 +30,24 @@ from server.conftest import (  # noqa: F401 (fixtures)
     new_service,
     postgres_template,
     service,
+    shared_services,
     sqlite_template,
     steward,
 )
 
-_ON_BOTH = {"test_isolation_machine", "test_suspension", "test_token_ends"}
+_ON = {
+    "test_isolation_gates": ["postgres"],
+    "test_isolation_machine": ["sqlite", "postgres"],
+    "test_suspension": ["sqlite", "postgres"],
+    "test_token_ends": ["sqlite", "postgres"],
+}
+"""The databases of tests whose answer is a database's; the others run on SQLite."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "service" in metafunc.fixturenames:
-        is_on_both = metafunc.module.__name__.rpartition(".")[2] in _ON_BOTH
-        metafunc.parametrize("service", ["sqlite", "postgres"] if is_on_both else ["sqlite"], indirect=True)
+        module = metafunc.module.__name__.rpartition(".")[2]
+        metafunc.parametrize("service", _ON.get(module, ["sqlite"]), indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +66,7 @@ def serving(service: Service) -> Iterator[None]:  # noqa: F811 (a service, not t
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.02)
     assert server.started
@@ -67,7 +74,7 @@ def serving(service: Service) -> Iterator[None]:  # noqa: F811 (a service, not t
         yield
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
 
 
 @pytest.fixture
@@ -101,7 +108,7 @@ def online(served: Service, new_app: Any, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(passphrases, "MEMORY_KIB", 64)
     for module in (authorizations, device_endpoint):
         monkeypatch.setattr(module, "INTERVAL_S", 1)
-    with httpx2.Client(base_url=served.settings.issuer) as browser:
+    with httpx2.Client(base_url=served.settings.issuer, timeout=60) as browser:
         yield invited(served, browser, f"ada{secrets.token_hex(4)}").enrol()
 
 

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from httpx2 import Response
+from httpx2 import Client, Response
 from sqlalchemy import event, update
-from starlette.testclient import TestClient
 
 from accounts import COLUMNS
 from asked import asked_writing
@@ -21,7 +20,7 @@ from certificates import CERTIFICATE
 from cloister.wire.certificate import sign
 from cloister_server import grants, groups, people, suspension, tenants, vault
 from cloister_server.grants import Role
-from cloister_server.oauth import logins, verifier
+from cloister_server.oauth import logins
 from cloister_server.oauth.server import _Client, _Person, _Tokens
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -35,6 +34,7 @@ __all__ = ["World", "told"]
 
 _ID = re.compile(r"(?:ap|ds|grp|gr|job|mdl|src|tn|us|wts)_[0-9a-f]{32}")
 _WRITE = re.compile(r"\s*(?:INSERT INTO|UPDATE|DELETE FROM) (\w+)")
+_OF_GATE = re.compile(r"own_\d+_\d+")
 _OF_REFUSALS = {"audit", "links"}
 """The tables that a refusal is written to."""
 _REQUEST_ID = "request-of-a-test"
@@ -55,7 +55,7 @@ class World:
     def __init__(
         self,
         service: Service,
-        http: TestClient,
+        http: Client,
         *,
         weights: bytes,
         training: dict[str, Any],
@@ -191,8 +191,7 @@ class World:
             if who.kind == "user":
                 people.remove(session, self.service, self.operator(who.tenant), who.id)
             else:
-                tenants.remove_client(session, self.operator(who.tenant), who.id)
-                verifier.forget_after(session, self.service)  # else for a second more
+                tenants.remove_client(session, self.service, self.operator(who.tenant), who.id)
         who.is_gone = True
         self.oracle.left(who.id)
         for each in self.oracle.people:  # the person's login is by this app
@@ -313,15 +312,26 @@ class World:
         """The tables that are written to meanwhile, each with the tenants that are named."""
         written: list[tuple[str, set[str]]] = []
 
-        def note(_: Any, __: Any, sql: str, given: Any, *more: Any) -> None:
+        def note(_: Any, __: Any, sql: str, given: Any, context: Any, ___: bool) -> None:
             if found := _WRITE.match(sql):
-                written.append((found[1], {each for each in _ID.findall(repr(given)) if each.startswith("tn_")}))
+                written.append(
+                    (found[1], _tenants_in(given if context.compiled is None else context.compiled_parameters))
+                )
 
         event.listen(self.service.engine, "before_cursor_execute", note)
         try:
             yield written
         finally:
             event.remove(self.service.engine, "before_cursor_execute", note)
+
+
+def _tenants_in(parameters: Any) -> set[str]:
+    """The tenants that a statement names itself. To which the ORM's gate keeps it, all that share something, its `own` says."""
+    rows = parameters if isinstance(parameters, list) else [parameters]
+    named = [
+        row if isinstance(row, tuple) else [row[name] for name in row if not _OF_GATE.fullmatch(name)] for row in rows
+    ]
+    return {each for each in _ID.findall(repr(named)) if each.startswith("tn_")}
 
 
 def _bearer(answer: dict[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def test_a_browser_signs_in_allows_an_app_and_a_device(served: Service, new_app:
         pytest.skip(f"run `npm ci` in {NODE_CLIENTS.relative_to(Path(__file__).parents[2])}")
     issuer, pkce = served.settings.issuer, Pkce()
     app = new_app("in-a-browser", role="none", public=True, redirect_uris=["http://127.0.0.1/callback"])
-    device = httpx2.post(f"{issuer}/oauth/device_authorization", data={"client_id": "cloister-cli"}).json()
+    device = httpx2.post(f"{issuer}/oauth/device_authorization", data={"client_id": "cloister-cli"}, timeout=60).json()
     given = {
         "chromium": chromium,
         "authorize": f"{issuer}/oauth/authorize?{urlencode(request(app, pkce, BACK))}",

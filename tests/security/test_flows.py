@@ -174,9 +174,12 @@ def test_a_login_ends_with_its_client_and_by_itself(http: TestClient, service: S
     with reading(service.engine) as session:
         assert session.scalars(select(Login.until)).one() <= now(), "ninety days, however often it is refreshed"
     tokens = exchanged(http, app, pkce, ada.authorize(app, pkce)["code"]).json()
+    bearer = {"Authorization": f"Bearer {tokens['access_token']}"}
+    assert http.get("/v1/whoami", headers=bearer).status_code == 200
     with asked_writing(service) as session:
         operator = tenants.operator_of(tenants.find_tenant(session, "acme"), request_id="request-of-a-test")
-        tenants.remove_client(session, operator, app.id)
+        tenants.remove_client(session, service, operator, app.id)
+    assert http.get("/v1/whoami", headers=bearer).status_code == 401
     assert refreshed(http, app.id, tokens["refresh_token"]).status_code == 401
     with reading(service.engine) as session:
         assert session.scalars(select(Login)).all() == []

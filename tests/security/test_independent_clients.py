@@ -51,7 +51,7 @@ def test_clients_from_npm(node: str, served: Service, apps: dict[str, Any]) -> N
     given |= {name: {"id": apps[name].id, "secret": apps[name].secret} for name in ("secret", "bound")}
     given |= {name: {"id": apps[name].id, "jwk": private_jwk(signer)} for name, signer in SIGNERS.items()}
     done = subprocess.run(
-        [node, str(NODE_CLIENTS / "clients.mjs")], input=json.dumps(given), capture_output=True, text=True, timeout=60
+        [node, str(NODE_CLIENTS / "clients.mjs")], input=json.dumps(given), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

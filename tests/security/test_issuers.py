@@ -309,7 +309,7 @@ def test_an_app_comes_by_another_issuer_too_and_none_that_must_show_a_key(
         with pytest.raises(Invalid, match="tokens of this deployment alone"):
             let_in(service, steward.tenant_id, issuer.url, "another", to=app.id)
     with asked_writing(service) as session:
-        tenants.remove_client(session, operator(steward.tenant_id), steward.id)
+        tenants.remove_client(session, service, operator(steward.tenant_id), steward.id)
         assert issuers.listed(session)[0][1] == 0
 
 

@@ -87,7 +87,9 @@ def test_a_person_logs_in_works_and_logs_out(
     third = kept(home)["refresh_token"]
     assert main(["logout"]) == 0 and not (home / "default.json").exists()
     form = {"grant_type": "refresh_token", "client_id": "cloister-cli", "refresh_token": third}
-    assert httpx2.post(f"{served.settings.issuer}/oauth/token", data=form).json()["error"] == "invalid_grant"
+    assert (
+        httpx2.post(f"{served.settings.issuer}/oauth/token", data=form, timeout=60).json()["error"] == "invalid_grant"
+    )
     assert main(["logout"]) == 1 and main(["whoami"]) == 1
     told += "".join(capsys.readouterr()) + " ".join(str(vars(record)) for record in caplog.records)
     for secret in (first, second, third):

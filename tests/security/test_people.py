@@ -210,13 +210,14 @@ def test_an_address_is_a_subscriber(one: str, other: str, is_same: bool) -> None
 
 
 def test_a_flood_of_tries_is_turned_away_and_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passphrases, "_LONGEST_WAIT_S", 60.0)
     entered, leave = threading.Semaphore(0), threading.Event()
 
     def hold() -> str:
         try:
             with passphrases.at_work():
                 entered.release()
-                leave.wait(30)
+                leave.wait(60)
                 return "worked"
         except Unavailable:
             return "turned away"
@@ -224,7 +225,7 @@ def test_a_flood_of_tries_is_turned_away_and_fills_no_memory(monkeypatch: pytest
     with ThreadPoolExecutor(30) as pool:
         held = [pool.submit(hold) for _ in range(30)]
         for _ in range(2):
-            assert entered.acquire(timeout=30)
+            assert entered.acquire(timeout=60)
         while sum(each.done() for each in held) < 12:  # all beyond the two at work and the sixteen that wait
             time.sleep(0.01)
         assert not entered.acquire(blocking=False), "two at once"

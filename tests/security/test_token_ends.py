@@ -12,9 +12,11 @@ from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from asked import asked_writing
+from cloister_server import shredding, tenants
 from cloister_server.errors import Conflict, NotFound, Unauthenticated
 from cloister_server.oauth import signing_keys, verifier
 from cloister_server.oauth.verifier import authenticate
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import RevokedToken, SigningKey, now
@@ -204,6 +206,28 @@ def test_ids_of_revoked_tokens_are_kept_until_those_would_have_expired(
     with reading(service.engine) as session:
         kept = session.scalars(select(RevokedToken)).all()
     assert len(kept) == 1 and kept[0].until > now()
+
+
+def test_a_token_of_whoever_is_no_more_is_out_at_the_next_request(
+    http: TestClient,
+    service: Service,
+    steward: Any,
+    bearer: dict[str, str],
+    make_client: Callable[..., Any],
+    bearer_of: Any,
+) -> None:
+    colleague = make_client()
+    operator, theirs = Principal.operator(steward.tenant_id, request_id="request-of-a-test"), bearer_of(colleague)
+
+    def seen() -> list[int]:
+        return [http.get("/v1/sources", headers=each).status_code for each in (bearer, theirs)]
+
+    assert seen() == [200, 200]
+    with asked_writing(service) as session:
+        tenants.remove_client(session, service, operator, colleague.id)
+    assert seen() == [200, OUT]
+    shredding.shred(service, operator)
+    assert seen() == [OUT, OUT]
 
 
 @pytest.mark.parametrize("path", ["/oauth/introspect", "/oauth/revoke"])

@@ -21,10 +21,12 @@ from starlette.testclient import TestClient
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from cloister_server import budgets, deployment
+from cloister_privacy.sealing import LocalKeyProvider
+from cloister_server import budgets, deployment, recovery
 from cloister_server.app import create_app
 from cloister_server.cli.admin import cli
 from cloister_server.errors import StartRefused
+from cloister_server.oauth import verifier
 from cloister_server.settings import load_settings
 from cloister_server.store.session import new_engine, writing
 from cloister_server.store.tables import Source
@@ -36,6 +38,24 @@ def admin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
     for name, value in {"DATA_DIR": "data", "KEY_DIR": "keystore", "KEY_FILE": "root.key"}.items():
         monkeypatch.setenv(f"CLOISTER_{name}", str(tmp_path / value))
     return lambda *arguments: CliRunner().invoke(cli, list(arguments))
+
+
+@pytest.fixture(scope="session")
+def template(sqlite_template: tuple[Path, None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `init` makes, with the tenants acme and other."""
+    root = tmp_path_factory.mktemp("admin") / "template"
+    shutil.copytree(sqlite_template[0], root)
+    given = {"DATA_DIR": "data", "KEY_DIR": "keystore", "KEY_FILE": "root.key"}
+    env = {f"CLOISTER_{name}": str(root / value) for name, value in given.items()}
+    for tenant in ("acme", "other"):
+        assert CliRunner().invoke(cli, ["tenant", "create", tenant], env=env).exit_code == 0
+    return root
+
+
+@pytest.fixture
+def tenants(template: Path, tmp_path: Path) -> None:
+    """A copy of it for this test."""
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
 
 
 def done(result: Result) -> Any:
@@ -90,6 +110,50 @@ def test_init_takes_a_passphrase_by_a_descriptor(
     assert b"horse" not in b"".join(path.read_bytes() for path in _files(tmp_path))
 
 
+def test_the_recovery_key_is_shown_once_and_opens_what_lost_its_key_file(
+    admin: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recover(typed: str, *more: str) -> Result:
+        return CliRunner().invoke(cli, ["key", "recover", *more, "--json"], input=typed)
+
+    shown = done(admin("init", "--json"))["recovery_key"]
+    assert "recovery_key" not in done(admin("init", "--json"))
+    assert shown.encode() not in b"".join(path.read_bytes() for path in _files(tmp_path))
+    renewed = done(admin("key", "recovery-renew", "--json"))
+    assert renewed["replaces"] and renewed["recovery_key"] != shown
+    (tmp_path / "root.key").unlink()
+    assert "no key file" in refusal(admin("tenant", "list", "--json"))
+    assert "another was made since" in refusal(recover(shown))
+    assert "mistyped" in refusal(recover(shown[:-1]))
+    assert done(recover(renewed["recovery_key"].lower(), "--dry-run"))["dry_run"]
+    assert not (tmp_path / "root.key").exists()
+    assert "inside the data directory" in refusal(recover(shown, "--key-file", str(tmp_path / "data" / "root.key")))
+    done(recover(renewed["recovery_key"]))
+    assert stat.S_IMODE((tmp_path / "root.key").stat().st_mode) == 0o600
+    done(admin("tenant", "create", "acme", "--json"))
+    reader, writer = os.pipe()
+    os.write(writer, b"correct horse battery staple\n")
+    os.close(writer)
+    monkeypatch.delenv("CLOISTER_KEY_FILE")
+    done(recover(renewed["recovery_key"], "--passphrase-fd", str(reader)))
+    service = deployment.initialise(load_settings(), passphrase="correct horse battery staple")
+    assert recovery.has_key(service)
+
+
+def test_keys_with_other_providers_alone_have_no_recovery_key_here(
+    admin: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LocalKeyProvider.create(tmp_path / "other", key_file=tmp_path / "other.key")
+    file = tmp_path / "providers.json"
+    file.touch(0o600)
+    given = {"kind": "local", "directory": str(tmp_path / "other"), "key_file": str(tmp_path / "other.key")}
+    file.write_text(json.dumps({"format": "cloister.key-providers/1", "default": "it", "providers": {"it": given}}))
+    monkeypatch.setenv("CLOISTER_KEY_PROVIDERS", str(file))
+    assert "recovery_key" not in done(admin("init", "--json"))
+    assert "no keystore of its own" in refusal(admin("key", "recovery-renew"))
+    assert "by their own means" in refusal(CliRunner().invoke(cli, ["key", "recover"], input="CR1"))
+
+
 def test_a_client_that_is_made_here_gets_a_token_and_its_secret_is_nowhere_on_the_disk(
     admin: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -107,10 +171,9 @@ def test_a_client_that_is_made_here_gets_a_token_and_its_secret_is_nowhere_on_th
     assert "client_secret" not in admin("client", "list", "--tenant", "acme", "--json").stdout
 
 
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize("role", ["steward", "trainer", "predictor"])
 def test_a_role_is_grants_that_can_be_listed_and_taken_away(admin: Callable[..., Result], role: str) -> None:
-    admin("init")
-    admin("tenant", "create", "acme")
     made = done(admin("client", "create", "--tenant", "acme", "--name", "app", "--role", role, "--json"))
     listed = done(admin("grant", "list", "--tenant", "acme", "--json"))
     verbs = {each["verb"] for each in listed}
@@ -120,10 +183,8 @@ def test_a_role_is_grants_that_can_be_listed_and_taken_away(admin: Callable[...,
     assert len(done(admin("grant", "list", "--tenant", "acme", "--json"))) == len(listed) - 1
 
 
+@pytest.mark.usefixtures("tenants")
 def test_a_grant_is_added_for_an_app_of_another_tenant(admin: Callable[..., Result]) -> None:
-    admin("init")
-    for tenant in ("acme", "other"):
-        admin("tenant", "create", tenant)
     made = done(admin("client", "create", "--tenant", "other", "--name", "app", "--role", "predictor", "--json"))
     arguments = ("grant", "add", "--tenant", "acme", "--to", made["client_id"], "--verb")
     added = done(admin(*arguments, "model.predict", "--until", "2100-01-01", "--json"))
@@ -131,9 +192,8 @@ def test_a_grant_is_added_for_an_app_of_another_tenant(admin: Callable[..., Resu
     assert "no verb" in refusal(admin(*arguments, "model.fly"))
 
 
+@pytest.mark.usefixtures("tenants")
 def test_a_source_belongs_to_the_app_that_owns_it_and_its_budget_is_shown(admin: Callable[..., Result]) -> None:
-    admin("init")
-    admin("tenant", "create", "acme")
     owner = done(admin("client", "create", "--tenant", "acme", "--name", "app", "--role", "predictor", "--json"))
     source = done(
         admin(
@@ -152,6 +212,7 @@ def test_a_source_belongs_to_the_app_that_owns_it_and_its_budget_is_shown(admin:
     assert [each["id"] for each in done(admin("source", "list", "--tenant", "acme", "--json"))] == [source["id"]]
 
 
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -165,10 +226,8 @@ def test_a_source_belongs_to_the_app_that_owns_it_and_its_budget_is_shown(admin:
 def test_a_refusal_is_one_json_document_on_standard_error(
     admin: Callable[..., Result], arguments: tuple[str, ...], code: str
 ) -> None:
-    admin("init")
-    admin("tenant", "create", "acme")
-    assert json.loads(refusal(admin(*arguments, "--json"))).keys() == {"error", "code"}
-    assert json.loads(refusal(admin(*arguments, "--json")))["code"] == code
+    told = json.loads(refusal(admin(*arguments, "--json")))
+    assert told.keys() == {"error", "code"} and told["code"] == code
 
 
 def _expose(root: Path) -> None:
@@ -200,11 +259,12 @@ def _lose_database(root: Path) -> None:
     (root / "data" / "cloister.db").unlink()
 
 
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
         (_expose, "others"),
-        (_replace_key, "not the one that this keystore was made with"),
+        (_replace_key, "not the one that this keystore is opened by"),
         (_lose_keystore, "no keystore"),
         (_age, "migration 0000"),
         (_lose_database, "not initialised"),
@@ -213,7 +273,6 @@ def _lose_database(root: Path) -> None:
 def test_a_deployment_that_is_not_sound_is_refused_by_name(
     admin: Callable[..., Result], tmp_path: Path, harm: Callable[[Path], None], told: str
 ) -> None:
-    done(admin("init", "--json"))
     harm(tmp_path)
     assert told in refusal(admin("tenant", "list"))
     with pytest.raises(StartRefused, match=told):
@@ -245,11 +304,8 @@ def test_before_init_nothing_is_opened_and_nothing_is_made(
 
 
 @pytest.fixture
-def acme(admin: Callable[..., Result]) -> Callable[..., Any]:
-    """Runs a command on a deployment with a tenant `acme` and its client `app`; answers its JSON document."""
-    admin("init")
-    for tenant in ("acme", "other"):
-        admin("tenant", "create", tenant)
+def acme(admin: Callable[..., Result], tenants: None) -> Callable[..., Any]:
+    """Runs a command on a deployment with the tenants `acme` and `other`; answers its JSON document."""
     return lambda *arguments: done(admin(*arguments, "--json"))
 
 
@@ -287,7 +343,9 @@ def test_a_rotated_secret_is_dead_at_once_and_the_new_one_is_shown_once(
     assert made["client_secret"].encode() not in b"".join(path.read_bytes() for path in _files(tmp_path))
 
 
-def test_a_removed_client_its_token_and_its_grants_are_of_no_use(acme: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_removed_client_its_token_and_its_grants_are_of_no_use(
+    acme: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = acme("client", "create", "--tenant", "acme", "--name", "app", "--role", "steward")
     kept = acme("client", "create", "--tenant", "acme", "--name", "kept", "--role", "predictor")
     acme("grant", "add", "--tenant", "other", "--to", made["client_id"], "--verb", "model.predict")
@@ -299,7 +357,8 @@ def test_a_removed_client_its_token_and_its_grants_are_of_no_use(acme: Callable[
         removed = acme("client", "remove", "app", "--tenant", "acme", "--confirm", "app")
         assert removed == {"removed": made["client_id"], "name": "app", "sources_without_owner": ["people"]}
         assert _token(http, made["client_id"], made["client_secret"]) is None
-        time.sleep(1.1)  # for how long a process may remember that the app is there
+        later = time.monotonic() + 1.01  # for a second a process may remember that the app is there
+        monkeypatch.setattr(verifier.time, "monotonic", lambda: later)
         assert http.get("/v1/sources", headers=bearer).status_code == 401
     assert {each["to"] for each in acme("grant", "list", "--tenant", "acme")} == {kept["client_id"]}
     assert acme("grant", "list", "--tenant", "other") == []
@@ -581,11 +640,12 @@ def _lose_objects(root: Path) -> None:
     shutil.rmtree(root / "data" / "objects")
 
 
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
         (_expose, "others have access"),
-        (_replace_key, "not the one that this keystore was made with"),
+        (_replace_key, "not the one that this keystore is opened by"),
         (_lose_keystore, "no keystore"),
         (_age, "migration 0000"),
         (_lose_database, "not initialised"),
@@ -595,7 +655,6 @@ def _lose_objects(root: Path) -> None:
 def test_the_doctor_says_what_is_broken_why_and_what_next_and_makes_nothing(
     admin: Callable[..., Result], tmp_path: Path, harm: Callable[[Path], None], told: str
 ) -> None:
-    done(admin("init", "--json"))
     harm(tmp_path)
     before = _names(tmp_path)
     assert told in _faults(admin("doctor", "--json"))

@@ -31,16 +31,17 @@ from cloister_privacy.mpc import Limits, MaterialExhausted, Party
 from cloister_server.roles.door import Door
 from cloister_server.roles.permissions import Permissions
 from cloister_server.roles.waiting import Request
-from mpc_groups import Group, free_port, small_network
+from mpc_groups import Group, small_network
+from ports import free_port
 
 ISSUER = "https://platform.example"
 RESET_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of no time
 
 
-def frames(group: Group, party: int, key: ECKey, *, rows: int = 1) -> tuple[bytes, bytes]:
+def frames(group: Group, party: int, key: ECKey, *, rows: int = 1, caller: str = "app") -> tuple[bytes, bytes]:
     """What a client sends that a party takes: what goes before its share, and the share."""
     at, request, deployment = int(time.time()), secrets.token_bytes(16), group.deployment.id
-    claims = {"iss": ISSUER, "sub": "app", "aud": audience(deployment, party), "iat": at, "exp": at + 60}
+    claims = {"iss": ISSUER, "sub": caller, "aud": audience(deployment, party), "iat": at, "exp": at + 60}
     permission = jwt.encode({"alg": "ES256", "typ": PERMISSION_TYPE, "kid": "k"}, claims, key)
     head = PrivateRequest(permission=permission, deployment=deployment, request=request.hex(), rows=rows)
     shares = Shares(deployment, request, party, {"x": split(encode("x", np.zeros((rows, 4, 4))))[party]})
@@ -161,3 +162,24 @@ def test_whoever_showed_a_permission_keeps_its_place(
         taken[0].answer.set_exception(MaterialExhausted("none is left"))
         assert b"none is left" in client.recv(2**16)
     assert len(taken) == 1
+
+
+def test_a_caller_keeps_so_many_places_and_leaves_the_others_to_others(
+    group: Group, key: ECKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloister_server.roles.door._MOST_EACH", 1)
+    taken: list[Request] = []
+    with door_of(group, key, tmp_path / "state", taken.append) as come:
+
+        def asked(caller: str) -> ssl.SSLSocket:
+            client = come()
+            client.sendall(b"".join(frames(group, 1, key, caller=caller)))
+            return client
+
+        first = asked("app")
+        assert first.recv(LENGTH.size + 1)[LENGTH.size :] == TAKEN
+        refused = answered(come(), frames(group, 1, key)[0])[LENGTH.size :]
+        assert PartyRefusal.model_validate_json(refused[1:]).code == "too_many_links"
+        assert asked("another").recv(LENGTH.size + 1)[LENGTH.size :] == TAKEN
+        for request in taken:
+            request.answer.cancel()

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, null, select, update
 from starlette.testclient import TestClient
 
+from accounts import Person, grant
+from cloister_server import grants
+from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.session import reading
+from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Grant, IdempotencyKey, Source
 
 BODY = {"name": "people", "epsilon": 3, "delta": 1e-5}
@@ -45,10 +48,10 @@ def test_a_refused_write_keeps_nothing_and_its_key_is_free_again(
     http: TestClient, service: Service, bearer: Any
 ) -> None:
     http.post("/v1/sources", json=BODY, headers=keyed(bearer, "the-first"))
-    grants = count(service, Grant)
+    granted = count(service, Grant)
     clash = {**BODY, "epsilon": 9}
     assert http.post("/v1/sources", json=clash, headers=keyed(bearer)).json()["code"] == "conflict"
-    assert count(service, IdempotencyKey) == 1 and count(service, Grant) == grants
+    assert count(service, IdempotencyKey) == 1 and count(service, Grant) == granted
     assert http.post("/v1/sources", json={**clash, "name": "others"}, headers=keyed(bearer)).status_code == 201
 
 
@@ -90,6 +93,41 @@ def test_a_write_without_a_key_runs_every_time(http: TestClient, service: Servic
     assert http.post("/v1/sources", json=BODY, headers=bearer).status_code == 201
     assert http.post("/v1/sources", json=BODY, headers=bearer).json()["code"] == "conflict"
     assert count(service, IdempotencyKey) == 0
+
+
+def test_a_retry_is_refused_as_the_write_itself_once_its_grant_is_gone(
+    http: TestClient, service: Service, make_client: Callable[..., Any], bearer_of: Callable[[Any], dict[str, str]]
+) -> None:
+    owner = Person(http, make_client(role="none"), {})
+    operator = Principal.operator(owner.client.tenant_id, request_id="request-of-a-test")
+    given = {"to": owner.client.id, "verb": "source.create", "resource_id": owner.client.tenant_id}
+    grant(service, owner.client.tenant_id, owner.client, "source.create", on=owner.client.tenant_id)
+    owner.bearer = bearer_of(owner.client)
+    first = owner.ask("POST", "/sources", BODY, key="one")
+    assert first.status_code == 201
+    with writing(service.engine) as session:
+        grants.remove_all(session, operator, **given)
+    refused = owner.ask("POST", "/sources", BODY, key="one")
+    assert refused.status_code == 403 and refused.json()["code"] == "forbidden"
+    with reading(service.engine) as session:
+        denials = select(AuditRow).where(AuditRow.outcome != "allowed", AuditRow.principal_id == owner.client.id)
+        (row,) = session.scalars(denials)
+    assert (row.verb, row.outcome) == ("source.create", "denied: no grant matched")
+    assert row.request_id == refused.headers["x-request-id"]
+    grant(service, owner.client.tenant_id, owner.client, "source.create", on=owner.client.tenant_id)
+    assert owner.ask("POST", "/sources", BODY, key="one").content == first.content
+    assert count(service, Source) == 1
+
+
+def test_an_answer_from_before_what_allowed_it_was_kept_is_refused_by_name(
+    http: TestClient, service: Service, bearer: Any
+) -> None:
+    http.post("/v1/sources", json=BODY, headers=keyed(bearer))
+    with writing(service.engine) as session:
+        session.execute(update(IdempotencyKey).values(proofs=null()))
+    again = http.post("/v1/sources", json=BODY, headers=keyed(bearer))
+    assert again.status_code == 409 and again.json()["code"] == "answer_not_kept"
+    assert count(service, Source) == 1
 
 
 def test_a_key_of_another_form_is_refused(http: TestClient, bearer: Any) -> None:

@@ -170,7 +170,7 @@ def test_an_attempt_that_is_taken_over_amid_its_chunks_opens_none_afterwards(eng
 
     def old() -> int:
         with own_connection(engine) as own:
-            for opened in range(500):
+            for opened in range(20_000):
                 try:
                     with writing(own) as session:
                         ledgers.open_chunk(session, source, job, 10 * opened, 10)

@@ -21,7 +21,7 @@ def logged(script: str) -> list[dict[str, Any]]:
         [sys.executable, "-W", "error", "-c", start + textwrap.dedent(script)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stderr.splitlines()]

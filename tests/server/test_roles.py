@@ -23,7 +23,7 @@ from cloister_server.oauth.fetching import MOST_BYTES, NotFetched
 from cloister_server.roles import identity, permissions
 from cloister_server.roles.permissions import NotPermitted, Permissions, fetched_keys
 from cloister_server.roles.waiting import Busy, Held, Queue, Request
-from issuers import elsewhere, send_json
+from issuers import be_patient, elsewhere, send_json
 from keys_of_clients import Signer
 
 
@@ -161,7 +161,10 @@ def test_the_platforms_keys_are_never_asked_for_in_the_clear_over_a_network() ->
         assert callable(fetched_keys(issuer))
 
 
-def test_the_platforms_keys_are_those_of_es256_and_no_answer_of_any_size_is_read() -> None:
+def test_the_platforms_keys_are_those_of_es256_and_no_answer_of_any_size_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    be_patient(monkeypatch)
     with elsewhere("party") as made:
         path = "/.well-known/jwks.json"
         fetch = fetched_keys(made.url)

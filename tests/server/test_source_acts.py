@@ -12,9 +12,13 @@ from sqlalchemy import select
 from starlette.testclient import TestClient
 
 from accounts import COLUMNS, Person, grant
+from cloister_server import grants, suspension
+from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.session import reading
+from cloister_server.store.conditions import Conditions
+from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, now
+from people import invited
 
 REASON = "as the board decided"
 LITTLE = 0.65
@@ -243,6 +247,23 @@ def test_a_client_of_another_tenant_is_as_none_until_something_is_granted_to_it(
     assert told(stranger.id)[0] == 200
 
 
+def test_an_allowance_is_of_a_person_as_of_an_app(owner: Person, source: str, rows: str, service: Service) -> None:
+    here, there = (
+        invited(service, owner.http, name, tenant=tenant, role="none")
+        for name, tenant in (("ada", "acme"), ("eve", "globex"))
+    )
+
+    def told(client: str) -> tuple[int, Any]:
+        body = {"epsilon": 5, "reason": REASON}
+        answer = owner.ask("PUT", f"/sources/{source}/allowances/{client}", body)
+        return answer.status_code, {**answer.json(), "request_id": ""}
+
+    assert told("ada") == told(here.id) and told(here.id)[1]["client"] == here.id
+    assert told(there.id) == told("us_" + "0" * 32) == told("eve")
+    grant(service, owner.client.tenant_id, there, "dataset.train", on=rows)
+    assert told(there.id)[1]["client"] == there.id
+
+
 def test_an_opened_block_has_a_budget_of_its_own(owner: Person, source: str, rows: str) -> None:
     owner.train(owner.plan(rows, noise=LITTLE))
     assert open_block(owner, source, "day2").json() == {"source": source, "number": 1, "name": "day2"}
@@ -337,6 +358,52 @@ def test_a_replayed_request_charges_and_acts_once(owner: Person, source: str, ro
     assert owner.budget(source)["spent"] == plan["quote"]["after"]
     assert [each["name"] for each in owner.budget(source)["blocks"]] == ["first", "day2"]
     refused(set_budget(owner, source, 13, key="one-raise"), 422, "idempotency_mismatch")
+
+
+def test_a_replay_is_asked_for_all_that_the_first_request_was_allowed_by(
+    owner: Person, source: str, rows: str, partner: Person, service: Service
+) -> None:
+    plan = partner.plan(rows)
+    assert partner.start(plan, key="one").status_code == 201
+    train = {"to": partner.client.id, "verb": "dataset.train", "resource_id": rows}
+    operator = Principal.operator(owner.client.tenant_id, request_id="request-of-a-test")
+
+    def granted(**bound: Any) -> None:
+        with writing(service.engine) as session:
+            for each in grants.listed(session, operator, to=partner.client.id):
+                if each.verb == "dataset.train":
+                    grants.remove(session, operator, each.id)
+            grants.add(session, operator, **train, **bound)
+
+    def set_suspended(act: Callable[..., Any]) -> None:
+        with writing(service.engine) as session:
+            act(session, service, operator)
+
+    assert partner.start(plan, key="one").headers["idempotency-replayed"] == "true"
+    granted(conditions=Conditions(max_epsilon=plan["epsilon"] / 2))
+    refused(partner.start(plan, key="one"), 403, "forbidden", "at most")
+    granted(effect="deny")
+    refused(partner.start(plan, key="one"), 403, "forbidden")
+    granted()
+    set_suspended(suspension.suspend)
+    refused(partner.start(plan, key="one"), 404, "not_found")
+    set_suspended(suspension.resume)
+    assert partner.start(plan, key="one").headers["idempotency-replayed"] == "true"
+    assert [each["kind"] for each in owner.ledger(source)["items"]] == ["train"]
+
+
+def test_a_deletion_is_answered_again_until_the_dataset_s_tenant_is_suspended(
+    owner: Person, source: str, partner: Person, service: Service
+) -> None:
+    declared = {"source": source, "name": "upload", "columns": COLUMNS, "nominal_size": 1000, "capacity": 2000}
+    upload = owner.told("POST", "/datasets", declared)["id"]
+    grant(service, owner.client.tenant_id, partner.client, "dataset.upload", on=upload)
+    first, again = (partner.ask("DELETE", f"/datasets/{upload}", key="gone") for _ in range(2))
+    assert first.status_code == 200 and again.content == first.content
+    with writing(service.engine) as session:
+        operator = Principal.operator(owner.client.tenant_id, request_id="request-of-a-test")
+        suspension.suspend(session, service, operator)
+    refused(partner.ask("DELETE", f"/datasets/{upload}", key="gone"), 404, "not_found")
 
 
 def test_what_is_told_of_a_budget_is_plain_json(owner: Person, source: str, rows: str) -> None:

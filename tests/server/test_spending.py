@@ -254,7 +254,7 @@ def test_a_client_that_is_no_more_keeps_its_line_and_loses_its_name(
     partner.train(owner.plan(rows))
     operator = Principal.operator(owner.client.tenant_id, request_id="request-of-a-test")
     with writing(service.engine) as session:
-        tenants.remove_client(session, operator, partner.client.id)
+        tenants.remove_client(session, service, operator, partner.client.id)
     (line,) = owner.ledger(source)["items"]
     assert (line["principal"], line["principal_name"]) == (partner.client.id, None)
 

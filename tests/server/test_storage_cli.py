@@ -69,7 +69,7 @@ def test_a_store_that_is_unmarked_or_anothers_is_refused_by_name_until_it_is_ado
             assert refused.exit_code == 1 and json.loads(refused.stderr)["code"] == "storage_foreign"
         (row,) = [row for row in json.loads(admin("doctor").stdout) if row["check"] == "sealed objects"]
         assert row["state"] == "FAULT" and "storage adopt" in row["detail"]
-        served = subprocess.run([BIN / "cloister-server", "serve"], capture_output=True, text=True, timeout=120)
+        served = subprocess.run([BIN / "cloister-server", "serve"], capture_output=True, text=True, timeout=300)
         assert served.returncode == 1 and "storage adopt" in served.stderr
     assert told(admin("tenant", "list"))[0]["status"] == "active" and lost.exists()
     assert json.loads(admin("storage", "adopt", "--confirm", "elsewhere").stderr)["code"] == "not_confirmed"

@@ -269,7 +269,7 @@ def test_of_one_user_in_two_sources_at_the_same_moment_one_is_taken(
     datasets = [uploader.declare(uploader.source(name), f"d-{name}") for name in ("one", "other")]
     assert uploader.put(datasets[0], [BERT], number=1).status_code == 201  # for their key, which a first upload makes
     if service.engine.dialect.name == "postgresql":  # on SQLite one transaction writes at a time
-        both, insert = Barrier(2, timeout=30), units._insert
+        both, insert = Barrier(2, timeout=120), units._insert
         monkeypatch.setattr(units, "_insert", lambda *given: (insert(*given), both.wait()))
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda dataset: uploader.put(dataset, [CARL, ANNA]), datasets))
@@ -284,7 +284,7 @@ def test_first_uploads_at_the_same_moment_make_one_key(
     source = uploader.source("people")
     datasets = [uploader.declare(source, f"d{number}") for number in range(3)]
     if service.engine.dialect.name == "postgresql":
-        together, key, mine = Barrier(3, timeout=30), vault.units_key, local()
+        together, key, mine = Barrier(3, timeout=120), vault.units_key, local()
 
         def units_key(*given: Any, **of: Any) -> Any:
             mine.calls = getattr(mine, "calls", 0) + 1

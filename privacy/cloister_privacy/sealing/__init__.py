@@ -34,6 +34,7 @@ from cloister_privacy.sealing.local import LocalKeyProvider
 from cloister_privacy.sealing.opening import ProviderKind, open_provider
 from cloister_privacy.sealing.provider import Destruction, KeyProvider
 from cloister_privacy.sealing.reader import SealedReader
+from cloister_privacy.sealing.recovery import RecoveryKey
 from cloister_privacy.sealing.root import new_key_file, read_key_file
 from cloister_privacy.sealing.sealed import new_key, open_into, open_sealed, plaintext_length, seal
 from cloister_privacy.sealing.streams import open_stream, seal_stream
@@ -65,6 +66,7 @@ __all__ = [
     "ProviderKind",
     "ProviderMissing",
     "ProviderUnavailable",
+    "RecoveryKey",
     "RootKeyRefused",
     "SealedReader",
     "UnsupportedSeal",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cloister_privacy.sealing.errors import KeyFileExposed, KeyProviderError
 
-__all__ = ["check_private", "make_directory", "overwrite_and_remove", "read_private", "write_new"]
+__all__ = ["check_private", "make_directory", "overwrite_and_remove", "read_private", "replace", "write_new"]
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO in a file's place must not block the start
 
@@ -32,6 +32,25 @@ def write_new(path: Path, data: bytes | Iterable[bytes]) -> int:
             draft.unlink(missing_ok=True)
         _sync_directory(path.parent)
     return size
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put other content in a secret file's place, whole and durable or not at all, and overwrite what was there with zeros.
+
+    Raises FileNotFoundError where there is none, and KeyProviderError where it cannot be written.
+    """
+    draft = path.with_name(f".new-{secrets.token_hex(8)}")
+    with _named_failure(path), _opened(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC) as before:
+        try:
+            with _opened(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC) as file:
+                _write(file, data)
+                os.fsync(file)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+        _write(before, bytes(os.fstat(before).st_size))
+        os.fsync(before)
 
 
 def read_private(path: Path, *, limit: int) -> bytes:

@@ -15,10 +15,18 @@ from cloister_privacy.sealing.errors import (
     KeystoreMissing,
     RootKeyRefused,
 )
-from cloister_privacy.sealing.files import check_private, make_directory, overwrite_and_remove, read_private, write_new
+from cloister_privacy.sealing.files import (
+    check_private,
+    make_directory,
+    overwrite_and_remove,
+    read_private,
+    replace,
+    write_new,
+)
 from cloister_privacy.sealing.keystore import KeystoreRecord
 from cloister_privacy.sealing.provider import Destruction, check_key_id
-from cloister_privacy.sealing.root import Stretching, check_passphrase, new_key_file, read_key_file
+from cloister_privacy.sealing.recovery import RecoveryKey
+from cloister_privacy.sealing.root import Stretching, check_passphrase, new_key_file, read_key_file, write_key_file
 from cloister_privacy.sealing.sealed import new_key
 from cloister_privacy.sealing.wrapping import unwrap_secret, wrap_secret
 
@@ -90,10 +98,46 @@ class LocalKeyProvider:
         if record.stretching is not None:
             if passphrase is None:
                 raise RootKeyRefused("this keystore is opened by its passphrase, not by a key file; give that")
-            return cls(directory, root_key=record.stretching.root_key(passphrase))
+            return cls(directory, root_key=record.root_of_passphrase(passphrase))
         if key_file is None:
             raise RootKeyRefused("this keystore is opened by its key file, not by a passphrase; give the file's path")
         return cls(directory, root_key=read_key_file(key_file))
+
+    @classmethod
+    def recover(
+        cls, directory: Path, key: RecoveryKey, *, key_file: Path | None = None, passphrase: str | None = None
+    ) -> LocalKeyProvider:
+        """Open a keystore by its recovery key, and let a new key file (made here), or a new passphrase, open it from now on.
+
+        A passphrase from before opens it no more; keys that were destroyed stay so. Raises RootKeyRefused or WrongKey, and then
+        nothing is changed, or KeyProviderError.
+        """
+        _check_one_root(key_file, passphrase)
+        if passphrase is not None:
+            check_passphrase(passphrase)
+        opened = cls.open_by_recovery(directory, key)
+        if key_file is not None:
+            write_key_file(key_file, opened._root_key)
+            opened._change(opened._record.with_key_file())
+        elif passphrase is not None:
+            opened._change(opened._record.with_passphrase(opened._root_key, passphrase))
+        return opened
+
+    @classmethod
+    def open_by_recovery(cls, directory: Path, key: RecoveryKey) -> LocalKeyProvider:
+        """Open a keystore by its recovery key; what opens it otherwise stays as it is. Raises RootKeyRefused or WrongKey."""
+        return cls(directory, root_key=_read_record(directory).root_of_recovery(key))
+
+    @property
+    def has_recovery_key(self) -> bool:
+        return _read_record(self._directory).by_recovery is not None
+
+    def new_recovery_key(self) -> RecoveryKey:
+        """Make a recovery key, which is nowhere but in this answer. The one from before opens nothing here any more."""
+        key = RecoveryKey.fresh()
+        self._record = _read_record(self._directory)
+        self._change(self._record.with_recovery(self._root_key, key))
+        return key
 
     @property
     def root_key(self) -> bytes:
@@ -143,6 +187,11 @@ class LocalKeyProvider:
             overwrite_and_remove(self._path(key_id))
         except FileNotFoundError:
             raise _key_missing(key_id) from None
+
+    def _change(self, record: KeystoreRecord) -> None:
+        if record != self._record:
+            replace(self._directory / _RECORD, record.to_bytes())
+            self._record = record
 
     def _path(self, key_id: str) -> Path:
         check_key_id(key_id)

@@ -17,7 +17,7 @@ from cloister_privacy.sealing.derivation import KEY_BYTES
 from cloister_privacy.sealing.errors import RootKeyRefused
 from cloister_privacy.sealing.files import make_directory, read_private, write_new
 
-__all__ = ["Stretching", "check_passphrase", "new_key_file", "read_key_file"]
+__all__ = ["Stretching", "check_passphrase", "new_key_file", "read_key_file", "write_key_file"]
 
 _PREFIX = "cloister-root-1:"
 """Told apart at sight, by people and by secret scanners."""
@@ -33,13 +33,18 @@ def new_key_file(path: Path) -> bytes:
     that the keystore protects opens again: back it up apart from the data and from the keystore.
     """
     root_key = secrets.token_bytes(KEY_BYTES)
+    write_key_file(path, root_key)
+    return root_key
+
+
+def write_key_file(path: Path, root_key: bytes) -> None:
+    """A key file of this root key, as `new_key_file` makes it."""
     line = _PREFIX + base64.urlsafe_b64encode(root_key + _checksum(root_key)).decode("ascii") + "\n"
     make_directory(path.parent)
     try:
         write_new(path, line.encode("ascii"))
     except FileExistsError:
         raise RootKeyRefused(f"{path} exists and a key file is never overwritten; name another path") from None
-    return root_key
 
 
 def read_key_file(path: Path) -> bytes:

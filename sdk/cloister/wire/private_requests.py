@@ -53,7 +53,7 @@ class PrivateRequest(Body):
 class PartyRefusal(Response):
     """Why a party does not answer."""
 
-    code: Literal["busy", "dropped", "stale", "not_permitted", "shares_refused", "exhausted"] | str
+    code: Literal["busy", "too_many_links", "dropped", "stale", "not_permitted", "shares_refused", "exhausted"] | str
     error: str
 
 

@@ -60,7 +60,7 @@ class SetAllowance(Body):
 
 
 class Allowance(Response):
-    """An app's part of a source's budget, as its owner set it."""
+    """An app's or a person's part of a source's budget, as its owner set it."""
 
     source: Identifier
     client: Identifier

@@ -1,7 +1,8 @@
 """One authenticated request and its one transaction; a repeated write gets the answer that it got. Knows no feature.
 
 The answer to a write is stored in the write's own transaction, by its Idempotency-Key: it is there if, and only if,
-the write is. A refused write leaves nothing but its denial in the audit log.
+the write is. A refused write leaves nothing but its denial in the audit log. Whoever repeats a write is asked for every grant that
+it was allowed by, as at the first time: an answer is no way around what was taken away since.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pydantic import BaseModel
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from cloister_server import vault
+from cloister_server import policy, vault
 from cloister_server.audit import denials_kept
 from cloister_server.audit_batches import Noted
-from cloister_server.errors import IdempotencyMismatch, Unauthenticated
+from cloister_server.errors import Conflict, IdempotencyMismatch, Unauthenticated
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import for_principal
@@ -64,10 +65,11 @@ class Call:
         return done
 
     def once(self, body: BaseModel | bytes, work: Callable[[Session], BaseModel], *, status: int = 201) -> Response:
-        """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again.
+        """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again, if it may still do
+        what it did.
 
         Of two at the same time one runs and the other waits for its answer. Raises IdempotencyMismatch where the key
-        was used with another body.
+        was used with another body, and as the write itself where it is not allowed any more.
         """
         if self.idempotency_key is None:
             return _response(_answer(self.write(work)), status)
@@ -106,7 +108,7 @@ class Call:
 
         def found(session: Session) -> Response | None:
             stored = session.get(IdempotencyKey, place)
-            return None if stored is None else _replay(stored, self._digest(session, content))
+            return None if stored is None else self._replay(session, stored, self._digest(session, content))
 
         return self.read(found)
 
@@ -122,12 +124,27 @@ class Call:
             digest = self._digest(session, content)
             stored = session.get(IdempotencyKey, place)
             if stored is not None:
-                return _replay(stored, digest)
+                return self._replay(session, stored, digest)
             row = _claim(session, place, digest)
             row.answer, row.status = _answer(work(session)), status
+            row.proofs = policy.proofs(session, self.principal)
             return _response(row.answer, status)
 
         return self.write(claimed)
+
+    def _replay(self, session: Session, stored: IdempotencyKey, digest: str) -> Response:
+        if not hmac.compare_digest(stored.body_sha256, digest):
+            raise IdempotencyMismatch(
+                "this Idempotency-Key was used for another request; send a fresh key with every new write"
+            )
+        if stored.proofs is None:
+            raise Conflict(
+                "this was done once, by an older version of the server, which did not keep what to ask again before it repeats its "
+                "answer; look at what there is now, and send a fresh key only if it is not done",
+                code="answer_not_kept",
+            )
+        policy.authorize_again(session, self.principal, stored.proofs)
+        return _response(stored.answer, stored.status, replayed=True)
 
 
 def _content(body: BaseModel | bytes) -> bytes:
@@ -146,14 +163,6 @@ def _claim(session: Session, place: tuple[str, str, str, str], digest: str) -> I
     except IntegrityError:
         raise _Raced from None
     return row
-
-
-def _replay(stored: IdempotencyKey, digest: str) -> Response:
-    if not hmac.compare_digest(stored.body_sha256, digest):
-        raise IdempotencyMismatch(
-            "this Idempotency-Key was used for another request; send a fresh key with every new write"
-        )
-    return _response(stored.answer, stored.status, replayed=True)
 
 
 def _answer(model: BaseModel) -> dict[str, Any]:

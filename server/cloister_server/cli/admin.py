@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +12,21 @@ import typer
 from sqlalchemy.orm import Session
 
 from cloister.wire.sources import CreateSource
-from cloister_server import budgets, deployment, explanations, grants, policy, processes, sources, tenants, vault
+from cloister_server import (
+    budgets,
+    deployment,
+    explanations,
+    grants,
+    policy,
+    processes,
+    recovery,
+    sources,
+    tenants,
+    vault,
+)
 from cloister_server.cli import audit, backups, bundles, doctor, ledger
 from cloister_server.cli.issuers import issuer_cli
-from cloister_server.cli.keys import key_cli
+from cloister_server.cli.keys import key_cli, read_line
 from cloister_server.cli.policy import group_cli, policy_cli
 from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
@@ -25,6 +35,7 @@ from cloister_server.cli.token_keys import token_cli, token_key_cli
 from cloister_server.cli.users import user_cli
 from cloister_server.errors import Invalid
 from cloister_server.grants import Role
+from cloister_server.keyring import LOCAL
 from cloister_server.oauth.signed import read_public_key, thumbprint
 from cloister_server.service import Service
 from cloister_server.settings import load_settings
@@ -87,13 +98,21 @@ def init(
     ] = None,
     as_json: JSON = False,
 ) -> None:
-    """Make the data directory, the keystore, the schema and the service's keys; running it again upgrades the schema."""
+    """Make the data directory, the keystore, the schema and the service's keys; running it again upgrades the schema.
+
+    The recovery key of a new keystore is printed this once: it opens the keystore when the key file or the passphrase is lost.
+    Write it down, and keep it as you keep those. With other key providers there is none.
+    """
     with refusals(as_json):
-        passphrase = None if passphrase_fd is None else _read_line(passphrase_fd)
+        passphrase = None if passphrase_fd is None else read_line(passphrase_fd)
         settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
+        is_new = not deployment.has_keystore(settings)
         service = deployment.initialise(settings, passphrase=passphrase)
         keys = [vault.service_key(service, "certificate").public]
-        show({"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}, as_json)
+        told = {"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}
+        if is_new and LOCAL in service.keys:
+            told["recovery_key"] = recovery.renew(service).text()
+        show(told, as_json)
 
 
 @cli.command("doctor")
@@ -196,8 +215,8 @@ def client_remove(
 ) -> None:
     """Remove a client with all its grants; its secret is refused from now on, its tokens within a second."""
 
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        removed = tenants.remove_client(session, operator_in(session, tenant), client)
+    def work(session: Session, service: Service) -> dict[str, Any]:
+        removed = tenants.remove_client(session, service, operator_in(session, tenant), client)
         return {"removed": removed.client_id, "name": removed.name, "sources_without_owner": removed.sources}
 
     def name_in(session: Session) -> str:
@@ -365,11 +384,6 @@ def _grant_row(grant: Grant, names: Mapping[str, str]) -> dict[str, Any]:
 
 _BOUND = ("first_address", "last_address", "max_epsilon", "requests_per_minute", "outputs")
 _SHOWN = ("id", "to", "to_name", "effect", "verb", "resource", "resource_name", "expires")
-
-
-def _read_line(descriptor: int) -> str:
-    with os.fdopen(descriptor) as given:
-        return given.readline().rstrip("\n")
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from cloister_privacy.sealing import KeyProviderError
-from cloister_server import deployment, marking
+from cloister_server import deployment, marking, recovery
 from cloister_server.cli.terminal import HOW_TO_MEND
 from cloister_server.errors import ServerError
+from cloister_server.keyring import LOCAL
 from cloister_server.service import Service
 from cloister_server.settings import Settings, load_settings
 
@@ -112,6 +113,12 @@ def _provider(service: Service, name: str) -> Row:
         service.keys.of(name).has_key("doctor.asks")
     except (KeyProviderError, ServerError) as refusal:
         return _row(check, "FAULT", f"{refusal}; what its tenants sealed does not open until that is mended")
+    if name == LOCAL and not recovery.has_key(service):
+        return _row(
+            check,
+            "ok",
+            "it answers; it has no recovery key: `cloister-admin key recovery-renew` makes one for when its root is lost",
+        )
     return _row(check, "ok", "it answers")
 
 

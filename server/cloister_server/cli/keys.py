@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,15 +14,26 @@ import typer
 from sqlalchemy.orm import Session
 
 from cloister.wire.recipients import LINE_PREFIX, RecipientKey
-from cloister_server import keys, keystore_backups, recipients, tenants, vault
-from cloister_server.cli.terminal import JSON, InTenant, at_work, operator_in, request_id, require_confirmed, run, show
+from cloister_server import deployment, keys, keystore_backups, recipients, recovery, tenants, vault
+from cloister_server.cli.terminal import (
+    JSON,
+    InTenant,
+    at_work,
+    operator_in,
+    refusals,
+    request_id,
+    require_confirmed,
+    run,
+    show,
+)
 from cloister_server.errors import Invalid
 from cloister_server.keys import NotRotated, Outcome, Plan, Rotation
 from cloister_server.service import Service
+from cloister_server.settings import load_settings
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
 
-__all__ = ["key_cli"]
+__all__ = ["key_cli", "read_line"]
 
 key_cli = typer.Typer(no_args_is_help=True, help="Key-encryption keys: tenants' and the service's own.")
 
@@ -137,6 +150,53 @@ def backup(
         show({**asdict(made), "note": note}, as_json)
 
 
+@key_cli.command("recovery-renew")
+def recovery_renew(dry_run: DryRun = False, as_json: JSON = False) -> None:
+    """Make a recovery key for the local keystore, shown this once; the one from before opens nothing any more.
+
+    Whoever has the keystore, or a copy of it from this key's time, and the recovery key has every key in it: keep it as the root key.
+    """
+    with at_work(as_json) as service:
+        had = recovery.has_key(service)
+        if dry_run:
+            show({"dry_run": True, "replaces": had}, True)
+            return
+        show({"recovery_key": recovery.renew(service).text(), "replaces": had}, as_json)
+
+
+@key_cli.command("recover")
+def recover(
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="The root key's file to make; else CLOISTER_KEY_FILE; else a new passphrase is asked for."),
+    ] = None,
+    passphrase_fd: Annotated[int | None, typer.Option(help="Read the new passphrase from this descriptor.")] = None,
+    dry_run: DryRun = False,
+    as_json: JSON = False,
+) -> None:
+    """Open the local keystore by its recovery key, where its key file or passphrase is lost, and make a new one of these.
+
+    The recovery key is asked for at the terminal, or read from standard input; it stays in force. With --dry-run it is tried, and
+    nothing is changed. Keys that were destroyed stay destroyed.
+    """
+    with refusals(as_json):
+        settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
+        if settings.key_file is not None and passphrase_fd is not None:
+            raise Invalid("a key file and a passphrase were given; unset CLOISTER_KEY_FILE for a passphrase")
+        typed = getpass.getpass("Recovery key: ") if sys.stdin.isatty() else sys.stdin.readline()
+        opened_by = "a passphrase" if settings.key_file is None else str(settings.key_file)
+        if dry_run:
+            recovery.try_key(settings, typed)
+            show({"dry_run": True, "key_dir": str(settings.key_dir), "opened_by": opened_by}, True)
+            return
+        passphrase = None
+        if settings.key_file is None:
+            recovery.try_key(settings, typed)  # before anybody thinks of a passphrase
+            passphrase = deployment.new_passphrase() if passphrase_fd is None else read_line(passphrase_fd)
+        recovery.recover(settings, typed, passphrase=passphrase)
+        show({"key_dir": str(settings.key_dir), "opened_by": opened_by}, as_json)
+
+
 @recipient_cli.command("create")
 def recipient_create(tenant: InTenant, as_json: JSON = False) -> None:
     """Make a recipient; hand its line to whoever uploads by another way than this service."""
@@ -171,6 +231,12 @@ def recipient_remove(
         return {"removed": removed}
 
     run(work, as_json)
+
+
+def read_line(descriptor: int) -> str:
+    """What a descriptor gives, to the end of its first line: a secret that no argument may hold."""
+    with os.fdopen(descriptor) as given:
+        return given.readline().rstrip("\n")
 
 
 def _recipient(line: str) -> dict[str, str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from authlib.oauth2.rfc6749.errors import UnauthorizedClientError
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from sqlalchemy.orm import Session
 
 from cloister_server import vault
 from cloister_server.oauth import client_secrets
@@ -23,7 +24,7 @@ from cloister_server.oauth.form import TokenRequest, invalid_client
 from cloister_server.oauth.replays import Replayed, take_once
 from cloister_server.oauth.signed import InvalidSigned, read_public_key, read_signed, verify
 from cloister_server.service import Service
-from cloister_server.store.acting import ALL_TENANTS, for_tenants
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.queries import app_of_id, is_suspended
 from cloister_server.store.session import reading
 from cloister_server.store.tables import App
@@ -41,43 +42,41 @@ def authenticate_client(service: Service, request: TokenRequest) -> App:
 
     Raises UnauthorizedClientError, once it has shown who it is, where its tenant is suspended.
     """
-    app = _authenticated(service, request)
-    with reading(service.engine, for_tenants(app.tenant_id)) as session:
-        if is_suspended(session, app.tenant_id):
-            raise UnauthorizedClientError("this client's tenant is suspended; ask the server's operator to resume it")
+    app, is_out = _authenticated(service, request)
+    if is_out:
+        raise UnauthorizedClientError("this client's tenant is suspended; ask the server's operator to resume it")
     return app
 
 
-def _authenticated(service: Service, request: TokenRequest) -> App:
+def _authenticated(service: Service, request: TokenRequest) -> tuple[App, bool]:
+    """The app, and whether its tenant is suspended."""
     if request.assertion is not None:
         return _by_assertion(service, request.client_id, request.assertion.get_secret_value())
     secret = request.client_secret.get_secret_value()
     return _by_secret(service, request.client_id, secret) if secret else _public(service, request.client_id)
 
 
-def _public(service: Service, client_id: str) -> App:
+def _public(service: Service, client_id: str) -> tuple[App, bool]:
     """The public client of this id (RFC 6749, section 2.1): anybody can say that they are it."""
-    with reading(service.engine, ALL_TENANTS) as session:
-        app = client_of_id(session, client_id)
+    app, is_out = _looked_up(service, client_of_id, client_id)
     if app is None or not app.public:
         raise invalid_client()
-    return app
+    return app, is_out
 
 
-def _by_secret(service: Service, client_id: str, secret: str) -> App:
+def _by_secret(service: Service, client_id: str, secret: str) -> tuple[App, bool]:
     if not _CLIENT_ID.fullmatch(client_id) or not client_secrets.is_well_formed(secret):
         raise invalid_client()
     pepper = vault.pepper(service)
-    with reading(service.engine, ALL_TENANTS) as session:
-        app = app_of_id(session, client_id)
+    app, is_out = _looked_up(service, app_of_id, client_id)
     # Without a secret, or without an app, it is compared with what nobody has.
     stored = app.secret_mac if app and app.secret_mac else None
     if not client_secrets.matches(pepper, client_id, secret, stored=stored) or app is None:
         raise invalid_client()
-    return app
+    return app, is_out
 
 
-def _by_assertion(service: Service, named: str, assertion: str) -> App:
+def _by_assertion(service: Service, named: str, assertion: str) -> tuple[App, bool]:
     """Its signature is checked whether or not there is such an app; `named` is what the form said besides, or nothing."""
     try:
         signed = read_signed(assertion)
@@ -87,8 +86,7 @@ def _by_assertion(service: Service, named: str, assertion: str) -> App:
         nobodys = _NOBODYS_KEYS.get(str(signed.header.get("alg")))
         if nobodys is None:
             raise InvalidSigned("another algorithm")
-        with reading(service.engine, ALL_TENANTS) as session:
-            app = app_of_id(session, client_id)
+        app, is_out = _looked_up(service, app_of_id, client_id)
         key = app.public_key if app is not None else None
         verify(signed, key if key is not None and key["kty"] == nobodys["kty"] else nobodys)
         if app is None:
@@ -97,7 +95,16 @@ def _by_assertion(service: Service, named: str, assertion: str) -> App:
         take_once(service.engine, "client-assertion", client_id, jti, until=expires + _CLOCKS_APART_S)
     except (InvalidSigned, Replayed):
         raise invalid_client() from None
-    return app
+    return app, is_out
+
+
+def _looked_up(
+    service: Service, client_of: Callable[[Session, str], App | None], client_id: str
+) -> tuple[App | None, bool]:
+    """The app of this id, and whether its tenant is suspended: the same two statements whether or not there is one."""
+    with reading(service.engine, ALL_TENANTS) as session:
+        app = client_of(session, client_id)
+        return app, is_suspended(session, "" if app is None else app.tenant_id)
 
 
 def _checked(header: Mapping[str, Any], claims: Mapping[str, Any], client_id: str, issuer: str) -> tuple[str, float]:

@@ -169,10 +169,11 @@ def end_all(session: Session, service: Service, user: User) -> int:
     return count
 
 
-def forget_client(session: Session, client_id: str) -> None:
-    """End every login by an app that is no more, and whatever let it in; whoever has a token of it is refused within a second."""
+def forget_client(session: Session, service: Service, client_id: str) -> None:
+    """End every login by an app that is no more, and whatever let it in; whoever has a token of it is refused as by `end`."""
     forget_logins_by(session, client_id)
     forget_subjects_of(session, client_id)
+    verifier.forget_after(session, service)
 
 
 def is_active(session: Session, tenant_id: str, user_id: str) -> bool:

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _MOST_CLIENTS = 256
 """Of them, whoever has shown no permission for longest makes room for the next."""
+_MOST_EACH = 32
+"""Of one caller, who would keep everybody else out by them."""
 _MOST_ENDING = 64
 """Clients that made room, and whose threads have not ended."""
 _IDLE_S = 60.0
@@ -74,7 +76,7 @@ class Door:
         self._party, self._network, self._deployment = party, network, deployment
         self._permissions, self._put, self._answer_s = permissions, put, answer_s
         self._changed, self._owed = threading.Condition(), 0
-        self._places = Places(_MOST_CLIENTS)
+        self._places = Places(_MOST_CLIENTS, most_each=_MOST_EACH)
         self._threads = threading.BoundedSemaphore(_MOST_CLIENTS + _MOST_ENDING)
         self._listener = Listener(identity, None, host, port, on_link=self._serve)
 
@@ -135,7 +137,9 @@ class Door:
 
     def _answered(self, place: socket.socket, link: Link) -> Shares:
         head, caller = self._announced(link.receive(HEAD_BYTES, Deadline.after(_STEP_S)))
-        self._places.keep(place)
+        if not self._places.keep(place, caller):
+            told = f"you have {_MOST_EACH} links to this party, and nobody has more; use those, or close one"
+            raise _Refused("too_many_links", told, is_over=True)
         if head.rows > self._party.most_rows:
             told = f"the request has {head.rows} rows, and {self._party.most_rows} are the most; send fewer at once"
             raise _Refused("shares_refused", told, is_over=True)  # before there is room for them

@@ -45,11 +45,10 @@ def address_range(network: str) -> tuple[str, str]:
     return _digits(of.network_address), _digits(of.broadcast_address)
 
 
-def is_from(grant: Any, address: str | None) -> ColumnElement[bool]:
-    """Whether a grant counts for a request from there. From nobody knows where, an allow that names a network does not, and a
-    deny does."""
+def is_from(grant: Any, key: Any) -> ColumnElement[bool]:
+    """Whether a grant counts for a request from the address of this key. From nobody knows where, which is None, an allow that
+    names a network does not, and a deny does."""
     first, last = grant.address_first, grant.address_last
-    key = address_key(address)
     if key is None:
         return or_(first.is_(None), grant.effect != "allow")
     return or_(first.is_(None), and_(first <= key, last >= key))

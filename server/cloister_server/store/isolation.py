@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Connection, String, bindparam, cast, event, inspect, null, or_, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, with_loader_criteria
+from sqlalchemy.sql.base import ExecutableOption
 
 from cloister_server.errors import ServerError, Unavailable
 from cloister_server.store.acting import Acting
@@ -125,16 +127,23 @@ def end(session: Session, transaction: SessionTransaction) -> None:
 def keep_to_tenants(state: ORMExecuteState) -> None:
     """Add the session's tenants to every `Owned` table that a statement names, however deep; refuse bulk inserts of others."""
     session = state.session
-    session.connection()  # begins the transaction, which looks up the tenants
+    if DRIVER not in session.info:
+        session.connection()  # begins the transaction, which looks up the tenants
     tenant_ids = session.info.get(_TENANTS, ())
     if tenant_ids is None:
         return
     if state.is_insert:
         _refuse_inserted(state, tenant_ids)
         return
+    state.statement = state.statement.options(*_of(tenant_ids))
+
+
+@lru_cache(maxsize=1024)
+def _of(tenant_ids: tuple[str, ...]) -> tuple[ExecutableOption, ...]:
+    """What keeps a statement to these tenants. Kept, since it takes longer to make than many a statement to run."""
     # The service's own key is told apart by no tenant: it opens the keys that sign tokens, for whoever comes.
     own = (*tenant_ids, SYSTEM)
-    state.statement = state.statement.options(
+    return (
         with_loader_criteria(Owned, lambda cls: cls.tenant_id.in_(own), include_aliases=True),
         with_loader_criteria(Tenant, lambda cls: cls.id.in_(own), include_aliases=True),
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from datetime import datetime
+from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, delete, exists, false, or_, select
+from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, exists, false, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from cloister_server.principal import Principal
-from cloister_server.store.conditions import is_from, restrictions
+from cloister_server.store.conditions import address_key, is_from, restrictions
 from cloister_server.store.identities import User
 from cloister_server.store.isolation import lifted
 from cloister_server.store.tables import (
@@ -111,29 +111,8 @@ def visible_to(principal: Principal, table: type[R]) -> Select[R]:
     if principal.kind == "operator":
         may_see = row.tenant_id == principal.tenant_id if table in OPERATOR_VERBS.values() else false()
         return select(table).where(may_see)
-    allow, deny = aliased(Grant), aliased(Grant)
-    at = now()
-    is_denied = exists().where(
-        deny.tenant_id == allow.tenant_id,
-        deny.verb == allow.verb,
-        _covers(deny, row.id),
-        _is_held_by(deny, principal),
-        is_in_force(deny, at),
-        is_from(deny, principal.address),
-        deny.effect != "allow",
-    )
-    is_allowed = exists().where(
-        allow.tenant_id == row.tenant_id,
-        allow.verb.in_([verb for verb, decided_on in VERBS.items() if decided_on is table]),
-        _covers(allow, row.id),
-        _is_held_by(allow, principal),
-        is_in_force(allow, at),
-        is_from(allow, principal.address),
-        allow.effect == "allow",
-        ~is_denied.correlate(table, allow),
-    )
-    granting = select(Grant.tenant_id).where(_is_held_by(Grant, principal))
-    return select(table).where(row.tenant_id.in_(granting), is_allowed.correlate(table))
+    key = address_key(principal.address)
+    return _visible(table, key is not None).params(_asked(principal, key))
 
 
 def deciding(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[Any]:
@@ -143,30 +122,79 @@ def deciding(principal: Principal, verb: str, *, tenant_id: str, resource_id: st
     now and for where the request comes from; on what a suspended tenant has none is. A deny goes before every allow; of several
     allows the one that is bound least does.
     """
-    on_this = bearing(principal, verb, tenant_id=tenant_id, resource_id=resource_id)
-    return on_this.where(is_in_force(Grant, now()), is_from(Grant, principal.address)).limit(1)
+    key = address_key(principal.address)
+    of = {"tenant": tenant_id, "verb": verb, "resource": resource_id}
+    return _deciding(key is not None).params(_asked(principal, key) | of)
 
 
 def bearing(principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Select[Any]:
     """The grants on this that the principal or a group of its holds, in the order in which they decide, in force or not."""
-    return (
-        select(Grant)
-        .where(
-            Grant.tenant_id == tenant_id,
-            Grant.verb == verb,
-            _covers(Grant, resource_id),
-            _is_held_by(Grant, principal),
-        )
-        .order_by(*restrictions(Grant))
+    of = {"tenant": tenant_id, "verb": verb, "resource": resource_id}
+    return _bearing().params(_asked(principal, None) | of)
+
+
+# Each is built once: to build one takes longer than to ask it. What is asked goes with it as parameters.
+
+
+def _asked(principal: Principal, key: str | None) -> dict[str, Any]:
+    return {"home": principal.tenant_id, "principal": principal.id, "address": key, "at": now()}
+
+
+@cache
+def _visible(table: type[Any], is_from_somewhere: bool) -> Select[Any]:
+    row, allow, deny = table.__table__.c, aliased(Grant), aliased(Grant)
+    is_denied = exists().where(
+        deny.tenant_id == allow.tenant_id,
+        deny.verb == allow.verb,
+        _covers(deny, row.id),
+        _is_held(deny),
+        _counts(deny, is_from_somewhere),
+        deny.effect != "allow",
+    )
+    is_allowed = exists().where(
+        allow.tenant_id == row.tenant_id,
+        allow.verb.in_([verb for verb, decided_on in VERBS.items() if decided_on is table]),
+        _covers(allow, row.id),
+        _is_held(allow),
+        _counts(allow, is_from_somewhere),
+        allow.effect == "allow",
+        ~is_denied.correlate(table, allow),
+    )
+    granting = select(Grant.tenant_id).where(_is_held(Grant))
+    return select(table).where(row.tenant_id.in_(granting), is_allowed.correlate(table))
+
+
+@cache
+def _deciding(is_from_somewhere: bool) -> Select[Any]:
+    return _bearing().where(_counts(Grant, is_from_somewhere)).limit(1)
+
+
+@cache
+def _bearing() -> Select[Any]:
+    on_this = (
+        Grant.tenant_id == bindparam("tenant"),
+        Grant.verb == bindparam("verb"),
+        _covers(Grant, bindparam("resource")),
+    )
+    return select(Grant).where(*on_this, _is_held(Grant)).order_by(*restrictions(Grant))
+
+
+def _is_held(grant: Any) -> ColumnElement[bool]:
+    """By the principal, or by a group of its tenant with it as a member."""
+    home: Any = bindparam("home")
+    principal: Any = bindparam("principal")
+    groups = select(Member.group_id).where(Member.tenant_id == home, Member.principal_id == principal)
+    return or_(grant.principal_id == principal, grant.principal_id.in_(groups))
+
+
+def _counts(grant: Any, is_from_somewhere: bool) -> ColumnElement[bool]:
+    """Now, and for where the request comes from."""
+    return and_(
+        is_in_force(grant, bindparam("at")), is_from(grant, bindparam("address") if is_from_somewhere else None)
     )
 
 
-def _is_held_by(grant: Any, principal: Principal) -> ColumnElement[bool]:
-    groups = select(Member.group_id).where(Member.tenant_id == principal.tenant_id, Member.principal_id == principal.id)
-    return or_(grant.principal_id == principal.id, grant.principal_id.in_(groups))
-
-
-def is_in_force(grant: Any, at: datetime) -> ColumnElement[bool]:
+def is_in_force(grant: Any, at: Any) -> ColumnElement[bool]:
     """An expired grant, allow or deny, counts for nothing, and so does one on what a suspended tenant has."""
     return and_(or_(grant.expires.is_(None), grant.expires > at), ~_is_suspended(grant, grant.tenant_id))
 
@@ -295,10 +323,10 @@ def holders_on(session: Session, verb: str, *, tenant_id: str, resource_id: str)
     return found
 
 
-def holds_something(session: Session, app: App, tenant_id: str) -> bool:
-    """Whether the app holds a grant of this tenant, itself or by a group, in force or not."""
-    groups = select(Member.group_id).where(Member.tenant_id == app.tenant_id, Member.principal_id == app.id)
-    held = or_(Grant.principal_id == app.id, Grant.principal_id.in_(groups))
+def holds_something(session: Session, holder: App | User, tenant_id: str) -> bool:
+    """Whether an app or a person holds a grant of this tenant, itself or by a group, in force or not."""
+    groups = select(Member.group_id).where(Member.tenant_id == holder.tenant_id, Member.principal_id == holder.id)
+    held = or_(Grant.principal_id == holder.id, Grant.principal_id.in_(groups))
     with lifted(session):
         return session.scalar(select(Grant.id).where(Grant.tenant_id == tenant_id, held).limit(1)) is not None
 
