@@ -188,7 +188,6 @@ def measure(*, rounds: int, requests: int) -> dict[str, list[float]]:
         administer("init")
         tenant = administer("tenant", "create", "acme")
         app = administer("client", "create", "--tenant", "acme", "--name", "app", "--role", "predictor")
-        print(tenant)
         publish(env, tenant["id"])
         server = [str(admin.with_name("cloister-server")), "serve"]
         hello = [sys.executable, __file__, "--hello", str(theirs)]

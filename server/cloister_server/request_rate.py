@@ -26,6 +26,7 @@ __all__ = ["admit", "admit_from_memory", "taken"]
 _MINUTE_S = 60
 _SHARES = 16
 """A process takes one of so many of what is left of a minute."""
+_ASKING_AT_ONCE = 16
 _KEPT_S = 1.0
 """How long it is remembered that a tenant has no quota, or nothing left: another quota holds within that."""
 
@@ -40,12 +41,16 @@ def admit_from_memory(service: Service, tenant_id: str) -> bool:
 
 def admit(service: Service, tenant_id: str) -> None:
     """Count a request of the tenant. Raises RateLimited `request_quota_exceeded` where its minute is used up."""
-    memory, share = _memory(service), _taken(service, tenant_id)
-    if share.left:
-        share.left -= 1  # this request's own, however many others wait for one
+    memory = _memory(service)
+    with memory.asking(tenant_id):
+        if memory.spend(tenant_id, _now()):  # of many that came at once one has asked by now
+            return
+        share = _taken(service, tenant_id)
+        if share.left:
+            share.left -= 1  # this request's own
+            memory.keep(tenant_id, share)
+            return
         memory.keep(tenant_id, share)
-        return
-    memory.keep(tenant_id, share)
     if not memory.spend(tenant_id, _now()):
         raise _refusal(share.minute_ends - _now())
 
@@ -75,7 +80,12 @@ class _Memory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._asking = tuple(threading.Lock() for _ in range(_ASKING_AT_ONCE))
         self._shares: dict[str, _Share] = {}
+
+    def asking(self, tenant_id: str) -> threading.Lock:
+        """Held while the database is asked about the tenant, once for all who wait."""
+        return self._asking[hash(tenant_id) % _ASKING_AT_ONCE]
 
     def spend(self, tenant_id: str, at: float) -> bool:
         with self._lock:

@@ -70,6 +70,8 @@ _STANDING_KEPT_S = 1.0
 _KEYS_KEPT_S = 60.0
 _KEY_LOADS_APART_S = 1.0
 """Tokens of keys that we do not know cannot make us look for new ones more often."""
+_ASKING_AT_ONCE = 16
+"""Tokens whose standing is looked up at a time. However many requests come with one, it is looked up once."""
 _MOST_KEPT = 4096
 _CLOCKS_APART_S = 5
 _USER_ID = re.compile(r"us_[0-9a-f]{32}")
@@ -155,6 +157,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._asking = tuple(threading.Lock() for _ in range(_ASKING_AT_ONCE))
         self._tokens: OrderedDict[bytes, _Seen] = OrderedDict()
         self._standing: OrderedDict[bytes, tuple[_Standing, float]] = OrderedDict()
         self._forgotten = 0
@@ -175,13 +178,17 @@ class _Memory:
         if read is None:
             read = self._verify_any(service, token)
             self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
-        asked_at, forgotten = time.monotonic(), self._forgotten
-        with reading(service.engine, ALL_TENANTS) as session:
-            standing = _standing(session, read)
-        if standing is None:
-            raise _refusal(service)
-        if forgotten == self._forgotten:  # else this was read before something was revoked
-            self._keep(self._standing, digest, (standing, asked_at + _STANDING_KEPT_S))
+        with self._asking[digest[0] % _ASKING_AT_ONCE]:
+            known, principal = self.recall(token, request_id)
+            if known is not None and principal is not None:  # of many that came with one token one has asked by now
+                return known, principal
+            asked_at, forgotten = time.monotonic(), self._forgotten
+            with reading(service.engine, ALL_TENANTS) as session:
+                standing = _standing(session, read)
+            if standing is None:
+                raise _refusal(service)
+            if forgotten == self._forgotten:  # else this was read before something was revoked
+                self._keep(self._standing, digest, (standing, asked_at + _STANDING_KEPT_S))
         return read, _principal(standing, request_id, read)
 
     def recall(self, token: bytes, request_id: str) -> tuple[AccessToken | ForeignToken, Principal] | tuple[None, None]:
