@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
 from pydantic import SecretStr
 from sqlalchemy import Engine, event
 
@@ -24,6 +26,10 @@ from databases import DatabaseURLs, new_postgres_database, postgres_copy
 for _of in (transactions.reading, transactions.writing, transactions.snapshot):
     _of.__wrapped__.__defaults__ = (ALL_TENANTS,)  # type: ignore[attr-defined]  # what `contextmanager` wraps
 """The tests' own transactions act for every tenant, unless they say for whom. The product's always say: mypy has seen to it."""
+
+
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # type: ignore[attr-defined]  # typer's own name
+"""A command line is made once, and not for each call of it: that takes longer than most commands."""
 
 
 @event.listens_for(Engine, "connect")

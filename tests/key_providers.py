@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,6 +42,7 @@ __all__ = [
     "kms_client",
     "kms_server",
     "new_token",
+    "refusals",
     "served",
     "softhsm",
     "token",
@@ -159,6 +161,12 @@ def served(handler: type[BaseHTTPRequestHandler], *, port: int = 0, **state: Any
     finally:
         server.shutdown()
         server.server_close()
+
+
+def refusals(*calls: Callable[[], Any]) -> list[BaseException | None]:
+    """What each call raises, all made at once: each may wait for as long as its patience lasts."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [made.exception() for made in [pool.submit(call) for call in calls]]
 
 
 @dataclass(slots=True)

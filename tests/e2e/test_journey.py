@@ -13,7 +13,9 @@ import pytest
 
 import cloister
 from harness import App, Deployment
-from journeys import COLUMNS, upload
+from journeys import COLUMNS, POSTGRES_LONG, SQLITE, upload
+
+BOTH_IN_LONG = pytest.mark.parametrize("deployment", [SQLITE, POSTGRES_LONG], indirect=True)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def test_a_job_is_reattached_by_its_id_and_waiting_for_a_finished_one_returns_at
     assert again.wait(timeout_s=60).name == "reader"
 
 
+@BOTH_IN_LONG
 def test_a_cancelled_job_publishes_nothing_and_stays_charged_for_what_ran(
     client: cloister.Cloister, digits: dict[str, np.ndarray]
 ) -> None:
@@ -160,6 +163,7 @@ def test_a_retried_start_never_spends_twice(
     client.jobs.get(answers[0].json()["id"]).cancel()
 
 
+@BOTH_IN_LONG
 def test_the_async_client_does_the_same(deployment: Deployment, app: App, digits: dict[str, np.ndarray]) -> None:
     async def journey() -> np.ndarray:
         async with cloister.AsyncCloister(
@@ -177,6 +181,7 @@ def test_the_async_client_does_the_same(deployment: Deployment, app: App, digits
     assert asyncio.run(journey()).shape == (4,)
 
 
+@BOTH_IN_LONG
 def test_a_tabular_regression_trains_on_bounds_and_categories(client: cloister.Cloister) -> None:
     rng = np.random.default_rng(1)
     age, region = rng.uniform(18, 90, 1500).astype(np.float32), rng.integers(0, 3, 1500).astype(np.int32)

@@ -30,6 +30,7 @@ from server.conftest import (  # noqa: F401 (fixtures)
     new_service,
     postgres_template,
     service,
+    shared_services,
     sqlite_template,
     steward,
 )

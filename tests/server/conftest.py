@@ -102,15 +102,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("service", ["sqlite", "postgres"] if is_on_both else ["sqlite"], indirect=True)
 
 
-@pytest.fixture
-def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Service]:
-    """A deployment of this test's own, as `cloister-admin init` left it."""
-    root, template = request.getfixturevalue(f"{request.param}_template")
-    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
-    urls = None if template is None else postgres_copy(request.getfixturevalue("postgres"), template)
-    opened = deployment.open_service(_settings(tmp_path, urls))
+@pytest.fixture(scope="module")
+def shared_services() -> Iterator[dict[str, Service]]:
+    """By kind of database, those of a module's tests that are marked `shared`."""
+    opened: dict[str, Service] = {}
     yield opened
-    opened.engine.dispose()
+    for each in opened.values():
+        each.engine.dispose()
+
+
+@pytest.fixture
+def service(request: pytest.FixtureRequest, shared_services: dict[str, Service]) -> Iterator[Service]:
+    """A deployment as `cloister-admin init` left it, of this test's own; of its module's where it is marked `shared`."""
+    if request.node.get_closest_marker("shared") is None:
+        opened = _copy(request, request.getfixturevalue("tmp_path"))
+        yield opened
+        opened.engine.dispose()
+        return
+    if request.param not in shared_services:
+        root = request.getfixturevalue("tmp_path_factory").mktemp("shared")
+        shared_services[request.param] = _copy(request, root)
+    yield shared_services[request.param]
+
+
+def _copy(request: pytest.FixtureRequest, to: Path) -> Service:
+    root, template = request.getfixturevalue(f"{request.param}_template")
+    shutil.copytree(root, to, dirs_exist_ok=True)
+    urls = None if template is None else postgres_copy(request.getfixturevalue("postgres"), template)
+    return deployment.open_service(_settings(to, urls))
 
 
 @pytest.fixture

@@ -40,6 +40,24 @@ def admin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resu
     return lambda *arguments: CliRunner().invoke(cli, list(arguments))
 
 
+@pytest.fixture(scope="session")
+def template(sqlite_template: tuple[Path, None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `init` makes, with the tenants acme and other."""
+    root = tmp_path_factory.mktemp("admin") / "template"
+    shutil.copytree(sqlite_template[0], root)
+    given = {"DATA_DIR": "data", "KEY_DIR": "keystore", "KEY_FILE": "root.key"}
+    env = {f"CLOISTER_{name}": str(root / value) for name, value in given.items()}
+    for tenant in ("acme", "other"):
+        assert CliRunner().invoke(cli, ["tenant", "create", tenant], env=env).exit_code == 0
+    return root
+
+
+@pytest.fixture
+def tenants(template: Path, tmp_path: Path) -> None:
+    """A copy of it for this test."""
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+
+
 def done(result: Result) -> Any:
     """The one JSON document that a command prints."""
     assert result.exit_code == 0, (result.stdout, result.stderr, result.exception)
@@ -153,10 +171,9 @@ def test_a_client_that_is_made_here_gets_a_token_and_its_secret_is_nowhere_on_th
     assert "client_secret" not in admin("client", "list", "--tenant", "acme", "--json").stdout
 
 
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize("role", ["steward", "trainer", "predictor"])
 def test_a_role_is_grants_that_can_be_listed_and_taken_away(admin: Callable[..., Result], role: str) -> None:
-    admin("init")
-    admin("tenant", "create", "acme")
     made = done(admin("client", "create", "--tenant", "acme", "--name", "app", "--role", role, "--json"))
     listed = done(admin("grant", "list", "--tenant", "acme", "--json"))
     verbs = {each["verb"] for each in listed}
@@ -166,10 +183,8 @@ def test_a_role_is_grants_that_can_be_listed_and_taken_away(admin: Callable[...,
     assert len(done(admin("grant", "list", "--tenant", "acme", "--json"))) == len(listed) - 1
 
 
+@pytest.mark.usefixtures("tenants")
 def test_a_grant_is_added_for_an_app_of_another_tenant(admin: Callable[..., Result]) -> None:
-    admin("init")
-    for tenant in ("acme", "other"):
-        admin("tenant", "create", tenant)
     made = done(admin("client", "create", "--tenant", "other", "--name", "app", "--role", "predictor", "--json"))
     arguments = ("grant", "add", "--tenant", "acme", "--to", made["client_id"], "--verb")
     added = done(admin(*arguments, "model.predict", "--until", "2100-01-01", "--json"))
@@ -177,9 +192,8 @@ def test_a_grant_is_added_for_an_app_of_another_tenant(admin: Callable[..., Resu
     assert "no verb" in refusal(admin(*arguments, "model.fly"))
 
 
+@pytest.mark.usefixtures("tenants")
 def test_a_source_belongs_to_the_app_that_owns_it_and_its_budget_is_shown(admin: Callable[..., Result]) -> None:
-    admin("init")
-    admin("tenant", "create", "acme")
     owner = done(admin("client", "create", "--tenant", "acme", "--name", "app", "--role", "predictor", "--json"))
     source = done(
         admin(
@@ -198,6 +212,7 @@ def test_a_source_belongs_to_the_app_that_owns_it_and_its_budget_is_shown(admin:
     assert [each["id"] for each in done(admin("source", "list", "--tenant", "acme", "--json"))] == [source["id"]]
 
 
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
@@ -211,10 +226,8 @@ def test_a_source_belongs_to_the_app_that_owns_it_and_its_budget_is_shown(admin:
 def test_a_refusal_is_one_json_document_on_standard_error(
     admin: Callable[..., Result], arguments: tuple[str, ...], code: str
 ) -> None:
-    admin("init")
-    admin("tenant", "create", "acme")
-    assert json.loads(refusal(admin(*arguments, "--json"))).keys() == {"error", "code"}
-    assert json.loads(refusal(admin(*arguments, "--json")))["code"] == code
+    told = json.loads(refusal(admin(*arguments, "--json")))
+    assert told.keys() == {"error", "code"} and told["code"] == code
 
 
 def _expose(root: Path) -> None:
@@ -246,6 +259,7 @@ def _lose_database(root: Path) -> None:
     (root / "data" / "cloister.db").unlink()
 
 
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
@@ -259,7 +273,6 @@ def _lose_database(root: Path) -> None:
 def test_a_deployment_that_is_not_sound_is_refused_by_name(
     admin: Callable[..., Result], tmp_path: Path, harm: Callable[[Path], None], told: str
 ) -> None:
-    done(admin("init", "--json"))
     harm(tmp_path)
     assert told in refusal(admin("tenant", "list"))
     with pytest.raises(StartRefused, match=told):
@@ -291,11 +304,8 @@ def test_before_init_nothing_is_opened_and_nothing_is_made(
 
 
 @pytest.fixture
-def acme(admin: Callable[..., Result]) -> Callable[..., Any]:
-    """Runs a command on a deployment with a tenant `acme` and its client `app`; answers its JSON document."""
-    admin("init")
-    for tenant in ("acme", "other"):
-        admin("tenant", "create", tenant)
+def acme(admin: Callable[..., Result], tenants: None) -> Callable[..., Any]:
+    """Runs a command on a deployment with the tenants `acme` and `other`; answers its JSON document."""
     return lambda *arguments: done(admin(*arguments, "--json"))
 
 
@@ -630,6 +640,7 @@ def _lose_objects(root: Path) -> None:
     shutil.rmtree(root / "data" / "objects")
 
 
+@pytest.mark.usefixtures("tenants")
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
@@ -644,7 +655,6 @@ def _lose_objects(root: Path) -> None:
 def test_the_doctor_says_what_is_broken_why_and_what_next_and_makes_nothing(
     admin: Callable[..., Result], tmp_path: Path, harm: Callable[[Path], None], told: str
 ) -> None:
-    done(admin("init", "--json"))
     harm(tmp_path)
     before = _names(tmp_path)
     assert told in _faults(admin("doctor", "--json"))

@@ -118,6 +118,7 @@ def test_garbage_is_refused_before_any_database_read(http: TestClient, service: 
     assert seen
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     ("body", "headers", "query"),
     [
@@ -152,6 +153,7 @@ def test_what_authlib_would_let_pass_is_refused(
     assert answer.status_code == 400 and answer.json()["error"] == "invalid_request", answer.text
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     ("form", "error"),
     [
@@ -171,6 +173,7 @@ def test_a_token_is_asked_for_by_post_alone(http: TestClient) -> None:
     assert http.get("/oauth/token").status_code == 405
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize(
     "change",
     [
@@ -194,6 +197,7 @@ def test_a_signed_token_that_says_anything_else_is_refused(
         ask(service, sign(service, {**good_claims(service, steward), **change}))
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("header", [{"typ": "JWT"}, {"kid": "another"}, {"jku": "https://elsewhere"}])
 def test_a_token_with_another_header_is_refused(service: Service, steward: Any, header: dict[str, Any]) -> None:
     with pytest.raises(Unauthenticated):
@@ -275,6 +279,7 @@ def test_keys_are_looked_for_once_a_second_however_many_unknown_ones_are_named(
     assert len(loads) <= 1
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("header", [None, "Bearer", "Bearer  x", "Basic x", "Bearer a.b", "bearer " + "a" * 9000])
 def test_what_is_no_token_is_401_with_a_bearer_challenge(http: TestClient, header: str | None) -> None:
     answer = http.get("/v1/sources", headers={"Authorization": header} if header else {})

@@ -100,28 +100,34 @@ class _Unreachable(Session):
     scalars = scalar = execute
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_is_allowed_by_its_grant(service: Service, verb: str) -> None:
-    row = put(service, VERBS[verb])
-    granted = grant(service, verb, row.id)
+    tenant_id = new_id("tn")
+    row = put(service, VERBS[verb], tenant_id)
+    granted = grant(service, verb, row.id, tenant_id=tenant_id)
     assert decide(service, verb, row) == Allow(by=granted)
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_is_denied_without_its_grant(service: Service, verb: str) -> None:
-    row = put(service, VERBS[verb])
+    tenant_id = new_id("tn")
+    row = put(service, VERBS[verb], tenant_id)
     for other in VERBS:
         if other != verb:
-            grant(service, other, ANY)
+            grant(service, other, ANY, tenant_id=tenant_id)
     assert decide(service, verb, row) == Deny("no grant matched")
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_is_denied_when_the_store_is_unreachable(service: Service, verb: str) -> None:
-    row = put(service, VERBS[verb])
-    grant(service, verb, ANY)
+    tenant_id = new_id("tn")
+    row = put(service, VERBS[verb], tenant_id)
+    grant(service, verb, ANY, tenant_id=tenant_id)
     session = _Unreachable(service.engine)
-    assert isinstance(policy.decide(session, WHO, verb, tenant_id=HERE, resource_id=row.id), Deny)
+    assert isinstance(policy.decide(session, WHO, verb, tenant_id=tenant_id, resource_id=row.id), Deny)
     with pytest.raises(Unavailable):
         policy.authorize(session, WHO, verb, row)
     if VERBS[verb] is not Tenant:
@@ -258,6 +264,7 @@ def test_a_proof_is_made_by_policy_alone(service: Service) -> None:
         Authorized(WHO, put(service, Model), "gr_x", object())
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("verb", [*VERBS, "tenant.administer"])
 def test_an_operator_may_administer_and_reads_nobodys_data(service: Service, verb: str) -> None:
     operator = Principal.operator(HERE, request_id="request-of-a-test")
@@ -288,7 +295,7 @@ _GRANTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(given_grants=_GRANTS)
 def test_a_row_is_visible_if_and_only_if_some_verb_on_it_is_allowed(service: Service, given_grants: list[Any]) -> None:
     with Session(service.engine) as session:  # never committed: every example starts from nothing

@@ -6,6 +6,7 @@ may neither change nor delete any.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def upgrade(settings: Settings) -> None:
 
 def check_current(engine: Engine) -> None:
     """Refuse to run on a schema that is not the newest this release knows."""
-    newest = ScriptDirectory.from_config(_config()).get_current_head()
+    newest = _newest()
     with engine.connect() as connection:
         current = MigrationContext.configure(connection).get_current_revision()
     if current is None:
@@ -63,6 +64,11 @@ def check_current(engine: Engine) -> None:
             f"the database is at migration {current} and this release needs {newest}; stop all servers, back up, "
             "then run `cloister-admin init`"
         )
+
+
+@cache
+def _newest() -> str | None:
+    return ScriptDirectory.from_config(_config()).get_current_head()
 
 
 def _migrate(engine: Engine) -> None:

@@ -39,6 +39,7 @@ from cloister_server.vault import DataKey, forget_objects
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
     from cloister_privacy.architecture import Network
 
@@ -152,7 +153,6 @@ class _Running:
     def answer(self) -> dict[str, Any]:
         """Release the answers to a query: charged as one step, before the first row is read."""
         from cloister_privacy.queries import QueryPlan, release
-        from cloister_privacy.queries.predictions import predictions
 
         query = QueryRequest.model_validate_json(bytes(self._open(self._spec_key)))
         with reading(self._engine, for_tenants(self.tenant_id)) as session:
@@ -172,21 +172,32 @@ class _Running:
         }
         plan = QueryPlan.of(query, schema=columns, unit=source.unit, adjacency=source.adjacency, models=schemas)
         self._open_chunk(0, 1)
-        rows, device = self._rows(columns), device_of(self.settings.device)
+        rows = self._rows(columns)
         results = release(
             plan,
             rows,
             units=rows.units() if source.unit == "user" else None,
-            predictions={
-                version: predictions(network, rows, count=rows.count, slots=dataset.capacity_rows, device=device)
-                for version, network in networks.items()
-            },
+            predictions=self._predictions(networks, rows, slots=dataset.capacity_rows),
         )
         told = Answer(job=self.job_id, dataset=query.dataset, epsilon=plan.epsilon, results=results)
         key = self._key(self._message["answer"])
         sealed = self._seal(key, answers.padded(told))
         self._blobs.put(self.tenant_id, key.object_id, sealed)
         return {"answer_id": key.object_id, "sealed_bytes": len(sealed)}
+
+    def _predictions(
+        self, networks: Mapping[tuple[str, int], Network], rows: _Rows, *, slots: int
+    ) -> dict[tuple[str, int], NDArray[np.float32]]:
+        """Of each model that is asked about. A query about rows alone loads no torch, which takes longer than its answer."""
+        if not networks:
+            return {}
+        from cloister_privacy.queries.predictions import predictions
+
+        device = device_of(self.settings.device)
+        return {
+            version: predictions(network, rows, count=rows.count, slots=slots, device=device)
+            for version, network in networks.items()
+        }
 
     def _network(self, message: Mapping[str, Any], arena: Arena) -> Network:
         """A version's network, as the API opens it to serve."""
