@@ -55,15 +55,14 @@ def names(http: TestClient, service: Service, make_client: Any, bearer_of: Any, 
 
 
 @pytest.fixture
-def checked(service: Service, names: dict[str, Any], bearer_of: Any) -> Callable[..., Counter[int]]:
+def checked(service: Service, names: dict[str, Any]) -> Callable[..., Counter[int]]:
     """Runs schemathesis, and fails the test with everything that it found; else how often each status was answered."""
     for media_type in RAW:
         schemathesis.serializer(media_type)(lambda context, value: bytes(getattr(value, "value", b"")))
     app = create_app(service)
 
     def check(*, seed: int, examples: int, phases: tuple[str, ...], of: str = "", but: str = "") -> Counter[int]:
-        token = bearer_of(names["client"])["Authorization"].removeprefix("Bearer ")
-        config = _config(names, token, seed=seed, examples=examples, phases=phases)
+        config = _config(names, seed=seed, examples=examples, phases=phases)
         schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
         schema = schema.include(path_regex=of) if of else schema
         return _run(schema.exclude(path_regex=but) if but else schema)
@@ -71,7 +70,7 @@ def checked(service: Service, names: dict[str, Any], bearer_of: Any) -> Callable
     return check
 
 
-def _config(names: dict[str, Any], token: str, *, seed: int, examples: int, phases: tuple[str, ...]) -> Any:
+def _config(names: dict[str, Any], *, seed: int, examples: int, phases: tuple[str, ...]) -> Any:
     client: Client = names["client"]
     there = ["people", "rows", "m", "kinds", *names["ours"], *names["theirs"]]
     return SchemathesisConfig.from_dict(
@@ -90,15 +89,24 @@ def _config(names: dict[str, Any], token: str, *, seed: int, examples: int, phas
             },
             "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", *REFUSED]}},
             "auth": {
-                "openapi": {
-                    "HTTPBearer": {"bearer": token},
-                    "Client": {"username": client.id, "password": client.secret},
-                }
+                "openapi": {"Client": {"username": client.id, "password": client.secret}},
+                "dynamic": {"openapi": {"HTTPBearer": _token_of(client)}},
             },
             "dictionaries": {"there": {"values": there}},
             "parameters": {place: {"dictionary": "there", "probability": 0.5} for place in NAMED},
         }
     )
+
+
+def _token_of(client: Client) -> dict[str, Any]:
+    """Where a token is had, and had again before it expires: no token lives as long as a run may take."""
+    asked = {"grant_type": "client_credentials", "client_id": client.id, "client_secret": client.secret}
+    return {
+        "path": "/oauth/token",
+        "payload": asked,
+        "payload_content_type": "application/x-www-form-urlencoded",
+        "extract_selector": "/access_token",
+    }
 
 
 def _run(schema: Any) -> Counter[int]:

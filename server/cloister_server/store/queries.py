@@ -343,7 +343,7 @@ def forget_grants_on(session: Session, *, tenant_id: str, resource_id: str) -> N
 
 
 def forget_answers(session: Session, *, routes: str) -> None:
-    """Delete the kept answers to every write whose route starts so, in every tenant."""
+    """Delete the kept answers to every write whose route starts so, in every tenant that the transaction acts for."""
     session.execute(delete(IdempotencyKey).where(IdempotencyKey.route.startswith(routes, autoescape=True)))
 
 
