@@ -70,8 +70,12 @@ def checked(service: Service, names: dict[str, Any]) -> Callable[..., Counter[in
     return check
 
 
-def _config(names: dict[str, Any], *, seed: int, examples: int, phases: tuple[str, ...]) -> Any:
+def _config(names: dict[str, Any], *, seed: int, examples: int, phases: tuple[str, ...], token: str = "") -> Any:
     client: Client = names["client"]
+    basic = {"Client": {"username": client.id, "password": client.secret}}
+    auth: Any = {"dynamic": {"openapi": {"HTTPBearer": _token_of(client)}}, "openapi": basic}
+    if token:
+        auth = {"openapi": {"HTTPBearer": {"bearer": token}, **basic}}
     there = ["people", "rows", "m", "kinds", *names["ours"], *names["theirs"]]
     return SchemathesisConfig.from_dict(
         {
@@ -88,10 +92,7 @@ def _config(names: dict[str, Any], *, seed: int, examples: int, phases: tuple[st
                 for name in ("examples", "coverage", "fuzzing", "stateful")
             },
             "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", *REFUSED]}},
-            "auth": {
-                "openapi": {"Client": {"username": client.id, "password": client.secret}},
-                "dynamic": {"openapi": {"HTTPBearer": _token_of(client)}},
-            },
+            "auth": auth,
             "dictionaries": {"there": {"values": there}},
             "parameters": {place: {"dictionary": "there", "probability": 0.5} for place in NAMED},
         }
@@ -153,7 +154,11 @@ def checked_by_operator(http: TestClient, service: Service) -> Callable[..., Cou
     def check(*, seed: int, examples: int, of: str = ADMIN) -> Counter[int]:
         no_one = Client("", "ap_", "")
         config = _config(
-            {"client": no_one, "ours": [], "theirs": []}, "operating", seed=seed, examples=examples, phases=("fuzzing",)
+            {"client": no_one, "ours": [], "theirs": []},
+            seed=seed,
+            examples=examples,
+            phases=("fuzzing",),
+            token="operating",
         )
         schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
         return _run(schema.include(path_regex=of).exclude(path_regex="issuer.add$"))  # which would look for anybody
