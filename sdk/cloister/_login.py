@@ -16,14 +16,16 @@ from cloister._auth import ClientCredentials
 from cloister._errors import (
     APIError,
     AuthenticationFailed,
+    CloisterError,
     ConfigurationError,
     ConnectionFailed,
     UnexpectedAnswer,
     from_answer,
 )
+from cloister._possession import PrivateKey
 from cloister._profiles import Profile, ProfileStore
 
-__all__ = ["CLIENT_ID", "Device", "LoginCredentials", "begin", "end", "wait"]
+__all__ = ["CLIENT_ID", "Device", "LoginCredentials", "begin", "log_out", "wait"]
 
 CLIENT_ID = "cloister-cli"
 """The client that every server has for this."""
@@ -48,9 +50,10 @@ class Device:
 class LoginCredentials(ClientCredentials):
     """Access tokens by the refresh token of a profile, which is used by one process at a time and replaced before anything else."""
 
-    def __init__(self, store: ProfileStore, profile: Profile) -> None:
+    def __init__(self, store: ProfileStore, profile: Profile, *, log_in: str = "cloister login") -> None:
         super().__init__(profile.url, profile.client_id, "")
-        self._store, self._profile = store, profile
+        self._store, self._profile, self._log_in = store, profile, log_in
+        self._proves_by = _key_of(profile)
 
     def _alone(self) -> AbstractContextManager[None]:
         return self._store.alone()
@@ -62,9 +65,12 @@ class LoginCredentials(ClientCredentials):
         profile = self._store.read()  # another process may have used the one that was read before
         if profile is None or profile.url != self._profile.url:
             raise ConfigurationError(
-                f"you are logged out of {self._profile.url}; run `cloister login {self._profile.url}`"
+                f"you are logged out of {self._profile.url}; run `{self._log_in} {self._profile.url}`"
             )
-        self._profile = profile
+        self._profile, self._proves_by = profile, _key_of(profile)
+        headers = {"Accept": "application/json"}
+        if self._proves_by is not None:
+            headers["DPoP"] = self._proves_by.proof("POST", self._token_url)
         return httpx2.Request(
             "POST",
             self._token_url,
@@ -73,7 +79,7 @@ class LoginCredentials(ClientCredentials):
                 "client_id": profile.client_id,
                 "refresh_token": profile.refresh_token.get_secret_value(),
             },
-            headers={"Accept": "application/json"},
+            headers=headers,
             extensions={"timeout": request.extensions["timeout"]} if "timeout" in request.extensions else {},
         )
 
@@ -90,7 +96,7 @@ class LoginCredentials(ClientCredentials):
         if refusal.code not in ("invalid_grant", "invalid_client"):
             return refusal
         return AuthenticationFailed(
-            f"the login at {self._profile.url} is over; run `cloister login {self._profile.url}`",
+            f"the login at {self._profile.url} is over; run `{self._log_in} {self._profile.url}`",
             status=refusal.status,
             code=refusal.code,
             request_id=refusal.request_id,
@@ -98,9 +104,10 @@ class LoginCredentials(ClientCredentials):
         )
 
 
-def begin(url: str, client_id: str = CLIENT_ID) -> Device:
+def begin(url: str, client_id: str = CLIENT_ID, *, scope: str = "") -> Device:
     """Ask the server for a code. Raises APIError, ConnectionFailed or UnexpectedAnswer."""
-    told = _answered(url, "/oauth/device_authorization", {"client_id": client_id})
+    form = {"client_id": client_id, **({"scope": scope} if scope else {})}
+    told = _answered(url, "/oauth/device_authorization", form)
     try:
         page = str(told["verification_uri"])
         device = Device(
@@ -121,15 +128,24 @@ def begin(url: str, client_id: str = CLIENT_ID) -> Device:
     return device
 
 
-def wait(device: Device, *, pause: Callable[[float], None] = time.sleep) -> Profile:
-    """The login, once its person has allowed it. Raises AuthenticationFailed where they refuse or do not decide in time."""
+def wait(
+    device: Device,
+    *,
+    pause: Callable[[float], None] = time.sleep,
+    proves_by: PrivateKey | None = None,
+    allow_insecure: bool = False,
+) -> Profile:
+    """The login, once its person has allowed it, bound to a key where one is given.
+
+    Raises AuthenticationFailed where they refuse or do not decide in time.
+    """
     form = {"grant_type": _GRANT, "client_id": device.client_id, "device_code": device.device_code.get_secret_value()}
     interval_s, waited_s = device.interval_s, 0.0
     while waited_s <= device.expires_s + interval_s:
         pause(interval_s)
         waited_s += interval_s
         try:
-            told = _answered(device.url, "/oauth/token", form)
+            told = _answered(device.url, "/oauth/token", form, proves_by)
         except ConnectionFailed:
             interval_s *= 2  # RFC 8628, section 3.5
         except APIError as refusal:
@@ -141,20 +157,48 @@ def wait(device: Device, *, pause: Callable[[float], None] = time.sleep) -> Prof
             token = told.get("refresh_token")
             if not isinstance(token, str) or not token:
                 raise UnexpectedAnswer("the server gave no refresh token; is this the URL of a Cloister server?")
-            return Profile(device.url, device.client_id, SecretStr(token))
+            key = None if proves_by is None else proves_by.for_keeping()
+            return Profile(device.url, device.client_id, SecretStr(token), allow_insecure, key)
     raise ConfigurationError("nobody has allowed it in time; run `cloister login` again")
 
 
-def end(profile: Profile) -> None:
-    """Let the server end the login. Raises APIError or ConnectionFailed where it was not told."""
+def log_out(store: ProfileStore) -> Profile:
+    """Let the server end the login, and forget it here either way. Raises ConfigurationError where the server was not told."""
+    with store.alone():
+        profile = store.read()
+        if profile is None:
+            raise ConfigurationError(f"nobody is logged in (profile {store.name}); nothing was changed")
+        try:
+            _end(profile)
+        except CloisterError as refusal:
+            raise ConfigurationError(
+                f"the login is forgotten here, but the server was not told: {refusal}; it goes on there until its operator ends it "
+                "or two weeks have passed"
+            ) from None
+        finally:
+            store.remove()
+    return profile
+
+
+def _key_of(profile: Profile) -> PrivateKey | None:
+    try:
+        return None if profile.key is None else PrivateKey.kept(profile.key.get_secret_value())
+    except ValueError:
+        raise ConfigurationError(f"the login at {profile.url} has no key that can be used; log in again") from None
+
+
+def _end(profile: Profile) -> None:
     form = {"client_id": profile.client_id, "token": profile.refresh_token.get_secret_value()}
     _answered(profile.url, "/oauth/revoke", form)
 
 
-def _answered(url: str, path: str, form: dict[str, str]) -> dict[str, Any]:
+def _answered(url: str, path: str, form: dict[str, str], proves_by: PrivateKey | None = None) -> dict[str, Any]:
+    headers = {"Accept": "application/json"}
+    if proves_by is not None:
+        headers["DPoP"] = proves_by.proof("POST", f"{url}{path}")
     try:
         with httpx2.Client(timeout=_TIMEOUT_S, trust_env=url.startswith("https:")) as http:
-            answer = http.post(f"{url}{path}", data=form, headers={"Accept": "application/json"})
+            answer = http.post(f"{url}{path}", data=form, headers=headers)
     except httpx2.RequestError as error:
         raise ConnectionFailed(
             f"{url} could not be reached ({type(error).__name__}); see that the URL is right"

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import SecretStr
+
 from cloister._errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -46,6 +48,21 @@ class PrivateKey:
         from cryptography.hazmat.primitives.asymmetric import ec
 
         return cls(ec.generate_private_key(ec.SECP256R1()))
+
+    @classmethod
+    def kept(cls, text: str) -> PrivateKey:
+        """The key that `for_keeping` wrote. Raises ValueError."""
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        return cls(ec.derive_private_key(int.from_bytes(bytes.fromhex(text)), ec.SECP256R1()))
+
+    def for_keeping(self) -> SecretStr:
+        """A key of P-256 as text, for a profile's secret and nowhere else."""
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        if not isinstance(self._key, ec.EllipticCurvePrivateKey):
+            raise TypeError("only keys that were made here are kept")
+        return SecretStr(f"{self._key.private_numbers().private_value:064x}")
 
     @classmethod
     def read(cls, file: Path) -> PrivateKey:

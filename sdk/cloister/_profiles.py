@@ -41,6 +41,8 @@ class Profile:
     refresh_token: SecretStr = field(repr=False)
     allow_insecure: bool = False
     """Whether whoever logged in has allowed plain HTTP to another machine."""
+    key: SecretStr | None = field(default=None, repr=False)
+    """The private key that the login is bound to (RFC 9449); None where it is bound to none."""
 
 
 class ProfileStore:
@@ -81,6 +83,8 @@ class ProfileStore:
             "allow_insecure": profile.allow_insecure,
         }
         token = profile.refresh_token.get_secret_value()
+        if profile.key is not None:
+            token = f"{token} {profile.key.get_secret_value()}"
         keyring = _keyring()
         if keyring is not None and self._put(keyring, token):
             content["kept_in"] = "keyring"
@@ -145,7 +149,11 @@ class ProfileStore:
             raise ConfigurationError(
                 f"the login {self.name!r} has no token any more; run `cloister login {content['url']}`"
             )
-        return Profile(content["url"], content["client_id"], SecretStr(token), content["allow_insecure"] is True)
+        token, _, key = token.partition(" ")
+        is_insecure = content["allow_insecure"] is True
+        return Profile(
+            content["url"], content["client_id"], SecretStr(token), is_insecure, SecretStr(key) if key else None
+        )
 
     def _put(self, keyring: Any, token: str) -> bool:
         """Whether the keyring has it now."""

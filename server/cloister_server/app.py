@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from cloister_server.api import (
+    admin,
     datasets,
     discovery,
     document,
@@ -77,7 +78,7 @@ def _api(service: Service) -> FastAPI:
     api.state.service = service
     for each in (
         discovery, oauth, pages, identities, sources, datasets, plans, jobs, models, private_deployments, weights, queries,
-        policy,
+        policy, admin,
     ):  # fmt: skip
         api.include_router(each.router)
     api.openapi = document.describe(api)  # type: ignore[method-assign]  # FastAPI's own way to replace it

@@ -19,7 +19,7 @@ from cloister_server.store.acting import for_tenants
 from cloister_server.store.session import writing
 from cloister_server.store.tables import AuditRow, new_id, now
 
-__all__ = ["allowed", "denials_kept", "keep_denial", "told", "values_of"]
+__all__ = ["allowed", "denials_kept", "keep_denial", "operated", "told", "values_of"]
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,11 @@ def allowed(session: Session, authorized: Authorized[Any], verb: str, resource_i
 def told(session: Session, principal: Principal, verb: str, resource_id: str) -> None:
     """Tell of what a person did about themselves, for which no grant is asked: that they let an app act for them."""
     session.add(_row(principal, verb, resource_id, outcome="allowed"))
+
+
+def operated(session: Session, principal: Principal, verb: str, about: str, outcome: str) -> None:
+    """Tell of an operation in the operators' own chain: by whom, about what, and how it ended."""
+    session.add(_row(principal, verb, about, outcome=outcome))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 ServerError                500  internal, weights_differ: what is stored is not what its certificate is of
 ├── Unauthenticated        401  unauthenticated
-├── Forbidden              403  forbidden: yours to see, not yours to do
+├── Forbidden              403  forbidden: yours to see, not yours to do; admin_scope_needed, no_operator, first_admin_refused
 │   └── TenantKeyRefused   403  tenant_key_refused: the tenant's key was disabled, withdrawn or destroyed
 ├── NotFound               404  not_found: not there and not yours are the same
 ├── BadRequest             400  bad_request, body_truncated, digest_mismatch
@@ -10,7 +10,7 @@ ServerError                500  internal, weights_differ: what is stored is not 
 │                               sealed_part_refused, not_confirmed, roles_not_apart, role_expired, public_rows_needed, not_shared
 │   └── IdempotencyMismatch 422 idempotency_mismatch
 ├── Conflict               409  conflict, dataset_not_ready, quota_exceeded, job_quota_exceeded, tenant_shredded, shredding_unfinished,
-│                               not_deployed_privately
+│                               not_deployed_privately, secret_already_shown, operators_tenant, last_operator, local_only
 │   ├── BudgetExceeded     409  budget_exceeded
 │   └── RevisionMoved      409  revision_moved
 ├── TooLarge               413  too_large

@@ -117,7 +117,7 @@ def find(session: Session, url: str) -> Issuer:
     return issuer
 
 
-def remove(session: Session, service: Service, url: str, *, request_id: str) -> int:
+def remove(session: Session, service: Service, url: str, *, request_id: str, by: str = "operator") -> int:
     """Take an issuer off the list with all of its subjects; how many those were. Its tokens are refused from the next request on,
     elsewhere within a second."""
     issuer = find(session, url)
@@ -126,7 +126,7 @@ def remove(session: Session, service: Service, url: str, *, request_id: str) -> 
     gone: int = session.execute(delete(IssuerSubject).where(of_issuer)).rowcount  # type: ignore[attr-defined]  # of a DELETE there is one
     session.delete(issuer)
     for tenant_id in tenants:
-        operator = Principal.operator(tenant_id, request_id=request_id)
+        operator = Principal.operator(tenant_id, request_id=request_id, by=by)
         tenant = session.get_one(Tenant, tenant_id)
         audit.allowed(
             session, policy.authorize(session, operator, "tenant.administer", tenant), "issuer.remove", issuer.id

@@ -200,6 +200,7 @@ def rotate(
     tenant_id: str,
     *,
     request_id: str,
+    by: str = "operator",
     on_progress: OnProgress | None = None,
 ) -> Rotation:
     """Give a tenant, or the system, a new key where the old one is, and rewrap every data key for it.
@@ -209,14 +210,16 @@ def rotate(
     key was begun in another provider; KeyProviderError where a provider refuses: what was committed until then stands.
     """
     with alone(service.settings):
-        return _rotate(service, tenant_id, None, request_id, on_progress or _untold)
+        return _rotate(service, tenant_id, None, (request_id, by), on_progress or _untold)
 
 
-def rotate_all(service: Service, *, request_id: str, on_progress: OnProgress | None = None) -> Outcome:
+def rotate_all(
+    service: Service, *, request_id: str, by: str = "operator", on_progress: OnProgress | None = None
+) -> Outcome:
     """`rotate` for the system and every tenant, each where its key is, one after the other; others may have a turn in between."""
     with reading(service.engine, ALL_TENANTS) as session:
         everyone = _everyone(session)
-    return _rotate_each(service, everyone, None, request_id, on_progress or _untold, [])
+    return _rotate_each(service, everyone, None, (request_id, by), on_progress or _untold, [])
 
 
 def migrate(
@@ -225,6 +228,7 @@ def migrate(
     to: str,
     tenant_id: str | None = None,
     request_id: str,
+    by: str = "operator",
     on_progress: OnProgress | None = None,
 ) -> Outcome:
     """`rotate` into the provider `to`, for the system and every tenant, or for one, whose key is elsewhere or not all there yet.
@@ -234,7 +238,7 @@ def migrate(
     """
     with reading(service.engine, ALL_TENANTS) as session:
         plans, left = plan_migration(session, service.keys, to=to, tenant_id=tenant_id)
-    return _rotate_each(service, [each.tenant for each in plans], to, request_id, on_progress or _untold, left)
+    return _rotate_each(service, [each.tenant for each in plans], to, (request_id, by), on_progress or _untold, left)
 
 
 def plan_destruction(session: Session, tenant_id: str, *, version: int) -> KeyView:
@@ -243,7 +247,7 @@ def plan_destruction(session: Session, tenant_id: str, *, version: int) -> KeyVi
     return next(each for each in listed(session) if (each.tenant, each.version) == (tenant_id, version))
 
 
-def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) -> Destroyed:
+def destroy(service: Service, tenant_id: str, *, version: int, request_id: str, by: str = "operator") -> Destroyed:
     """Destroy a version that wraps nothing any more, in its provider, for good.
 
     A copy of the database from before the rotation is full of keys that only this version opens: it is of no use from now on.
@@ -255,7 +259,7 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
             # Whoever still writes under this version holds its row.
             key = session.get(TenantKey, (tenant_id, version), with_for_update=True)
             key = _require_destroyable(session, key, version)
-            name = _tell(session, tenant_id, "key.destroy", key.key_id, request_id)
+            name = _tell(session, tenant_id, "key.destroy", key.key_id, (request_id, by))
         keeper = service.keys.of(key.provider)
         try:
             keeper.destroy_key(key.key_id)
@@ -272,6 +276,10 @@ def destroy(service: Service, tenant_id: str, *, version: int, request_id: str) 
             key = session.get_one(TenantKey, (tenant_id, version))
             key.state, key.destroyed = "destroyed", now()
     return Destroyed(tenant_id, name, version, key.provider, claim, days)
+
+
+_Who = tuple[str, str]
+"""For which request a key's life changes, and by which operator."""
 
 
 @contextmanager
@@ -300,7 +308,7 @@ def _rotate_each(
     service: Service,
     tenant_ids: Iterable[str],
     provider: str | None,
-    request_id: str,
+    who: _Who,
     tell: OnProgress,
     left: list[NotRotated],
 ) -> Outcome:
@@ -309,7 +317,7 @@ def _rotate_each(
     for each in tenant_ids:
         try:
             with alone(service.settings):
-                outcome.rotated.append(_rotate(service, each, provider, request_id, tell))
+                outcome.rotated.append(_rotate(service, each, provider, who, tell))
         except (ServerError, KeyProviderError) as error:
             why = f"{error.why}; mend its ledger first" if isinstance(error, LedgerRolledBack) else str(error)
             with reading(service.engine, ALL_TENANTS) as session:
@@ -321,14 +329,14 @@ def _rotate_each(
     return outcome
 
 
-def _rotate(service: Service, tenant_id: str, provider: str | None, request_id: str, tell: OnProgress) -> Rotation:
+def _rotate(service: Service, tenant_id: str, provider: str | None, who: _Who, tell: OnProgress) -> Rotation:
     with reading(service.engine, ALL_TENANTS) as session:
         aim = _aim(session, service.keys, tenant_id, provider)
     if aim.pending is None and aim.older and aim.active.provider == aim.to:
         finished = _rewrapped(service, aim, aim.active, tell, is_new=False)
         if finished.rewrapped:
             return finished
-    key = aim.pending or _begin(service, aim, request_id)
+    key = aim.pending or _begin(service, aim, who)
     tell(tenant_id, "begun", 0)
     _make(service.keys.of(key.provider), key)
     tell(tenant_id, "made", 0)
@@ -337,7 +345,7 @@ def _rotate(service: Service, tenant_id: str, provider: str | None, request_id: 
     return _rewrapped(service, aim, key, tell, is_new=True)
 
 
-def _begin(service: Service, aim: _Aim, request_id: str) -> TenantKey:
+def _begin(service: Service, aim: _Aim, who: _Who) -> TenantKey:
     """The row of a key that is not made yet: whatever comes into the provider is known here before."""
     key_id = f"{aim.tenant_id}.{secrets.token_hex(8)}"
     service.keys.of(aim.to).has_key(key_id)  # a provider that is away refuses here, and leaves no row
@@ -350,7 +358,7 @@ def _begin(service: Service, aim: _Aim, request_id: str) -> TenantKey:
         newest = session.scalars(select(func.max(TenantKey.version)).where(TenantKey.tenant_id == aim.tenant_id)).one()
         key = TenantKey(tenant_id=aim.tenant_id, version=newest + 1, provider=aim.to, key_id=key_id, state="pre-active")
         session.add(key)
-        _tell(session, aim.tenant_id, "key.rotate", key_id, request_id)
+        _tell(session, aim.tenant_id, "key.rotate", key_id, who)
     return key
 
 
@@ -465,16 +473,17 @@ def _require_destroyable(session: Session, key: TenantKey | None, version: int) 
     return key
 
 
-def _tell(session: Session, tenant_id: str, verb: str, key_id: str, request_id: str) -> str:
+def _tell(session: Session, tenant_id: str, verb: str, key_id: str, who: _Who) -> str:
     """Into the tenant's audit log, in the transaction that does it; the tenant's name.
 
     The system has no chain: of its keys their rows tell, and this line of log.
     """
+    request_id, by = who
     log.info(verb, extra={"tenant_id": tenant_id, "key_id": key_id, "request_id": request_id})
     if tenant_id == vault.SYSTEM:
         return tenant_id
     tenant = session.get_one(Tenant, tenant_id)
-    operator = Principal.operator(tenant_id, request_id=request_id)
+    operator = Principal.operator(tenant_id, request_id=request_id, by=by)
     audit.allowed(session, policy.authorize(session, operator, "tenant.administer", tenant), verb, key_id)
     return tenant.name
 

@@ -11,7 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from cloister_server.errors import StartRefused
 
-__all__ = ["RoleSettings", "Settings", "child_environment", "load_role_settings", "load_settings"]
+__all__ = [
+    "RoleSettings",
+    "Settings",
+    "child_environment",
+    "load_role_settings",
+    "load_settings",
+    "names_deployment",
+    "profile_asked_for",
+    "profile_directory",
+]
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -158,6 +167,21 @@ def _load(model: type[S], prefix: str, given: dict[str, Any]) -> S:
     except ValidationError as error:
         problems = "; ".join(f"{prefix}{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors())
         raise StartRefused(f"the settings do not hold: {problems}; correct the environment") from None
+
+
+def profile_directory() -> Path:
+    """Where operators' logins at deployments elsewhere are kept."""
+    return _home("config") / "operators"
+
+
+def profile_asked_for() -> str | None:
+    """Which of them the environment means."""
+    return os.environ.get("CLOISTER_PROFILE") or None
+
+
+def names_deployment() -> bool:
+    """Whether the environment says where a deployment of this machine has its data, keys or database."""
+    return any(os.environ.get(f"CLOISTER_{name}") for name in ("DATA_DIR", "KEY_DIR", "KEY_FILE", "DATABASE_URL"))
 
 
 def child_environment(**more: str) -> dict[str, str]:

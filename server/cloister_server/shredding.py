@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from cloister.wire.jobs import FINAL
 from cloister.wire.receipts import sign_receipt
 from cloister_privacy.sealing import KeyMissing, KeyProvider, KeyProviderError, KeystoreDamaged
-from cloister_server import approvals, audit, budgets, keys, marking, policy, processes, receipts, vault
+from cloister_server import approvals, audit, budgets, keys, marking, operators, policy, processes, receipts, vault
 from cloister_server.approvals import Request
 from cloister_server.errors import Conflict, StartRefused
 from cloister_server.oauth import verifier
@@ -67,6 +67,7 @@ def plan(session: Session, principal: Principal) -> dict[str, Any]:
     """What shredding the operator's tenant would destroy and delete, and how far that has come. Changes nothing."""
     tenant = session.get_one(Tenant, principal.tenant_id)
     policy.authorize(session, principal, "tenant.administer", tenant)
+    operators.require_other(tenant.name)
     of_tenant = select(TenantKey).where(TenantKey.tenant_id == tenant.id).order_by(TenantKey.version)
     versions = session.scalars(of_tenant).all()
     backups = session.scalars(select(KeystoreBackup)).all()
@@ -144,6 +145,7 @@ def _close(service: Service, principal: Principal) -> None:
     with writing(service.engine, ALL_TENANTS) as session:
         tenant = session.get_one(Tenant, tenant_id)
         authorized = policy.authorize(session, principal, "tenant.administer", tenant)
+        operators.require_other(tenant.name)
         if tenant.status != "active":
             return
         _cancel_jobs(session, tenant_id)

@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from cloister.wire.jobs import FINAL
-from cloister_server import audit, policy
+from cloister_server import audit, operators, policy
 from cloister_server.oauth import verifier
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
@@ -37,6 +37,7 @@ class Suspension:
 def suspend(session: Session, service: Service, principal: Principal) -> Suspension:
     """Suspend the operator's tenant; one that is already stays so, since when it was. Raises Conflict where it is shredded."""
     authorized = policy.authorize_change(session, principal, "tenant.administer")
+    operators.require_other(authorized.resource.name)
     if authorized.resource.suspended is None:
         authorized.resource.suspended = now()
         _done(session, service, authorized, "tenant.suspend")

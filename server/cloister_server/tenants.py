@@ -50,6 +50,7 @@ def create_tenant(
     *,
     name: str,
     request_id: str,
+    by: str = "operator",
     provider: str | None = None,
     two_person: bool = False,
 ) -> Tenant:
@@ -61,7 +62,7 @@ def create_tenant(
         raise Conflict(f"a tenant named {name!r} is already there; choose another name")
     key = vault.new_tenant_key(session, provider=provider or keys.default)
     tenant = Tenant(id=key.tenant_id, name=name, two_person=two_person)
-    principal = operator_of(tenant, request_id=request_id)
+    principal = operator_of(tenant, request_id=request_id, by=by)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
     session.add(tenant)
     audit.allowed(session, authorized, "tenant.create", tenant.id)
@@ -151,7 +152,7 @@ def remove_client(session: Session, service: Service, principal: Principal, id_o
 
 
 def tenants(session: Session) -> list[Tenant]:
-    """Every tenant of the deployment, oldest first: for the operator's CLI alone."""
+    """Every tenant of the deployment, oldest first: for operators alone."""
     return list(session.scalars(queries.tenants()))
 
 
@@ -163,16 +164,16 @@ def apps(session: Session, principal: Principal) -> list[App]:
 
 
 def find_tenant(session: Session, id_or_name: str) -> Tenant:
-    """The tenant of this id or name, for the operator's CLI alone. Raises NotFound."""
+    """The tenant of this id or name, for operators alone. Raises NotFound."""
     tenant = queries.tenant_of_id_or_name(session, id_or_name)
     if tenant is None:
         raise NoSuch("tenant", id_or_name)
     return tenant
 
 
-def operator_of(tenant: Tenant, *, request_id: str) -> Principal:
-    """The operator at work in this tenant: for the CLI alone, which whoever holds the keys can run."""
-    return Principal.operator(tenant.id, request_id=request_id)
+def operator_of(tenant: Tenant, *, request_id: str, by: str = "operator") -> Principal:
+    """An operator at work in this tenant: for the operators' operations and commands alone."""
+    return Principal.operator(tenant.id, request_id=request_id, by=by)
 
 
 def _set_credentials(session: Session, keys: KeyRing, app: App, public_key: dict[str, str] | None) -> str | None:

@@ -15,10 +15,11 @@ import pytest
 import uvicorn
 
 from asked import asked_writing
-from cloister_server import deployment, tenants
+from cloister_server import deployment, operators, tenants
 from cloister_server.app import create_app
 from cloister_server.oauth import authorizations, device_endpoint, passphrases
 from cloister_server.service import Service
+from operators import Operating, first_operator
 from people import Human, invited
 from ports import free_port
 from server.conftest import (  # noqa: F401 (fixtures)
@@ -103,13 +104,31 @@ def new_app(served: Service) -> Callable[..., Client]:
 
 
 @pytest.fixture
-def online(served: Service, new_app: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Human]:
+def online(served: Service, new_app: Any, quick: None) -> Iterator[Human]:
     """A person in a browser of their own."""
+    with httpx2.Client(base_url=served.settings.issuer, timeout=60) as browser:
+        yield invited(served, browser, f"ada{secrets.token_hex(4)}").enrol()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passphrases that cost little, and devices that may ask at once."""
     monkeypatch.setattr(passphrases, "MEMORY_KIB", 64)
     for module in (authorizations, device_endpoint):
         monkeypatch.setattr(module, "INTERVAL_S", 1)
-    with httpx2.Client(base_url=served.settings.issuer, timeout=60) as browser:
-        yield invited(served, browser, f"ada{secrets.token_hex(4)}").enrol()
+
+
+@pytest.fixture
+def operator(http: Any, service: Service, quick: None) -> Human:  # noqa: F811 (the fixtures)
+    """The first operator, in the browser of the test."""
+    token = operators.first_admin_token(service)
+    assert token is not None
+    return first_operator(service, http, token=token.get_secret_value())
+
+
+@pytest.fixture
+def operating(http: Any, service: Service, operator: Human) -> Operating:  # noqa: F811 (the fixtures)
+    return Operating(http, service.settings.issuer).log_in(operator)
 
 
 NODE = Path(__file__).parent / "node"

@@ -19,9 +19,22 @@ from cloister.wire.columns import Schema
 from cloister.wire.private_deployments import ROLES
 from cloister.wire.rows import encode_rows
 from cloister.wire.weights import WEIGHTS_TYPE
+from cloister_server.operations import OPERATIONS
 from cloister_server.roles import identity
 
-__all__ = ["ABOUT", "CREATING", "ELSEWHERE", "LISTS", "POLICY", "PREDICT", "PREFIX", "TOKENS", "Asked", "Route"]
+__all__ = [
+    "ABOUT",
+    "ADMIN",
+    "CREATING",
+    "ELSEWHERE",
+    "LISTS",
+    "POLICY",
+    "PREDICT",
+    "PREFIX",
+    "TOKENS",
+    "Asked",
+    "Route",
+]
 
 
 @dataclass(frozen=True)
@@ -212,6 +225,9 @@ POLICY = ("GET /v1/policy/explain", "GET /v1/policy/who-can")
 LISTS = {"source": "/v1/sources", "dataset": "/v1/datasets", "job": "/v1/jobs", "model": "/v1/models"}
 TOKENS = ("POST /oauth/token", "POST /oauth/introspect", "POST /oauth/revoke", "GET /v1/whoami")
 
+ADMIN = tuple(f"POST /v1/admin/{name}" for name in OPERATIONS)
+"""Operators': who is none is refused before anything is looked at, the same whatever is named (`test_operators`)."""
+
 ELSEWHERE = {
     "GET /healthz": "nobody's",
     "GET /readyz": "nobody's",
@@ -227,6 +243,8 @@ ELSEWHERE = {
     "POST /oauth/consent": "page",
     "GET /oauth/device": "page",
     "POST /oauth/device": "page",
+    "GET /oauth/first-admin": "page",
+    "POST /oauth/first-admin": "page",
     "GET /oauth/invitation": "page",
     "POST /oauth/invitation": "page",
     "POST /oauth/sign-in": "page",

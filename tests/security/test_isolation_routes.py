@@ -7,7 +7,7 @@ from typing import Any
 
 from cloister_server.app import _api
 from cloister_server.service import Service
-from security.isolation_routes import ABOUT, CREATING, ELSEWHERE, LISTS, POLICY, PREDICT, TOKENS
+from security.isolation_routes import ABOUT, ADMIN, CREATING, ELSEWHERE, LISTS, POLICY, PREDICT, TOKENS
 from security.isolation_world import World
 from security.test_isolation_machine import http, make_world, training  # noqa: F401 (fixtures)
 from server.test_predict import weights  # noqa: F401 (fixture)
@@ -34,7 +34,7 @@ def _walked(table: Any) -> Iterator[str]:
 def test_every_route_has_a_rule(service: Service) -> None:
     """A new route is added to `isolation_routes`, with what it names and the verb that allows it."""
     known = {f"{route.method} {route.path}" for route in (*ABOUT, *CREATING, *PREDICT)}
-    known |= {*POLICY, *TOKENS, *ELSEWHERE, *(f"GET {path}" for path in LISTS.values())}
+    known |= {*ADMIN, *POLICY, *TOKENS, *ELSEWHERE, *(f"GET {path}" for path in LISTS.values())}
     there = routes(service)
     assert there - known == set(), "these routes have no rule"
     assert known - there == set(), "these rules are of no route"

@@ -19,8 +19,10 @@ from starlette.testclient import TestClient
 
 from accounts import Person
 from accounts import grant as granted
+from cloister_server import operators
 from cloister_server.app import create_app
 from cloister_server.service import Service
+from operators import Operating, first_operator
 from server.conftest import Client
 from server.test_predict import publish, weights  # noqa: F401 (a fixture)
 
@@ -30,6 +32,8 @@ NAMED = ("path.source", "path.dataset", "path.job", "path.model", "body.source",
 """Where what is there is asked for half of the time; the other half it is anything."""
 REFUSED = ("400", "403", "404", "409", "422", "429")
 """What may come of a request that holds by the document: more is to hold than a schema can say."""
+ADMIN = "^/v1/admin/"
+"""Whose tokens need a proof with each request: asked by an operator of its own."""
 LARGE = ("^/v1/jobs$", "^/v1/plans$")
 """Whose bodies are so large that every edge of them is a run of its own: no token lives longer."""
 
@@ -66,8 +70,12 @@ def checked(service: Service, names: dict[str, Any]) -> Callable[..., Counter[in
     return check
 
 
-def _config(names: dict[str, Any], *, seed: int, examples: int, phases: tuple[str, ...]) -> Any:
+def _config(names: dict[str, Any], *, seed: int, examples: int, phases: tuple[str, ...], token: str = "") -> Any:
     client: Client = names["client"]
+    basic = {"Client": {"username": client.id, "password": client.secret}}
+    auth: Any = {"dynamic": {"openapi": {"HTTPBearer": _token_of(client)}}, "openapi": basic}
+    if token:
+        auth = {"openapi": {"HTTPBearer": {"bearer": token}, **basic}}
     there = ["people", "rows", "m", "kinds", *names["ours"], *names["theirs"]]
     return SchemathesisConfig.from_dict(
         {
@@ -84,10 +92,7 @@ def _config(names: dict[str, Any], *, seed: int, examples: int, phases: tuple[st
                 for name in ("examples", "coverage", "fuzzing", "stateful")
             },
             "checks": {"positive_data_acceptance": {"expected-statuses": ["2xx", *REFUSED]}},
-            "auth": {
-                "openapi": {"Client": {"username": client.id, "password": client.secret}},
-                "dynamic": {"openapi": {"HTTPBearer": _token_of(client)}},
-            },
+            "auth": auth,
             "dictionaries": {"there": {"values": there}},
             "parameters": {place: {"dictionary": "there", "probability": 0.5} for place in NAMED},
         }
@@ -125,18 +130,59 @@ def _run(schema: Any) -> Counter[int]:
 
 
 def test_the_api_is_as_it_is_described(checked: Any) -> None:
-    answered = checked(seed=1, examples=3, phases=("fuzzing", "stateful"))
+    answered = checked(seed=1, examples=3, phases=("fuzzing", "stateful"), but=ADMIN)
     assert {200, 201, 401, 404, 422} <= answered.keys()
     assert answered.total() >= 150
+
+
+@pytest.fixture
+def checked_by_operator(http: TestClient, service: Service) -> Callable[..., Counter[int]]:
+    """The same of the operators' operations, with a proof for each request that has their token."""
+    token = operators.first_admin_token(service)
+    assert token is not None
+    human = first_operator(service, http, token=token.get_secret_value())
+    operating = Operating(http, service.settings.issuer).log_in(human)
+    served = create_app(service)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and (b"authorization", b"Bearer operating") in scope["headers"]:
+            proven = operating.headers(scope["path"], method=scope["method"])
+            kept = [(name, value) for name, value in scope["headers"] if name not in (b"authorization", b"dpop")]
+            scope["headers"] = kept + [(name.lower().encode(), value.encode()) for name, value in proven.items()]
+        await served(scope, receive, send)
+
+    def check(*, seed: int, examples: int, of: str = ADMIN) -> Counter[int]:
+        no_one = Client("", "ap_", "")
+        config = _config(
+            {"client": no_one, "ours": [], "theirs": []},
+            seed=seed,
+            examples=examples,
+            phases=("fuzzing",),
+            token="operating",
+        )
+        schema = schemathesis.openapi.from_asgi("/openapi.json", app, config=config)
+        return _run(schema.include(path_regex=of).exclude(path_regex="issuer.add$"))  # which would look for anybody
+
+    return check
+
+
+def test_the_operators_operations_are_as_they_are_described(checked_by_operator: Any) -> None:
+    answered = checked_by_operator(seed=1, examples=1, of=f"{ADMIN}(tenant|operator)[.]")
+    assert {200, 401} <= answered.keys() and 403 not in answered
 
 
 @pytest.mark.long
 def test_the_api_is_as_it_is_described_however_long_one_tries(checked: Any) -> None:
     answered: Counter[int] = Counter()
     for seed in range(ROUNDS):
-        answered += checked(seed=seed, examples=25, phases=("fuzzing", "stateful"))
+        answered += checked(seed=seed, examples=25, phases=("fuzzing", "stateful"), but=ADMIN)
     for path in LARGE:
         answered += checked(seed=0, examples=1, phases=("coverage",), of=path)
-    answered += checked(seed=0, examples=1, phases=("coverage",), but="|".join(LARGE))
+    answered += checked(seed=0, examples=1, phases=("coverage",), but="|".join((*LARGE, ADMIN)))
     assert {200, 201, 400, 401, 404, 405, 409, 422} <= answered.keys()
     assert answered.total() >= 5000
+
+
+@pytest.mark.long
+def test_the_operators_operations_are_as_they_are_described_however_long_one_tries(checked_by_operator: Any) -> None:
+    assert checked_by_operator(seed=2, examples=20).total() >= 500

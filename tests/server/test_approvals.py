@@ -114,7 +114,7 @@ def test_the_commands_ask_show_and_do_it_for_the_users_of_the_machine(
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    me = f"os:{pwd.getpwuid(os.geteuid()).pw_name}"
+    me = f"local:{pwd.getpwuid(os.geteuid()).pw_name}"
     assert admin("shred", "acme", "--dry-run")["approvals"]["two_person"]
     asked = admin("shred", "acme", "--confirm", "acme")["request"]
     assert asked["by"] == me and admin("shred", "acme", "--confirm", "acme")["request"] == asked
@@ -122,6 +122,6 @@ def test_the_commands_ask_show_and_do_it_for_the_users_of_the_machine(
     assert listed["two_person"] and listed["requests"] == [asked] == admin("approvals", "acme")["requests"]
     assert admin("approvals", "acme", "--withdraw", "--dry-run")["requests"] == []
     assert "acme" in CliRunner().invoke(cli, ["tenant", "list"]).output
-    monkeypatch.setattr("cloister_server.cli.tenants.pwd.getpwuid", lambda _: SimpleNamespace(pw_name="bob"))
+    monkeypatch.setattr("cloister_server.cli.terminal.pwd.getpwuid", lambda _: SimpleNamespace(pw_name="bob"))
     assert admin("shred", "acme", "--confirm", "acme")["payloadType"]
     assert admin("list")[0]["status"] == "shredded"

@@ -142,4 +142,4 @@ def test_the_tail_is_the_newest_rows_and_follows_with_each_one_once(
     assert [each["verb"] for each in followed[2:]] == ["tenant.suspend", "tenant.create", "tenant.resume"]
     assert [json.dumps(each) for each in followed] == lines(admin("audit", "tail", "--json", "-n", "5"))
     told = lines(admin("audit", "tail", "-n", "1"))[0]
-    assert "acme  operator  tenant.resume" in told and "allowed  by operator  (cli_" in told
+    assert "acme  local:" in told and "  tenant.resume  " in told and "allowed  by operator  (cli_" in told

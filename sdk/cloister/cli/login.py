@@ -7,12 +7,10 @@ import sys
 from argparse import Namespace
 
 from cloister._client import Cloister, profile_directory, profile_name
-from cloister._errors import ConfigurationError
 from cloister._http import Ask, asked, check_url
-from cloister._login import CLIENT_ID, begin, end, wait
+from cloister._login import CLIENT_ID, begin, log_out, wait
 from cloister._profiles import ProfileStore
 from cloister.cli.verify import printable
-from cloister.wire._errors import CloisterError
 from cloister.wire.identities import Identity
 
 __all__ = ["login", "logout", "whoami"]
@@ -25,30 +23,16 @@ def login(given: Namespace) -> None:
     device = begin(url, given.client_id or CLIENT_ID)
     print(f"Open {printable(device.page)} in a browser and type in the code {printable(device.user_code)}")
     sys.stdout.flush()
-    profile = wait(device)
+    profile = wait(device, allow_insecure=given.allow_insecure)
     with store.alone():
-        store.write(
-            type(profile)(profile.url, profile.client_id, profile.refresh_token, allow_insecure=given.allow_insecure)
-        )
+        store.write(profile)
     print(f"Logged in at {url} (profile {store.name}).")
 
 
 def logout(given: Namespace) -> None:
     """Let the server end the login, and forget it here either way. Raises CloisterError where the server was not told."""
     store = ProfileStore(profile_directory(), profile_name())
-    with store.alone():
-        profile = store.read()
-        if profile is None:
-            raise ConfigurationError(f"nobody is logged in (profile {store.name}); nothing was changed")
-        try:
-            end(profile)
-        except CloisterError as refusal:
-            raise ConfigurationError(
-                f"the login is forgotten here, but the server was not told: {refusal}; it goes on there until its operator ends it "
-                "or two weeks have passed"
-            ) from None
-        finally:
-            store.remove()
+    profile = log_out(store)
     print(f"Logged out of {profile.url} (profile {store.name}).")
 
 

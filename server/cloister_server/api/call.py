@@ -27,7 +27,7 @@ from cloister_server.audit_batches import Noted
 from cloister_server.errors import Conflict, IdempotencyMismatch, Unauthenticated
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store.acting import for_principal
+from cloister_server.store.acting import ALL_TENANTS, Acting, for_principal
 from cloister_server.store.tables import IdempotencyKey
 
 __all__ = ["Call", "Cursor", "Limit", "ReadCall", "WriteCall"]
@@ -51,33 +51,47 @@ class Call:
     idempotency_key: str | None
     route: str
     noted: Noted
+    operates: Callable[[Session], None] | None = None
+    """For operators' operations alone, which may touch every tenant: raises unless whoever asks is an operator still."""
 
     def read(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in a transaction that writes nothing."""
         with denials_kept(self.service.engine):
-            return self.service.read(for_principal(self.principal), self.noted.within(work))
+            return self.service.read(self._acting, self.noted.within(work))
 
     def write(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in one write transaction; nothing of it is kept for a retry."""
         with denials_kept(self.service.engine):
-            done, tells = self.service.write(for_principal(self.principal), self.noted.of_deed(work))
+            done, tells = self.service.write(self._acting, self.noted.of_deed(work))
         self.noted.is_told |= tells
         return done
 
-    def once(self, body: BaseModel | bytes, work: Callable[[Session], BaseModel], *, status: int = 201) -> Response:
+    @property
+    def _acting(self) -> Acting:
+        return for_principal(self.principal) if self.operates is None else ALL_TENANTS
+
+    def once(
+        self,
+        body: BaseModel | bytes,
+        work: Callable[[Session], BaseModel],
+        *,
+        status: int = 201,
+        is_secret: bool = False,
+    ) -> Response:
         """Answer a write, once for each Idempotency-Key: a retry with the same body gets the same answer again, if it may still do
         what it did.
 
         Of two at the same time one runs and the other waits for its answer. Raises IdempotencyMismatch where the key
-        was used with another body, and as the write itself where it is not allowed any more.
+        was used with another body, as the write itself where it is not allowed any more, and Conflict `secret_already_shown` for a
+        retry where the answer `is_secret`: then it is kept nowhere.
         """
         if self.idempotency_key is None:
             return _response(_answer(self.write(work)), status)
         content = _content(body)
         try:
-            return self._once(self.idempotency_key, content, work, status)
+            return self._once(self.idempotency_key, content, work, status, is_secret)
         except _Raced:
-            return self._once(self.idempotency_key, content, work, status)
+            return self._once(self.idempotency_key, content, work, status, is_secret)
 
     def once_made(
         self,
@@ -117,7 +131,9 @@ class Call:
         pepper = vault.signing_key(session, self.service.keys, "pepper").secret
         return hmac.new(pepper, content, hashlib.sha256).hexdigest()
 
-    def _once(self, key: str, content: bytes, work: Callable[[Session], BaseModel], status: int) -> Response:
+    def _once(
+        self, key: str, content: bytes, work: Callable[[Session], BaseModel], status: int, is_secret: bool
+    ) -> Response:
         place = (self.principal.tenant_id, self.principal.id, self.route, key)
 
         def claimed(session: Session) -> Response:
@@ -126,9 +142,10 @@ class Call:
             if stored is not None:
                 return self._replay(session, stored, digest)
             row = _claim(session, place, digest)
-            row.answer, row.status = _answer(work(session)), status
-            row.proofs = policy.proofs(session, self.principal)
-            return _response(row.answer, status)
+            answer = _answer(work(session))
+            row.answer, row.status = {} if is_secret else answer, status
+            row.proofs = policy.proofs(session, self.principal) if self.operates is None else []
+            return _response(answer, status)
 
         return self.write(claimed)
 
@@ -143,7 +160,15 @@ class Call:
                 "answer; look at what there is now, and send a fresh key only if it is not done",
                 code="answer_not_kept",
             )
+        if self.operates is not None:
+            self.operates(session)
         policy.authorize_again(session, self.principal, stored.proofs)
+        if not stored.answer:
+            raise Conflict(
+                "this was done, and its answer held a secret, which is shown once and kept nowhere; where it was lost, ask for a new "
+                "one (`client rotate`, `user reset`)",
+                code="secret_already_shown",
+            )
         return _response(stored.answer, stored.status, replayed=True)
 
 

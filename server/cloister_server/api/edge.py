@@ -37,7 +37,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-PAGES = frozenset(f"/oauth/{page}" for page in ("authorize", "consent", "device", "invitation", "sign-in", "sign-out"))
+PAGES = frozenset(
+    f"/oauth/{page}" for page in ("authorize", "consent", "device", "first-admin", "invitation", "sign-in", "sign-out")
+)
 """What people see in a browser: pages say themselves what they may do, and browsers must tell us where a form came from."""
 
 PUBLIC = frozenset(

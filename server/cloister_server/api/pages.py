@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from cloister_server import people, vault
+from cloister_server import operators, people, vault
 from cloister_server.errors import BadRequest, Forbidden, ServerError
 from cloister_server.oauth import authorizations, pages, sign_in
 from cloister_server.oauth.authorizations import RedirectedError
@@ -99,6 +99,16 @@ async def take_up(request: Request) -> Response:
     return await _answered(request, _take_up)
 
 
+@router.get("/oauth/first-admin")
+async def first_admin(request: Request) -> Response:
+    return await _answered(request, lambda visit: pages.first_admin(token=visit.token))
+
+
+@router.post("/oauth/first-admin")
+async def redeem_first_admin(request: Request) -> Response:
+    return await _answered(request, _redeem_first_admin)
+
+
 @router.post("/oauth/sign-in")
 async def signed_in(request: Request) -> Response:
     return await _answered(request, _sign_in)
@@ -144,7 +154,14 @@ def _decide_device(visit: _Visit) -> Page | _GoTo:
     given, address, decision = visit.field("user_code"), visit.address, visit.field("decision")
     if decision in ("allow", "deny"):
         is_allowed = decision == "allow"
-        if authorizations.decide_device(visit.service, visit.person, given, is_allowed=is_allowed, address=address):
+        try:
+            is_decided = authorizations.decide_device(
+                visit.service, visit.person, given, is_allowed=is_allowed, address=address, code=visit.field("code")
+            )
+        except authorizations.NotConfirmed as again:
+            asked = {"token": visit.token, "user_code": given, "account": visit.person.account}
+            return pages.admin_consent(**asked, problem=again.refusal.message, status=again.refusal.status)
+        if is_decided:
             told = (
                 "You can go back to your device." if decision == "allow" else "The device may do nothing in your name."
             )
@@ -156,11 +173,25 @@ def _decide_device(visit: _Visit) -> Page | _GoTo:
         problem = "No device waits with this code: see that it is typed as shown, or begin again on the device."
         return pages.device(token=visit.token, problem=problem, status=400)
     code, client = found
+    if client is authorizations.ADMIN:
+        return pages.admin_consent(token=visit.token, user_code=code, account=visit.person.account)
     return pages.device_consent(token=visit.token, user_code=code, app=client.name, account=visit.person.account)
 
 
+def _redeem_first_admin(visit: _Visit) -> Page | _GoTo:
+    token, name = visit.field("first_admin_token"), visit.field("name")
+    try:
+        invited = operators.redeem(visit.service, token, name=name, request_id=visit.request_id)
+    except ServerError as refusal:
+        return pages.first_admin(token=visit.token, name=name, problem=refusal.message, status=refusal.status)
+    return _enrol(visit, invited.account, invited.code.get_secret_value())
+
+
 def _take_up(visit: _Visit) -> Page | _GoTo:
-    account, code = visit.field("account"), visit.field("invitation")
+    return _enrol(visit, visit.field("account"), visit.field("invitation"))
+
+
+def _enrol(visit: _Visit, account: str, code: str) -> Page:
     try:
         secret, uri = people.offer(visit.service, account=account, code=code)
     except NotSignedIn:

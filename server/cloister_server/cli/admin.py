@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from sqlalchemy.orm import Session
 
 from cloister.wire.sources import CreateSource
-from cloister_server import (
-    budgets,
-    deployment,
-    explanations,
-    grants,
-    policy,
-    processes,
-    recovery,
-    sources,
-    tenants,
-    vault,
-)
-from cloister_server.cli import audit, backups, bundles, doctor, ledger
+from cloister_server import deployment, processes, recovery, vault
+from cloister_server.cli import audit, backups, bundles, doctor, ledger, logins
 from cloister_server.cli.issuers import issuer_cli
 from cloister_server.cli.keys import key_cli, read_line
 from cloister_server.cli.policy import group_cli, policy_cli
 from cloister_server.cli.storage import storage_cli
 from cloister_server.cli.tenants import tenant_cli
-from cloister_server.cli.terminal import JSON, Confirm, Confirmation, DryRun, InTenant, operator_in, refusals, run, show
+from cloister_server.cli.terminal import (
+    JSON,
+    LOCAL,
+    Confirm,
+    DryRun,
+    InTenant,
+    asked_for,
+    operate,
+    refusals,
+    require_here,
+    settings_here,
+    show,
+)
 from cloister_server.cli.token_keys import token_cli, token_key_cli
 from cloister_server.cli.users import user_cli
 from cloister_server.errors import Invalid
 from cloister_server.grants import Role
-from cloister_server.keyring import LOCAL
-from cloister_server.oauth.signed import read_public_key, thumbprint
-from cloister_server.service import Service
-from cloister_server.settings import load_settings
+from cloister_server.keyring import LOCAL as LOCAL_PROVIDER
+from cloister_server.operations import clients, policy, sources
+from cloister_server.operations.definition import InTenant as OneTenant
 from cloister_server.store import chain
-from cloister_server.store.conditions import Conditions
-from cloister_server.store.tables import App, Grant, Source
 
 __all__ = ["main"]
 
@@ -61,13 +57,17 @@ for name, group in {
     "group": group_cli, "policy": policy_cli,
     "key": key_cli, "user": user_cli, "client": client_cli, "grant": grant_cli, "source": source_cli, "budget": budget_cli,
     "audit": ledger.audit_cli, "ledger": ledger.ledger_cli, "token": token_cli, "token-key": token_key_cli,
-    "issuer": issuer_cli,
+    "issuer": issuer_cli, "operator": logins.operator_cli,
 }.items():  # fmt: skip
     cli.add_typer(group, name=name)
 
 tenant_cli.command("export")(bundles.export)
 cli.command("backup")(backups.backup)
 cli.command("restore")(backups.restore)
+cli.command("login")(logins.login)
+cli.command("logout")(logins.logout)
+cli.command("first-admin")(logins.first_admin)
+ledger.audit_cli.command("verify")(audit.verify)
 ledger.audit_cli.command("tail")(audit.tail)
 ledger.audit_cli.command("export")(audit.export)
 
@@ -84,8 +84,18 @@ _HOLDER = "The app or person: by name, as TENANT/NAME where it is another tenant
 
 
 @cli.callback()
-def _root() -> None:
-    """Operate a Cloister deployment; settings come from CLOISTER_* in the environment."""
+def _root(
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The deployment that `login` was run for by this name.")
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="The deployment of this machine, whatever logins there are.")
+    ] = False,
+) -> None:
+    """Operate a Cloister deployment: the one of this machine, by CLOISTER_* in the environment, or one where you are logged in."""
+    if profile is not None and local:
+        raise typer.BadParameter("--profile and --local are two deployments; name one")
+    asked_for.set(LOCAL if local else profile)
 
 
 @cli.command()
@@ -101,18 +111,20 @@ def init(
     """Make the data directory, the keystore, the schema and the service's keys; running it again upgrades the schema.
 
     The recovery key of a new keystore is printed this once: it opens the keystore when the key file or the passphrase is lost.
-    Write it down, and keep it as you keep those. With other key providers there is none.
+    Write it down, and keep it as you keep those. With other key providers there is none. While there is no operator, a token that
+    makes the first one is printed on standard error.
     """
     with refusals(as_json):
         passphrase = None if passphrase_fd is None else read_line(passphrase_fd)
-        settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
+        settings = settings_here(**({} if key_file is None else {"key_file": key_file}))
         is_new = not deployment.has_keystore(settings)
         service = deployment.initialise(settings, passphrase=passphrase)
         keys = [vault.service_key(service, "certificate").public]
         told = {"data_dir": str(settings.data_dir), "key_dir": str(settings.key_dir), "certificate_keys": keys}
-        if is_new and LOCAL in service.keys:
+        if is_new and LOCAL_PROVIDER in service.keys:
             told["recovery_key"] = recovery.renew(service).text()
         show(told, as_json)
+        logins.print_first_admin_token(service)
 
 
 @cli.command("doctor")
@@ -123,9 +135,11 @@ def doctor_(
     as_json: JSON = False,
 ) -> None:
     """Say what is sound here and what is not; exit status 1 where anything is at fault. Changes nothing."""
-    rows = list(doctor.diagnosed())
-    if audit and rows[0]["state"] == "ok":
-        rows += doctor.audited(load_settings())
+    with refusals(as_json):
+        require_here()
+        rows = list(doctor.diagnosed())
+        if audit and rows[0]["state"] == "ok":
+            rows += doctor.audited(settings_here())
     show(rows, as_json)
     if any(row["state"] == "FAULT" for row in rows):
         raise typer.Exit(1)
@@ -152,47 +166,24 @@ def client_create(
     as_json: JSON = False,
 ) -> None:
     """Make an OAuth client; its secret, where it has no public key, is printed this once and kept nowhere."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        operator, key = operator_in(session, tenant), _key_in(public_key)
-        app, secret = tenants.create_client(
-            session,
-            service.keys,
-            operator,
+    with refusals(as_json):
+        request = clients.CreateClient(
+            tenant=tenant,
             name=name,
-            role="none" if public else role,
-            public_key=key,
+            role=role,
+            public_key=_text_of(public_key),
             dpop=dpop,
             public=public,
-            redirect_uris=redirect_uri or (),
+            redirect_uris=tuple(redirect_uri or ()),
         )
-        kind = {"role": role, "dpop": dpop} if not public else {"public": True, "dpop": dpop}
-        return {**_credentials(app, secret), "name": app.name, **kind, "redirect_uris": app.redirect_uris or []}
-
-    run(work, as_json, dry_run=dry_run, fresh=("client_id", "client_secret"))
+        operate(clients.create, request, as_json, dry_run=dry_run)
 
 
 @client_cli.command("list")
 def client_list(tenant: InTenant, as_json: JSON = False) -> None:
     """List a tenant's OAuth clients."""
-
-    def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        apps = tenants.apps(session, operator_in(session, tenant))
-        return [
-            {
-                "name": app.name,
-                "client_id": app.id,
-                "created": app.created,
-                "secret_since": app.secret_since or app.created,
-                "public_key": None if app.public_key is None else thumbprint(app.public_key),
-                "dpop": app.dpop,
-                "public": app.public,
-                "redirect_uris": app.redirect_uris or [],
-            }
-            for app in apps
-        ]
-
-    run(work, as_json)
+    with refusals(as_json):
+        operate(clients.listed, OneTenant(tenant=tenant), as_json)
 
 
 @client_cli.command("rotate")
@@ -200,13 +191,9 @@ def client_rotate(
     client: Client, tenant: InTenant, public_key: PublicKey = None, dry_run: DryRun = False, as_json: JSON = False
 ) -> None:
     """Give a client a new secret, shown this once, or a public key. The old one is refused now, its tokens in ten minutes."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        operator, key = operator_in(session, tenant), _key_in(public_key)
-        app, secret = tenants.rotate_client(session, service.keys, operator, client, public_key=key)
-        return {**_credentials(app, secret), "name": app.name}
-
-    run(work, as_json, dry_run=dry_run, fresh=("client_secret",))
+    with refusals(as_json):
+        request = clients.RotateClient(tenant=tenant, client=client, public_key=_text_of(public_key))
+        operate(clients.rotate, request, as_json, dry_run=dry_run)
 
 
 @client_cli.command("remove")
@@ -214,16 +201,9 @@ def client_remove(
     client: Client, tenant: InTenant, confirm: Confirm = None, dry_run: DryRun = False, as_json: JSON = False
 ) -> None:
     """Remove a client with all its grants; its secret is refused from now on, its tokens within a second."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        removed = tenants.remove_client(session, service, operator_in(session, tenant), client)
-        return {"removed": removed.client_id, "name": removed.name, "sources_without_owner": removed.sources}
-
-    def name_in(session: Session) -> str:
-        return grants.find_app(session, tenants.find_tenant(session, tenant), client).name
-
-    warning = "The client is removed with all its grants, and nobody can undo that."
-    run(work, as_json, dry_run=dry_run, confirm=Confirmation(name_in, confirm, warning))
+    with refusals(as_json):
+        request = clients.OneClient(tenant=tenant, client=client)
+        operate(clients.remove, request, as_json, dry_run=dry_run, confirm=confirm)
 
 
 @grant_cli.command("add")
@@ -246,17 +226,20 @@ def grant_add(
     as_json: JSON = False,
 ) -> None:
     """Let a client, a person or a group do one thing, or forbid it."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        operator = operator_in(session, tenant)
-        expires = None if until is None else until.replace(tzinfo=UTC)
-        bound = Conditions(max_epsilon, per_minute, outputs)
-        of: dict[str, Any] = {"to": to, "verb": verb, "resource_id": resource, "effect": effect, "expires": expires}
-        added = grants.add(session, operator, **of, network=network, conditions=bound)
-        session.flush()  # its holder's name is asked for next
-        return _grant_row(added, grants.names(session, operator))
-
-    run(work, as_json, dry_run=dry_run, fresh=("id",))
+    with refusals(as_json):
+        request = policy.AddGrant(
+            tenant=tenant,
+            to=to,
+            verb=verb,
+            resource=resource,
+            effect=effect,
+            until=until,
+            network=network,
+            max_epsilon=max_epsilon,
+            per_minute=per_minute,
+            outputs=outputs,
+        )
+        operate(policy.add_grant, request, as_json, dry_run=dry_run)
 
 
 @grant_cli.command("list")
@@ -266,13 +249,8 @@ def grant_list(
     as_json: JSON = False,
 ) -> None:
     """List the grants on a tenant's resources."""
-
-    def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        operator = operator_in(session, tenant)
-        names = grants.names(session, operator)
-        return [_grant_row(grant, names) for grant in grants.listed(session, operator, to=to)]
-
-    run(work, as_json)
+    with refusals(as_json):
+        operate(policy.list_grants, policy.ListGrants(tenant=tenant, to=to), as_json)
 
 
 @grant_cli.command("remove")
@@ -289,20 +267,9 @@ def grant_remove(
     as_json: JSON = False,
 ) -> None:
     """Take a grant away: by its id, or in the words that `grant add` was given."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        operator = operator_in(session, tenant)
-        if grant is not None and (to, verb, resource, effect) == (None, None, None, None):
-            grants.remove(session, operator, grant)
-            return {"removed": grant}
-        if grant is not None or to is None or verb is None:
-            raise Invalid(
-                "give either a grant's id, or --to and --verb (and --resource) as they were given to `grant add`"
-            )
-        of: dict[str, Any] = {"to": to, "verb": verb, "resource_id": resource or "*", "effect": effect or "allow"}
-        return {"removed": grants.remove_all(session, operator, **of)}
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        request = policy.RemoveGrant(tenant=tenant, grant=grant, to=to, verb=verb, resource=resource, effect=effect)
+        operate(policy.remove_grant, request, as_json, dry_run=dry_run)
 
 
 @source_cli.command("create")
@@ -318,72 +285,35 @@ def source_create(
     as_json: JSON = False,
 ) -> None:
     """Declare a source for an app that owns it."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        body = CreateSource(name=name, unit=unit, epsilon=epsilon, delta=delta, public=public)
-        operator = operator_in(session, tenant)
-        owner_id = grants.find_app(session, tenants.find_tenant(session, tenant), owner).id
-        made = sources.create(session, operator, body, owner_id=owner_id)
-        return made.model_dump(mode="json")
-
-    run(work, as_json, dry_run=dry_run, fresh=("id", "created"))
+    with refusals(as_json):
+        declared = CreateSource(name=name, unit=unit, epsilon=epsilon, delta=delta, public=public)
+        operate(
+            sources.create, sources.CreateSource(tenant=tenant, source=declared, owner=owner), as_json, dry_run=dry_run
+        )
 
 
 @source_cli.command("list")
 def source_list(tenant: InTenant, as_json: JSON = False) -> None:
     """List a tenant's sources with their budgets."""
-
-    def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        operator, found, cursor = operator_in(session, tenant), [], None
-        while True:
-            page = sources.listed(session, operator, cursor=cursor, limit=200)
-            found += page.items
-            cursor = page.next
-            if cursor is None:
-                return found
-
-    run(work, as_json)
+    with refusals(as_json):
+        operate(sources.listed, OneTenant(tenant=tenant), as_json)
 
 
 @budget_cli.command("show")
-def budgetshow(source: str, tenant: InTenant, as_json: JSON = False) -> None:
+def budget_show(source: str, tenant: InTenant, as_json: JSON = False) -> None:
     """Show what a source's filter has used and what is left."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        row = policy.find(session, operator_in(session, tenant), "source.read", Source, source).resource
-        return {"source": row.id, "name": row.name, **budgets.balance(session, row).model_dump(mode="json")}
-
-    run(work, as_json)
+    with refusals(as_json):
+        operate(sources.show_budget, sources.OneSource(tenant=tenant, source=source), as_json)
 
 
-def _key_in(file: Path | None) -> dict[str, str] | None:
+def _text_of(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
         with file.open("rb") as opened:
-            return read_public_key(opened.read(2**16))
+            return opened.read(2**16).decode(errors="replace")
     except OSError as error:
         raise Invalid(f"{file}: {error.strerror}; give the file with the client's public key") from None
-
-
-def _credentials(app: App, secret: str | None) -> dict[str, Any]:
-    """What a client shows from now on: its secret, told this once, or its key, by thumbprint (RFC 7638)."""
-    if app.public_key is not None:
-        return {"client_id": app.id, "public_key": thumbprint(app.public_key)}
-    if app.public:
-        return {"client_id": app.id}
-    return {"client_id": app.id, "client_secret": secret}
-
-
-def _grant_row(grant: Grant, names: Mapping[str, str]) -> dict[str, Any]:
-    told = explanations.view(grant, dict(names)).model_dump()
-    bound = {name: value for name in _BOUND if (value := told.pop(name)) is not None}
-    row = {**told, "resource_name": names.get(grant.resource_id), "conditions": bound or None}
-    return {name: row[name] for name in (*_SHOWN, "conditions")}
-
-
-_BOUND = ("first_address", "last_address", "max_epsilon", "requests_per_minute", "outputs")
-_SHOWN = ("id", "to", "to_name", "effect", "verb", "resource", "resource_name", "expires")
 
 
 def main() -> None:

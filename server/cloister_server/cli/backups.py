@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from cloister_server import backups
-from cloister_server.cli.terminal import JSON, at_work, refusals, show
-from cloister_server.settings import load_settings
+from cloister_server.cli.terminal import JSON, at_work, refusals, settings_here, show
 
 __all__ = ["backup", "restore"]
 
@@ -21,7 +20,7 @@ def backup(
 ) -> None:
     """Copy the database, while the service goes on, and the sealed objects. There is no key in it: see `key backup`."""
     with refusals(as_json):
-        backups.require_sqlite(load_settings())
+        backups.require_sqlite(settings_here())
     with at_work(as_json) as service:
         show(asdict(backups.backup(service, to)), as_json)
 
@@ -31,4 +30,4 @@ def restore(
 ) -> None:
     """Put a backup where there is no deployment, beside the keystore that it was made with; nothing live is overwritten."""
     with refusals(as_json):
-        show(asdict(backups.restore(load_settings(), place)), as_json)
+        show(asdict(backups.restore(settings_here(), place)), as_json)

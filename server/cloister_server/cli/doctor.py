@@ -13,11 +13,11 @@ from typing import Literal, TypedDict
 
 from cloister_privacy.sealing import KeyProviderError
 from cloister_server import deployment, marking, recovery
-from cloister_server.cli.terminal import HOW_TO_MEND
+from cloister_server.cli.terminal import HOW_TO_MEND, settings_here
 from cloister_server.errors import ServerError
 from cloister_server.keyring import LOCAL
 from cloister_server.service import Service
-from cloister_server.settings import Settings, load_settings
+from cloister_server.settings import Settings
 
 __all__ = ["Row", "audited", "diagnosed"]
 
@@ -37,7 +37,7 @@ class Row(TypedDict):
 def diagnosed() -> Iterator[Row]:
     """Settings, keys, database, device and what speeds training up. A fault says why, and what to do next."""
     try:
-        settings = load_settings()
+        settings = settings_here()
     except ServerError as refusal:
         yield _row("settings", "FAULT", refusal.message)
         return

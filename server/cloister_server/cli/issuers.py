@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from sqlalchemy.orm import Session
 
-from cloister_server import issuers
-from cloister_server.cli.terminal import (
-    JSON,
-    Confirm,
-    Confirmation,
-    DryRun,
-    InTenant,
-    operator_in,
-    refusals,
-    request_id,
-    run,
-)
-from cloister_server.issuers import DEFAULT_ALGORITHMS
-from cloister_server.service import Service
+from cloister.wire._model import Body
+from cloister_server.cli.terminal import JSON, Confirm, DryRun, InTenant, operate, refusals
+from cloister_server.operations import issuers
+from cloister_server.operations.definition import InTenant as OneTenant
 
 __all__ = ["issuer_cli"]
 
@@ -50,36 +39,24 @@ def add(
     as_json: JSON = False,
 ) -> None:
     """Take the tokens of an issuer, which is asked for its keys. Nobody is let in before a subject is mapped."""
-    with refusals(as_json):  # before the transaction, which would keep others waiting
-        found = issuers.discover(issuer, network=network, algorithms=algorithm or DEFAULT_ALGORITHMS)
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        added = issuers.add(session, service, found, audience=audience, typ=typ)
-        return {**_told(added), "keys": found.key_ids}
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        request = issuers.AddIssuer(
+            issuer=issuer, audience=audience, algorithms=tuple(algorithm or ()), typ=typ, network=network
+        )
+        operate(issuers.add, request, as_json, dry_run=dry_run)
 
 
 @issuer_cli.command("list")
 def listed(as_json: JSON = False) -> None:
     """List the issuers whose tokens are taken, by which rules, and how many subjects of each are somebody here."""
-    run(
-        lambda session, _: [{**_told(each), "subjects": count} for each, count in issuers.listed(session)],
-        as_json,
-    )
+    operate(issuers.listed, Body(), as_json)
 
 
 @issuer_cli.command("remove")
 def remove(issuer: URL, confirm: Confirm = None, dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Take an issuer off the list, with its subjects in all tenants: its tokens are refused within a second."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        gone = issuers.remove(session, service, issuer, request_id=request_id())
-        return {"removed": issuer, "subjects": gone}
-
-    warning = "Whoever comes by this issuer is let in no more, and each would have to be mapped anew."
-    confirmation = Confirmation(lambda session: issuers.find(session, issuer).url, confirm, warning)
-    run(work, as_json, dry_run=dry_run, confirm=confirmation)
+    with refusals(as_json):
+        operate(issuers.remove, issuers.OneIssuer(issuer=issuer), as_json, dry_run=dry_run, confirm=confirm)
 
 
 @issuer_cli.command("map")
@@ -92,13 +69,9 @@ def map_subject(
     as_json: JSON = False,
 ) -> None:
     """Let an issuer's subject in, as a person or app of a tenant, with what that one is granted."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        operator = operator_in(session, tenant)
-        row = issuers.map_subject(session, service, operator, url=issuer, subject=subject, to=to)
-        return {"issuer": issuer, "subject": row.subject, "principal": row.principal_id}
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        request = issuers.MapSubject(tenant=tenant, issuer=issuer, subject=subject, to=to)
+        operate(issuers.map_, request, as_json, dry_run=dry_run)
 
 
 @issuer_cli.command("unmap")
@@ -106,34 +79,13 @@ def unmap_subject(
     issuer: URL, subject: Subject, tenant: InTenant, dry_run: DryRun = False, as_json: JSON = False
 ) -> None:
     """Let an issuer's subject in no more, within a second; who it was stays, with what it made."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        row = issuers.unmap_subject(session, service, operator_in(session, tenant), url=issuer, subject=subject)
-        return {"issuer": issuer, "unmapped": row.subject, "principal": row.principal_id}
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        request = issuers.OneSubject(tenant=tenant, issuer=issuer, subject=subject)
+        operate(issuers.unmap, request, as_json, dry_run=dry_run)
 
 
 @issuer_cli.command("subjects")
 def subjects(tenant: InTenant, as_json: JSON = False) -> None:
     """List which subjects of which issuers are whom of a tenant's."""
-
-    def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        rows = issuers.subjects(session, operator_in(session, tenant))
-        return [
-            {"issuer": of.url, "subject": each.subject, "principal": each.principal_id, "created": each.created}
-            for each, of in rows
-        ]
-
-    run(work, as_json)
-
-
-def _told(issuer: Any) -> dict[str, Any]:
-    return {
-        "issuer": issuer.url,
-        "jwks_uri": issuer.jwks_uri,
-        "audience": issuer.audience,
-        "algorithms": issuer.algorithms,
-        "typ": issuer.typ,
-        "network": issuer.network,
-    }
+    with refusals(as_json):
+        operate(issuers.subjects, OneTenant(tenant=tenant), as_json)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from sqlalchemy.orm import Session
@@ -19,17 +19,17 @@ from cloister_server.cli.terminal import (
     JSON,
     InTenant,
     at_work,
+    me,
     operator_in,
     refusals,
-    request_id,
     require_confirmed,
     run,
+    settings_here,
     show,
 )
 from cloister_server.errors import Invalid
 from cloister_server.keys import NotRotated, Outcome, Plan, Rotation
 from cloister_server.service import Service
-from cloister_server.settings import load_settings
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
 
@@ -76,9 +76,9 @@ def rotate(
             return
         tell = _teller(service, as_json)
         if tenant_id is None:
-            outcome = keys.rotate_all(service, request_id=request_id(), on_progress=tell)
+            outcome = keys.rotate_all(service, **_by(), on_progress=tell)
         else:
-            outcome = Outcome([keys.rotate(service, tenant_id, request_id=request_id(), on_progress=tell)], [], [])
+            outcome = Outcome([keys.rotate(service, tenant_id, **_by(), on_progress=tell)], [], [])
         _show(outcome, as_json)
 
 
@@ -101,7 +101,7 @@ def migrate(
                 _show_plan(*keys.plan_migration(session, service.keys, to=to, tenant_id=tenant_id))
             return
         tell = _teller(service, as_json)
-        _show(keys.migrate(service, to=to, tenant_id=tenant_id, request_id=request_id(), on_progress=tell), as_json)
+        _show(keys.migrate(service, to=to, tenant_id=tenant_id, **_by(), on_progress=tell), as_json)
 
 
 @key_cli.command("destroy")
@@ -127,7 +127,7 @@ def destroy(
             return
         warning = f"Version {version} in {planned.provider!r} is destroyed for good. {_OLD_BACKUPS}"
         require_confirmed(planned.tenant_name, confirm, warning=warning)
-        show(asdict(keys.destroy(service, tenant_id, version=version, request_id=request_id())), as_json)
+        show(asdict(keys.destroy(service, tenant_id, version=version, **_by())), as_json)
 
 
 @key_cli.command("backup")
@@ -180,7 +180,7 @@ def recover(
     nothing is changed. Keys that were destroyed stay destroyed.
     """
     with refusals(as_json):
-        settings = load_settings(**({} if key_file is None else {"key_file": key_file}))
+        settings = settings_here(**({} if key_file is None else {"key_file": key_file}))
         if settings.key_file is not None and passphrase_fd is not None:
             raise Invalid("a key file and a passphrase were given; unset CLOISTER_KEY_FILE for a passphrase")
         typed = getpass.getpass("Recovery key: ") if sys.stdin.isatty() else sys.stdin.readline()
@@ -287,3 +287,9 @@ def _unopened(rotated: Rotation) -> str:
         f"{rotated.tenant_name}: {len(rotated.unopened)} data keys do not open under their own version and are left as they were: "
         f"{', '.join(rotated.unopened)}; restore these rows from a backup, and run the command again"
     )
+
+
+def _by() -> dict[str, Any]:
+    """Who it is that acts, and for which request, as `keys` takes it."""
+    who = me()
+    return {"request_id": who.request_id, "by": who.id}

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import deployment, evidence, restores, tenants
+from cloister_server import evidence, restores, tenants
+from cloister_server.cli.audit import fail_on_problems
 from cloister_server.cli.terminal import (
-    HOW_TO_MEND,
     JSON,
     Confirm,
     Confirmation,
@@ -21,14 +21,13 @@ from cloister_server.cli.terminal import (
     operator_in,
     refusals,
     run,
+    settings_here,
     show,
 )
-from cloister_server.errors import Invalid, LedgerRolledBack
+from cloister_server.errors import Invalid
 from cloister_server.grants import NoSuch
 from cloister_server.service import Service
-from cloister_server.settings import load_settings
 from cloister_server.store.anchors import Anchors
-from cloister_server.store.chain import ChainBroken
 from cloister_server.store.tables import Tenant
 
 __all__ = ["audit_cli", "ledger_cli"]
@@ -37,15 +36,6 @@ audit_cli = typer.Typer(no_args_is_help=True, help="Who did what, and whether an
 ledger_cli = typer.Typer(no_args_is_help=True, help="Ledgers, after a restore.")
 
 OneTenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant, by name or id.")]
-
-
-@audit_cli.command("verify")
-def audit_verify(tenant: OneTenant = None, as_json: JSON = False) -> None:
-    """Find the first ledger or audit row that was altered, removed, reordered or put in; exit status 1 where there is one."""
-    with refusals(as_json):
-        rows = look(lambda session, service: _all_verified(session, service, tenant))
-        show(rows, as_json)
-    _fail_on_problems(rows)
 
 
 @audit_cli.command("head")
@@ -71,7 +61,7 @@ def audit_compare(
         envelopes = _envelopes(old)
         rows = look(lambda session, _: [_compared(session, evidence.opened_head(session, each)) for each in envelopes])
         show(rows, as_json)
-    _fail_on_problems(rows)
+    fail_on_problems(rows)
 
 
 @ledger_cli.command("export")
@@ -137,38 +127,11 @@ def ledger_write_off(
 
 def _is_lost(session: Session, tenant: str) -> bool:
     """Whether this is the id of a tenant that has an anchor, and that the database does not know."""
-    return tenant in Anchors(load_settings().anchor_dir).tenants() and session.get(Tenant, tenant) is None
+    return tenant in Anchors(settings_here().anchor_dir).tenants() and session.get(Tenant, tenant) is None
 
 
 def _tenants(session: Session, named: str | None) -> list[Tenant]:
     return tenants.tenants(session) if named is None else [tenants.find_tenant(session, named)]
-
-
-def _all_verified(session: Session, service: Service, tenant: str | None) -> list[dict[str, Any]]:
-    # Looked at first: a chain that grows meanwhile must not look shorter than its anchor.
-    behind = {each.tenant_id: each for each in deployment.rolled_back(service)}
-    rows = [_verified(session, each, behind.pop(each.id, None)) for each in _tenants(session, tenant)]
-    return rows + [_row(each.tenant_id, problem=_told(each)) for each in behind.values() if tenant is None]
-
-
-def _verified(session: Session, tenant: Tenant, behind: LedgerRolledBack | None) -> dict[str, Any]:
-    named = {"tenant": tenant.id, "tenant_name": tenant.name}
-    try:
-        head = evidence.verify(session, operator_in(session, tenant.id))
-    except ChainBroken as fault:
-        return {**_row(tenant.id, problem=fault.message, link=fault.number, row=fault.row), **named}
-    told = {} if behind is None else {"problem": _told(behind)}
-    return {**_row(tenant.id), "links": head.count, "head": head.digest.hex(), **named, **told}
-
-
-def _row(
-    tenant_id: str, *, problem: str | None = None, link: int | None = None, row: str | None = None
-) -> dict[str, Any]:
-    return {"tenant": tenant_id, "links": None, "head": None, "link": link, "row": row, "problem": problem}
-
-
-def _told(behind: LedgerRolledBack) -> str:
-    return f"{behind.why}; {HOW_TO_MEND}"
 
 
 def _compared(session: Session, then: evidence.ChainHead) -> dict[str, Any]:
@@ -182,11 +145,6 @@ def _compared(session: Session, then: evidence.ChainHead) -> dict[str, Any]:
             "problem": "the database does not know this tenant",
         }
     return {"tenant": then.tenant, "then": found.then, "now": found.now, "problem": found.problem}
-
-
-def _fail_on_problems(rows: list[dict[str, Any]]) -> None:
-    if any(row["problem"] is not None for row in rows):
-        raise typer.Exit(1)
 
 
 def _envelopes(path: Path) -> list[dict[str, Any]]:

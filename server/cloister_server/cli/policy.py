@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from sqlalchemy.orm import Session
 
 from cloister.wire.policy import Explanation
-from cloister_server import explanations, groups
-from cloister_server.cli.terminal import JSON, Confirm, Confirmation, DryRun, InTenant, operator_in, run
-from cloister_server.groups import GroupView
-from cloister_server.service import Service
+from cloister_server.cli.terminal import JSON, Confirm, DryRun, InTenant, operate, refusals
+from cloister_server.operations import policy
+from cloister_server.operations.definition import InTenant as OneTenant
 
 __all__ = ["group_cli", "policy_cli"]
 
@@ -35,38 +32,31 @@ def create(
     as_json: JSON = False,
 ) -> None:
     """Make a group, with nobody in it; then `grant add --to` it."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        made = groups.create(session, operator_in(session, tenant), name=name)
-        return {"group_id": made.id, "name": made.name}
-
-    run(work, as_json, dry_run=dry_run, fresh=("group_id",))
+    with refusals(as_json):
+        operate(policy.create_group, policy.CreateGroup(tenant=tenant, name=name), as_json, dry_run=dry_run)
 
 
 @group_cli.command("add")
 def add(group: Group, member: Who, tenant: InTenant, dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Put a client or person into a group: what the group is granted, they may."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        return _row(groups.add(session, operator_in(session, tenant), group, member))
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        request = policy.Membership(tenant=tenant, group=group, member=member)
+        operate(policy.add_to_group, request, as_json, dry_run=dry_run)
 
 
 @group_cli.command("remove")
 def remove(group: Group, member: Who, tenant: InTenant, dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Take somebody out of a group; from the next request on they may no more what the group is granted."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        return _row(groups.remove(session, operator_in(session, tenant), group, member))
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        request = policy.Membership(tenant=tenant, group=group, member=member)
+        operate(policy.remove_from_group, request, as_json, dry_run=dry_run)
 
 
 @group_cli.command("list")
 def list_(tenant: InTenant, as_json: JSON = False) -> None:
     """List a tenant's groups and who is in them."""
-    run(lambda session, _: [_row(each) for each in groups.listed(session, operator_in(session, tenant))], as_json)
+    with refusals(as_json):
+        operate(policy.list_groups, OneTenant(tenant=tenant), as_json)
 
 
 @group_cli.command("delete")
@@ -74,13 +64,9 @@ def delete(
     group: Group, tenant: InTenant, confirm: Confirm = None, dry_run: DryRun = False, as_json: JSON = False
 ) -> None:
     """Delete a group with all its grants; its members stay, with their own."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        gone = groups.delete(session, operator_in(session, tenant), group)
-        return {"deleted": gone.id, "name": gone.name}
-
-    warning = "Its grants go with it, in whatever tenant they are."
-    run(work, as_json, dry_run=dry_run, confirm=Confirmation(lambda _: group, confirm, warning))
+    with refusals(as_json):
+        request = policy.OneGroup(tenant=tenant, group=group)
+        operate(policy.delete_group, request, as_json, dry_run=dry_run, confirm=confirm)
 
 
 @policy_cli.command("explain")
@@ -95,39 +81,20 @@ def explain(
     as_json: JSON = False,
 ) -> None:
     """Say whether a client or person may do this now, and which grant decides."""
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        operator = operator_in(session, tenant)
-        asked: dict[str, Any] = {"who": principal, "verb": verb, "resource": resource, "address": address}
-        told = explanations.explain(session, operator, **asked)
-        return told.model_dump() if as_json else _in_words(told)
-
-    run(work, as_json)
+    with refusals(as_json):
+        request = policy.Explain(tenant=tenant, principal=principal, verb=verb, resource=resource, address=address)
+        operate(policy.explain, request, as_json, in_words=_in_words)
 
 
 @policy_cli.command("who-can")
 def who_can(verb: Verb, resource: Resource, tenant: InTenant, as_json: JSON = False) -> None:
     """List the clients and people, of whatever tenant, that may do this now."""
-
-    def work(session: Session, _: Service) -> list[dict[str, Any]]:
-        told = explanations.who_can(session, operator_in(session, tenant), verb=verb, resource=resource)
-        return [
-            {
-                "principal": each.principal, "principal_name": each.name, "grant": each.grant.id, "by": each.grant.to,
-                "by_name": each.grant.to_name, "resource": each.grant.resource, "expires": each.grant.expires,
-            }
-            for each in told.holders
-        ]  # fmt: skip
-
-    run(work, as_json)
+    with refusals(as_json):
+        operate(policy.who_can, policy.WhoCan(tenant=tenant, verb=verb, resource=resource), as_json)
 
 
-def _row(group: GroupView) -> dict[str, Any]:
-    row = asdict(group)
-    return {"group_id": row["id"], "name": row["name"], "members": sorted(row["members"].values())}
-
-
-def _in_words(told: Explanation) -> dict[str, Any]:
+def _in_words(answer: dict[str, Any]) -> dict[str, Any]:
+    told = Explanation.model_validate(answer)
     bound = {} if told.grant is None else told.grant.model_dump(exclude={"id", "effect", "to", "to_name", "verb"})
     return {
         "decision": "allow" if told.allowed else "deny",

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import approvals, policy, quotas, shredding, suspension, tenants
+from cloister.wire._model import Body
+from cloister_server import approvals, policy, shredding
+from cloister_server import tenants as tenants_
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import (
     JSON,
     DryRun,
     at_work,
     look,
+    operate,
     operator_in,
     refusals,
-    request_id,
     require_confirmed,
     run,
     show,
 )
 from cloister_server.errors import Invalid
-from cloister_server.principal import Principal
+from cloister_server.operations import tenants
+from cloister_server.operations.definition import InTenant
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
@@ -50,55 +51,29 @@ def create(
     as_json: JSON = False,
 ) -> None:
     """Make a tenant, with an encryption key of its own."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        if dry_run:  # a key that was made in its provider could not be rolled back
-            chosen = tenants.plan_tenant(session, service.keys, name=name, provider=key_provider)
-            return {"name": name, "key_provider": chosen, "two_person": two_person}
-        given: dict[str, Any] = {"name": name, "provider": key_provider, "two_person": two_person}
-        made = tenants.create_tenant(session, service.keys, request_id=request_id(), **given)
-        return {"id": made.id, "name": made.name}
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        request = tenants.CreateTenant(name=name, key_provider=key_provider, two_person=two_person)
+        operate(tenants.create, request, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("list")
 def listed(as_json: JSON = False) -> None:
     """List the tenants."""
-    run(
-        lambda session, _: [
-            {
-                "id": t.id,
-                "name": t.name,
-                "created": t.created,
-                "status": "suspended" if t.suspended and t.status == "active" else t.status,
-                "two_person": t.two_person,
-                "requests": [asdict(each) for each in approvals.told(t).requests],
-            }
-            for t in tenants.tenants(session)
-        ],
-        as_json,
-    )
+    operate(tenants.listed, Body(), as_json)
 
 
 @tenant_cli.command("suspend")
 def suspend(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Let nobody act for a tenant or on what it has, for a while; all is kept. Its jobs stop at a chunk boundary, and wait."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        return asdict(suspension.suspend(session, service, operator_in(session, name)))
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        operate(tenants.suspend, InTenant(tenant=name), as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("resume")
 def resume(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
     """Let a suspended tenant act again, with all that it had; its jobs go on from their last checkpoints."""
-
-    def work(session: Session, service: Service) -> dict[str, Any]:
-        return asdict(suspension.resume(session, service, operator_in(session, name)))
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        operate(tenants.resume, InTenant(tenant=name), as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("approvals")
@@ -120,7 +95,7 @@ def approvals_(
     """
 
     def work(session: Session, _: Service) -> dict[str, Any]:
-        operator = _named(operator_in(session, name))
+        operator = operator_in(session, name)
         if withdraw and two_person is not None:
             raise Invalid("take back what is asked for, or set who is needed: one at a time")
         if withdraw:
@@ -131,17 +106,6 @@ def approvals_(
         return asdict(approvals.told(policy.authorize(session, operator, "tenant.administer", tenant).resource))
 
     run(work, as_json, dry_run=dry_run)
-
-
-def _named(operator: Principal) -> Principal:
-    """An operator at the machine itself goes by their user's name there: of that two can be told apart, and their deeds."""
-    if operator.id != "operator":
-        return operator
-    try:
-        user = pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # of a container's making
-        user = str(os.geteuid())
-    return replace(operator, id=f"os:{user}"[:40])
 
 
 @tenant_cli.command("quota")
@@ -161,26 +125,13 @@ def quota(
     as_json: JSON = False,
 ) -> None:
     """Show what a tenant uses and the most that it may, or set that from now on; `none` lifts a bound."""
-    given: dict[quotas.Kind, str | None] = {
-        "storage": storage,
-        "jobs": jobs,
-        "requests_per_minute": requests_per_minute,
-    }
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        asked = {kind: _bound(kind, text) for kind, text in given.items() if text is not None}
-        operator = operator_in(session, name)
-        if asked:
-            told = quotas.set_quotas(session, operator, asked)
-        else:
-            policy.authorize(session, operator, "tenant.administer", session.get_one(Tenant, operator.tenant_id))
-            told = quotas.usage(session, operator.tenant_id)
-        return {"tenant": name, **asdict(told)}
-
-    run(work, as_json, dry_run=dry_run)
+    given = {"storage": storage, "jobs": jobs, "requests_per_minute": requests_per_minute}
+    with refusals(as_json):
+        bounds = {kind: _bound(kind, text) for kind, text in given.items() if text is not None}
+        operate(tenants.quota, tenants.SetQuota(tenant=name, **bounds), as_json, dry_run=dry_run)
 
 
-def _bound(kind: quotas.Kind, text: str) -> int | None:
+def _bound(kind: str, text: str) -> int | None:
     if text == "none":
         return None
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
@@ -211,9 +162,8 @@ def shred(
         return
     with at_work(as_json) as service:
         with reading(service.engine, ALL_TENANTS) as session:
-            tenant = tenants.find_tenant(session, name)
+            tenant, operator = tenants_.find_tenant(session, name), operator_in(session, name)
         require_confirmed(tenant.name, confirm, warning="Nobody can undo a shredding.")
-        operator = _named(tenants.operator_of(tenant, request_id=request_id()))
         with denials_kept(service.engine):
             asked = shredding.ask(service, operator)
             if asked is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import secrets
+import os
+import pwd
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -16,35 +19,54 @@ import typer
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from cloister.wire._errors import CloisterError
+from cloister.wire._model import Body
 from cloister_privacy.errors import PrivacyError
 from cloister_privacy.sealing.files import write_new
-from cloister_server import asking, deployment, tenants
+from cloister_server import asking, deployment
 from cloister_server.audit import denials_kept
 from cloister_server.errors import Conflict, Invalid, LedgerRolledBack, NotFound, ServerError
 from cloister_server.grants import NoSuch
+from cloister_server.operations import Acting, Asked, Operation, running
+from cloister_server.operations.audit import HOW_TO_MEND
 from cloister_server.policy import Denied
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.settings import load_settings
+from cloister_server.settings import (
+    Settings,
+    load_settings,
+    names_deployment,
+    profile_asked_for,
+    profile_directory,
+)
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.queries import OPERATOR_VERBS
 from cloister_server.store.session import reading, snapshot
 
 __all__ = [
+    "DEFAULT_PROFILE",
     "HOW_TO_MEND",
     "JSON",
+    "LOCAL",
     "Confirm",
     "Confirmation",
     "DryRun",
     "InTenant",
+    "asked_for",
     "at_work",
     "look",
+    "me",
+    "operate",
     "operator_in",
+    "profile",
     "refusals",
     "request_id",
     "require_confirmed",
+    "require_here",
     "run",
+    "settings_here",
     "show",
+    "told",
     "write_file",
 ]
 
@@ -57,11 +79,91 @@ Confirm = Annotated[
 ]
 InTenant = Annotated[str, typer.Option("--tenant", help="The tenant, by name or id.")]
 
-HOW_TO_MEND = (
-    "restore the newest database, or run `cloister-admin ledger replay` with an export of its ledger; where what was charged is "
-    "lost, `cloister-admin ledger write-off`"
-)
-"""What there is to do about a ledger that is older than its anchor."""
+DEFAULT_PROFILE = "default"
+LOCAL = "-"
+"""In the place of a profile's name: the deployment of this machine, whatever profiles there are."""
+
+asked_for: ContextVar[str | None] = ContextVar("asked_for", default=None)
+"""The profile, or `LOCAL`, that the command line names."""
+
+
+class _LocalOnly(Conflict):
+    default_code = "local_only"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"this is done at the deployment itself, by whoever has its keys and disk, and never through profile {name!r}; run it "
+            "there, or with --local for the one of this machine"
+        )
+
+
+def profile() -> str | None:
+    """The login at a deployment elsewhere that the command is for; None where it is for the deployment of this machine.
+
+    What was asked for goes before the environment, and a deployment that this names before a login that there is.
+    """
+    chosen = asked_for.get() or profile_asked_for()
+    if chosen is None and not names_deployment() and (profile_directory() / f"{DEFAULT_PROFILE}.json").exists():
+        chosen = DEFAULT_PROFILE
+    return None if chosen == LOCAL else chosen
+
+
+def settings_here(**given: Any) -> Settings:
+    """The settings of the deployment of this machine. Raises as `require_here` does, and StartRefused."""
+    require_here()
+    return load_settings(**given)
+
+
+def require_here() -> None:
+    """Raise Conflict `local_only` where the command is for another deployment than that of this machine."""
+    elsewhere = profile()
+    if elsewhere is not None:
+        raise _LocalOnly(elsewhere)
+
+
+def operate(
+    operation: Operation[Any],
+    request: Body,
+    as_json: bool,
+    *,
+    dry_run: bool = False,
+    confirm: str | None = None,
+    in_words: Callable[[Any], Any] | None = None,
+) -> None:
+    """Run one operation, here or through a profile, and show its answer; `in_words` makes of it what people read."""
+    with refusals(as_json):
+        answer = told(operation, request, dry_run=dry_run, confirm=confirm)
+        show(answer if as_json or in_words is None else in_words(answer), as_json)
+
+
+def told(operation: Operation[Any], request: Body, *, dry_run: bool = False, confirm: str | None = None) -> Any:
+    """What an operation answers, here or through a profile. The name of what is destroyed is asked for where there is a terminal."""
+    asked: Asked[Any] = Asked.model_construct(request=request, dry_run=dry_run, confirm=confirm)
+    elsewhere = profile()
+    if elsewhere is None:
+        service = deployment.open_service(load_settings())
+        ask: Callable[[Asked[Any]], Any] = partial(running.run, service, operation, me())
+    else:
+        from cloister_server.cli import remote  # and an HTTP library with it
+
+        ask = remote.asking(elsewhere, operation)
+    try:
+        return ask(asked)
+    except (Invalid, CloisterError) as refusal:
+        details = getattr(refusal, "details", {})
+        if getattr(refusal, "code", "") != "not_confirmed" or confirm is not None or not sys.stdin.isatty():
+            raise
+        typed = typer.prompt(f"{details['warning']} Type {details['name']} to go on", err=True)
+        return ask(asked.model_copy(update={"confirm": typed}))
+
+
+def me() -> Acting:
+    """Whoever runs the command: the user of the operating system, as the kernel has it."""
+    try:
+        name = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        name = str(os.geteuid())
+    return Acting.local(name)
 
 
 def run(
@@ -72,13 +174,13 @@ def run(
     fresh: Collection[str] = (),
     confirm: Confirmation | None = None,
 ) -> None:
-    """One command, one transaction; its answer is shown.
+    """One command of this machine alone, one transaction; its answer is shown.
 
     A dry run does the work, too, and rolls it back: its plan is the answer, without what is `fresh` in it (ids and secrets that
     another run would not give), and it is refused what the command would be. What destroys is confirmed first, in no transaction.
     """
     with refusals(as_json):
-        service = deployment.open_service(load_settings())
+        service = deployment.open_service(settings_here())
         if confirm is not None and not dry_run:
             with reading(service.engine, ALL_TENANTS) as session:
                 name = confirm.name_in(session)
@@ -120,7 +222,7 @@ class _Planned(Exception):
 def at_work(as_json: bool) -> Iterator[Service]:
     """For a command that commits more than once, or never."""
     with refusals(as_json):
-        service = deployment.open_service(load_settings())
+        service = deployment.open_service(settings_here())
         try:
             yield service
         finally:
@@ -137,7 +239,7 @@ def require_confirmed(name: str, given: str | None, *, warning: str) -> None:
 
 def look(work: Callable[[Session, Service], T]) -> T:
     """For a command that only reads, maybe for long: a snapshot, so that nobody waits for it."""
-    service = deployment.open_service(load_settings())
+    service = deployment.open_service(settings_here())
     with denials_kept(service.engine):
         return asking.run(
             lambda: snapshot(service.engine, ALL_TENANTS), service.keys, lambda session: work(session, service)
@@ -158,6 +260,8 @@ def refusals(as_json: bool) -> Iterator[None]:
         message = refusal.message if isinstance(refusal, ServerError) else str(refusal)
         if isinstance(refusal, ServerError) and refusal.cause:
             message = f"{message} (it was told: {refusal.cause})"
+    except CloisterError as refusal:
+        code, message = getattr(refusal, "code", "") or "refused", str(refusal)
     except ValidationError as refusal:
         code = "invalid_request"
         message = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in refusal.errors())
@@ -224,9 +328,9 @@ def _text(value: Any) -> str:
 
 
 def operator_in(session: Session, tenant: str) -> Principal:
-    """The operator at work in the tenant of this name or id. Raises NoSuch."""
-    return tenants.operator_of(tenants.find_tenant(session, tenant), request_id=request_id())
+    """Whoever runs the command, at work in the tenant of this name or id. Raises NoSuch."""
+    return me().within(session, tenant)
 
 
 def request_id() -> str:
-    return f"cli_{secrets.token_hex(12)}"
+    return me().request_id

@@ -22,11 +22,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from cloister_server import vault
-from cloister_server.errors import BadRequest, RateLimited
+from cloister_server.errors import BadRequest, RateLimited, ServerError
 from cloister_server.oauth import logins
 from cloister_server.oauth.logins import CLI_CLIENT_ID, Begun
 from cloister_server.oauth.redirects import is_registered
-from cloister_server.oauth.sign_in import Person, attempt, mac, network, refund
+from cloister_server.oauth.sign_in import NotSignedIn, Person, attempt, confirm, mac, network, refund
+from cloister_server.oauth.verifier import ADMIN_CLIENT_ID
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import Authorization, user_of_id
@@ -35,11 +36,13 @@ from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import App, now
 
 __all__ = [
+    "ADMIN",
     "CLI",
     "DEVICE_S",
     "INTERVAL_S",
     "AuthorizationRequest",
     "Device",
+    "NotConfirmed",
     "RedirectedError",
     "allow",
     "answer",
@@ -69,6 +72,10 @@ CLI = App(tenant_id="", id=CLI_CLIENT_ID, name="cloister, at a command line", se
 """The client of `cloister login`, which has no row: it is everybody's."""
 
 
+ADMIN = App(tenant_id="", id=ADMIN_CLIENT_ID, name="cloister-admin", secret_mac=b"", dpop=True, public=True)
+"""The client of `cloister-admin login`, which has no row either."""
+
+
 @dataclass(frozen=True, slots=True)
 class AuthorizationRequest:
     """What an app asks, whose redirect URI is its own."""
@@ -94,6 +101,14 @@ class RedirectedError(Exception):
         return _location(self.redirect_uri, told, state=self.state, issuer=issuer)
 
 
+class NotConfirmed(Exception):
+    """The second factor was not shown once more, where that is asked for; `refusal` says why."""
+
+    def __init__(self, refusal: ServerError) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """What a device that waits is told (RFC 8628, section 3.2)."""
@@ -103,8 +118,8 @@ class Device:
 
 
 def client_of_id(session: Session, client_id: str) -> App | None:
-    """The app of this client id, that of `cloister login` among them."""
-    return CLI if client_id == CLI_CLIENT_ID else app_of_id(session, client_id)
+    """The app of this client id, those of `cloister login` and `cloister-admin login` among them."""
+    return {each.id: each for each in (CLI, ADMIN)}.get(client_id) or app_of_id(session, client_id)
 
 
 def read_authorization_request(service: Service, query: str) -> AuthorizationRequest:
@@ -224,17 +239,29 @@ def find_device(service: Service, person: Person, user_code: str, *, address: st
     with reading(service.engine, ALL_TENANTS) as session:
         row = _device(session, key)
         client = client_of_id(session, row.client_id) if row is not None else None
+        if client is ADMIN and not logins.may_begin(session, client.id, person.id):
+            return None
     if row is None or client is None or client.tenant_id not in ("", person.tenant_id):
         return None
     refund(service, "user-code", person.id, address)
     return code, client
 
 
-def decide_device(service: Service, person: Person, user_code: str, *, is_allowed: bool, address: str) -> bool:
-    """Let the device act for this person, or not; whether there was still something to decide."""
+def decide_device(
+    service: Service, person: Person, user_code: str, *, is_allowed: bool, address: str, code: str
+) -> bool:
+    """Let the device act for this person, or not; whether there was still something to decide.
+
+    Raises NotConfirmed where it is to administer the deployment and `code` is not the next one of the second factor.
+    """
     found = find_device(service, person, user_code, address=address)
     if found is None:
         return False
+    if is_allowed and found[1] is ADMIN:
+        try:
+            confirm(service, person, code, address=address)
+        except (NotSignedIn, RateLimited) as refusal:
+            raise NotConfirmed(refusal) from None
     key = mac(vault.pepper(service), "user-code", found[0])
     with writing(service.engine, for_tenants(person.tenant_id)) as session:
         row = _device(session, key, is_locked=True)
@@ -318,6 +345,8 @@ def _begin(
     """Begin what was allowed, once, where the person is still there to have allowed it."""
     user = user_of_id(session, row.user_id) if row.state == "allowed" and row.user_id is not None else None
     if user is None or not logins.is_active(session, user.tenant_id, user.id):
+        return None
+    if not logins.may_begin(session, client.id, user.id) or (client is ADMIN and proven is None):
         return None
     begun = logins.begin(
         session,

@@ -8,10 +8,12 @@ from typing import Any
 from authlib.oauth2.rfc6749 import InvalidScopeError, OAuth2Error
 
 from cloister_server.errors import RateLimited
-from cloister_server.oauth.authorizations import DEVICE_S, INTERVAL_S, new_device
+from cloister_server.oauth.authorizations import ADMIN, DEVICE_S, INTERVAL_S, new_device
 from cloister_server.oauth.clients import authenticate_client
 from cloister_server.oauth.form import read_token_request
+from cloister_server.oauth.verifier import ADMIN_SCOPE
 from cloister_server.service import Service
+from cloister_server.store.tables import App
 
 __all__ = ["authorize_device"]
 
@@ -23,8 +25,7 @@ def authorize_device(
     try:
         request = read_token_request(headers, query, body)
         client = authenticate_client(service, request)
-        if request.parameters.get("scope"):
-            raise InvalidScopeError("there are no scopes here; what a person may do is in their grants; ask for none")
+        _require_scope(client, request.parameters.get("scope"))
     except OAuth2Error as error:
         status, answer, more = error()
         return status, answer, dict(more)
@@ -41,3 +42,11 @@ def authorize_device(
         "expires_in": DEVICE_S,
         "interval": INTERVAL_S,
     }, {"Cache-Control": "no-store"}  # fmt: skip
+
+
+def _require_scope(client: App, scope: str | None) -> None:
+    """One client asks for the one scope, and knows that it does; all others for none. Raises InvalidScopeError."""
+    if client is ADMIN and scope != ADMIN_SCOPE:
+        raise InvalidScopeError(f"this client acts for operators alone; ask for scope={ADMIN_SCOPE}")
+    if client is not ADMIN and scope:
+        raise InvalidScopeError("there are no scopes here; what a person may do is in their grants; ask for none")

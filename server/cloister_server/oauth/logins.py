@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from cloister_server import audit, vault
 from cloister_server.oauth import verifier
 from cloister_server.oauth.sign_in import mac
+from cloister_server.oauth.verifier import ADMIN_CLIENT_ID
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
@@ -31,6 +32,7 @@ from cloister_server.store.identities import (
     login_of_id,
 )
 from cloister_server.store.issuers import forget_subjects_of
+from cloister_server.store.operators import is_operator
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Tenant, new_id, now
 
@@ -43,6 +45,7 @@ __all__ = [
     "end_by_refresh_token",
     "forget_client",
     "is_active",
+    "may_begin",
     "of_refresh_token",
     "refresh",
 ]
@@ -117,7 +120,7 @@ def refresh(service: Service, token: str, *, client_id: str, proven: str | None,
             return None
         if login.jkt is not None and (proven is None or (is_public and proven != login.jkt)):
             return None
-        if not is_active(session, login.tenant_id, login.user_id):
+        if not is_active(session, login.tenant_id, login.user_id) or not may_begin(session, client_id, login.user_id):
             return None
         login.generation, login.used = login.generation + 1, now()
         last = login.created + timedelta(seconds=LONGEST_S)
@@ -182,6 +185,11 @@ def is_active(session: Session, tenant_id: str, user_id: str) -> bool:
     if user is None or tenant is None:
         return False
     return user.status == "active" and tenant.status == "active" and tenant.suspended is None
+
+
+def may_begin(session: Session, client_id: str, user_id: str) -> bool:
+    """Whether a client may act for this person at all: the operators' one for operators alone."""
+    return client_id != ADMIN_CLIENT_ID or is_operator(session, user_id)
 
 
 def _end(session: Session, service: Service, login: Login) -> None:

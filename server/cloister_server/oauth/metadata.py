@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from cloister_server.oauth.server import GRANT_TYPES
 from cloister_server.oauth.signed import ALGORITHMS
+from cloister_server.oauth.verifier import ADMIN_SCOPE
 from cloister_server.settings import Settings
 from cloister_server.store import queries
 
@@ -27,6 +28,7 @@ def server_metadata(settings: Settings) -> dict[str, Any]:
         "authorization_endpoint": f"{settings.issuer}/oauth/authorize",
         "device_authorization_endpoint": f"{settings.issuer}/oauth/device_authorization",
         "jwks_uri": f"{settings.issuer}/.well-known/jwks.json",
+        "scopes_supported": [ADMIN_SCOPE],
         "grant_types_supported": list(GRANT_TYPES),
         "response_types_supported": ["code"],
         "response_modes_supported": ["query"],
@@ -49,6 +51,7 @@ def resource_metadata(settings: Settings) -> dict[str, Any]:
         "resource": settings.issuer,
         "authorization_servers": [settings.issuer],
         "bearer_methods_supported": ["header"],
+        "scopes_supported": [ADMIN_SCOPE],
         "dpop_signing_alg_values_supported": list(ALGORITHMS),
         "resource_name": "Cloister",
     }

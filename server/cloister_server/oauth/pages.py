@@ -11,7 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Page", "consent", "device", "device_consent", "done", "enrol", "invitation", "refusal", "sign_in"]
+__all__ = [
+    "Page",
+    "admin_consent",
+    "consent",
+    "device",
+    "device_consent",
+    "done",
+    "enrol",
+    "first_admin",
+    "invitation",
+    "refusal",
+    "sign_in",
+]
 
 _STYLE = (
     "body{font:1.05rem/1.5 system-ui,sans-serif;max-width:32rem;margin:3rem auto;padding:0 1rem;color:#111;background:#fff}"
@@ -75,6 +87,34 @@ def device_consent(*, token: str, user_code: str, app: str, account: str) -> Pag
     choices = [("allow", "Allow"), ("deny", "Do not allow")]
     form = _form("device", token, [_hidden("user_code", user_code)], choices)
     return _page("Allow this device?", text + form)
+
+
+def admin_consent(*, token: str, user_code: str, account: str, problem: str = "", status: int = 200) -> Page:
+    """May a command line administer the deployment for you? Whoever sits here shows the second factor once more."""
+    text = (
+        f"<p>A command line wants to <strong>administer this whole deployment</strong> as <strong>{escape(account)}</strong>: every "
+        "tenant, its clients, accounts and grants, until you or another operator end it.</p>"
+        f"<p>Its code is <output>{escape(user_code[:4])}-{escape(user_code[4:])}</output>. Allow it only if you have just run "
+        "<code>cloister-admin login</code> yourself, and it shows this very code. Whoever sent you a code wants to act as you.</p>"
+    )
+    fields = [
+        _hidden("user_code", user_code),
+        _field("code", "Next code from your authenticator app", autocomplete="one-time-code", is_numeric=True),
+    ]
+    form = _form("device", token, fields, [("allow", "Allow")])
+    refuse = _form("device", token, [_hidden("user_code", user_code)], [("deny", "Do not allow")])
+    body = text + form + refuse.replace(" class=main", "")
+    return _page("Administer this deployment?", body, problem=problem, status=status)
+
+
+def first_admin(*, token: str, name: str = "", problem: str = "", status: int = 200) -> Page:
+    text = "<p>For whoever has just set this deployment up: <code>cloister-admin init</code> printed the token.</p>"
+    fields = [
+        _field("first_admin_token", "First-admin token", kind="password", autocomplete="off"),
+        _field("name", "Your name here: letters, digits, _ and -", value=name, autocomplete="username"),
+    ]
+    form = _form("first-admin", token, fields, [("", "Become the first operator")])
+    return _page("The first operator", text + form, problem=problem, status=status)
 
 
 def invitation(*, token: str, account: str = "", problem: str = "", status: int = 200) -> Page:

@@ -1,7 +1,8 @@
 """The token endpoint: Authlib's core with one token format and our own client check. Knows SQL and keys; no framework.
 
 An app gets tokens for itself by client_credentials, which is Authlib's grant; for a person by what that person allowed, of which
-`authorizations` and `logins` say what it is good for. No scopes: what somebody may do is in their grants and never in a token.
+`authorizations` and `logins` say what it is good for. No scopes but that of operators: what somebody may do is in their grants and
+never in a token.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from joserfc.jwk import ECKey, KeySet
 
 from cloister_server import vault
 from cloister_server.oauth import verifier
-from cloister_server.oauth.authorizations import redeem_code, redeem_device
+from cloister_server.oauth.authorizations import ADMIN, redeem_code, redeem_device
 from cloister_server.oauth.clients import authenticate_client
 from cloister_server.oauth.dpop import InvalidProof, proven_key
 from cloister_server.oauth.form import TokenRequest, read_token_request
 from cloister_server.oauth.logins import Begun, refresh
-from cloister_server.oauth.verifier import ALGORITHM
+from cloister_server.oauth.verifier import ADMIN_SCOPE, ALGORITHM
 from cloister_server.service import Service
 from cloister_server.store.tables import App, new_id
 
@@ -107,10 +108,15 @@ def _issue_for_person(
     if not isinstance(begun, Begun):
         raise _Refused(begun or "invalid_grant")
     token = _Tokens(service, jkt, begun).generate(
-        grant_type, client, user=_Person(begun.user_id), scope="", include_refresh_token=False
+        grant_type, client, user=_Person(begun.user_id), scope=_scope(app), include_refresh_token=False
     )
     token["refresh_token"] = begun.refresh_token.get_secret_value()
     return 200, token, {"Cache-Control": "no-store", "Pragma": "no-cache"}
+
+
+def _scope(app: App) -> str:
+    """Operators' tokens, of which `logins` and `authorizations` see to it that nobody else's come by this client."""
+    return ADMIN_SCOPE if app is ADMIN else ""
 
 
 def _require(form: Mapping[str, str], names: Sequence[str]) -> None:
@@ -161,7 +167,7 @@ class _Client:
         return grant_type == "client_credentials"
 
     def get_allowed_scope(self, scope: str | None) -> str:
-        return ""
+        return _scope(self.app)
 
 
 class _Person:

@@ -32,6 +32,7 @@ __all__ = [
     "NotSignedIn",
     "Person",
     "attempt",
+    "confirm",
     "forget_browser",
     "mac",
     "network",
@@ -95,10 +96,21 @@ def sign_in(service: Service, *, account: str, passphrase: str, code: str, addre
             log.warning("person.second_factor_wrong", extra={"user_id": user.id, "tenant_id": user.tenant_id})
         if user is None or not is_right or step is None:
             raise NotSignedIn
-        if not _take_step(service, user, step, pepper, account, address):
+        if not _take_step(service, user, step, pepper, ("sign-in", account, address)):
             raise NotSignedIn
     log.info("person.signed_in", extra={"user_id": user.id, "tenant_id": user.tenant_id})
     return Person(user.tenant_id, user.id, account)
+
+
+def confirm(service: Service, person: Person, code: str, *, address: str) -> None:
+    """See that whoever sits at a signed-in browser has the second factor at hand. Raises NotSignedIn or RateLimited."""
+    attempt(service, "confirm", person.id, address)
+    pepper = vault.pepper(service)
+    with reading(service.engine, ALL_TENANTS) as session:
+        user = user_of_id(session, person.id)
+    step = totp.step_of(_secret_of(pepper, user), code, after=user.totp_step if user is not None else 0)
+    if user is None or step is None or not _take_step(service, user, step, pepper, ("confirm", person.id, address)):
+        raise NotSignedIn
 
 
 def attempt(service: Service, kind: str, what: str, address: str) -> None:
@@ -202,8 +214,8 @@ def _secret_of(pepper: bytes, user: User | None) -> bytes:
         return _NOBODYS_SECRET
 
 
-def _take_step(service: Service, user: User, step: int, pepper: bytes, account: str, address: str) -> bool:
-    """Take a code, once: of two who show it at the same moment, one."""
+def _take_step(service: Service, user: User, step: int, pepper: bytes, tried: tuple[str, str, str]) -> bool:
+    """Take a code, once: of two who show it at the same moment, one. Failures of what was tried are forgotten."""
     with writing(service.engine, for_tenants(user.tenant_id)) as session:
         taken = session.execute(
             update(User)
@@ -212,7 +224,7 @@ def _take_step(service: Service, user: User, step: int, pepper: bytes, account: 
         )
         if taken.rowcount != 1:  # type: ignore[attr-defined]  # of an UPDATE there is one
             return False
-        forget_tries(session, pepper, "sign-in", account, address)
+        forget_tries(session, pepper, *tried)
     return True
 
 

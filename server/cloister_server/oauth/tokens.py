@@ -55,6 +55,7 @@ def introspect_token(service: Service, headers: Sequence[tuple[bytes, bytes]], *
         "active": True,
         "token_type": "Bearer" if read.jkt is None else "DPoP",
         **({} if read.jkt is None else {"cnf": {"jkt": read.jkt}}),
+        **({"scope": read.scope} if read.scope else {}),
         "client_id": read.client_id,
         "sub": read.subject,
         "iss": issuer,
@@ -93,10 +94,12 @@ def revoke_access_token(session: Session, service: Service, token: AccessToken) 
     verifier.forget_after(session, service)
 
 
-def revoke_by_operator(session: Session, service: Service, token: str, *, request_id: str) -> AccessToken:
+def revoke_by_operator(
+    session: Session, service: Service, token: str, *, request_id: str, by: str = "operator"
+) -> AccessToken:
     """Revoke any app's token, and tell of it in its tenant's audit log. Raises Unauthenticated where it is not valid anyway."""
     read, tenant_id = verifier.inspect(service, token)
-    operator = Principal.operator(tenant_id, request_id=request_id)
+    operator = Principal.operator(tenant_id, request_id=request_id, by=by)
     tenant = session.get_one(Tenant, tenant_id)
     authorized = policy.authorize(session, operator, "tenant.administer", tenant)
     revoke_access_token(session, service, read)

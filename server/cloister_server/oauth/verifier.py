@@ -40,13 +40,29 @@ from cloister_server.store.issuers import issuers, standing_of_subject
 from cloister_server.store.queries import standing_of, token_keys
 from cloister_server.store.session import reading
 
-__all__ = ["ALGORITHM", "TYPE", "AccessToken", "authenticate", "forget_after", "inspect", "recall", "request_id_of"]
+__all__ = [
+    "ADMIN_CLIENT_ID",
+    "ADMIN_SCOPE",
+    "ALGORITHM",
+    "TYPE",
+    "AccessToken",
+    "authenticate",
+    "forget_after",
+    "inspect",
+    "recall",
+    "request_id_of",
+]
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 ALGORITHM = "ES256"
 TYPE = "at+jwt"  # RFC 9068
 LONGEST_LIFE_S = 600
+
+ADMIN_CLIENT_ID = "cloister-admin"
+"""The client of `cloister-admin login`, that every deployment has. It acts for operators, whose second factor is asked for once more;
+its tokens are bound to a key, and have this scope, which nobody else's do."""
+ADMIN_SCOPE = "admin"
 
 _TOKEN = re.compile(rb"[A-Za-z0-9_-]{1,2048}\.[A-Za-z0-9_-]{1,8192}\.[A-Za-z0-9_-]{1,1024}")
 _TOKEN_KEPT_S = 60.0
@@ -77,6 +93,8 @@ class AccessToken:
     expires: int
     jkt: str | None
     """The thumbprint of the key that it is bound to (RFC 9449): without a proof of that it is worth nothing."""
+    scope: str
+    """'admin' where it is an operator's, else ''."""
 
 
 def authenticate(service: Service, headers: Headers, *, method: str, path: str) -> Principal:
@@ -171,7 +189,7 @@ class _Memory:
                 raise _refusal(service)
             if forgotten == self._forgotten:  # else this was read before something was revoked
                 self._keep(self._standing, digest, (standing, asked_at + _STANDING_KEPT_S))
-        return read, _principal(standing, request_id)
+        return read, _principal(standing, request_id, read)
 
     def recall(self, token: bytes, request_id: str) -> tuple[AccessToken | ForeignToken, Principal] | tuple[None, None]:
         digest = hashlib.sha256(token).digest()
@@ -180,7 +198,7 @@ class _Memory:
             standing, until = self._standing.get(digest, (("", ""), 0.0))
         if read is None or until <= time.monotonic():
             return None, None
-        return read, _principal(standing, request_id)
+        return read, _principal(standing, request_id, read)
 
     def forget(self) -> None:
         with self._lock:
@@ -279,10 +297,11 @@ def _standing(session: Session, read: AccessToken | ForeignToken) -> _Standing |
     return None if tenant_id is None else (tenant_id, read.subject)
 
 
-def _principal(standing: _Standing, request_id: str) -> Principal:
+def _principal(standing: _Standing, request_id: str, read: AccessToken | ForeignToken) -> Principal:
     tenant_id, principal_id = standing
     kind: Literal["app", "user"] = "user" if _USER_ID.fullmatch(principal_id) else "app"
-    return Principal(tenant_id=tenant_id, id=principal_id, kind=kind, request_id=request_id)
+    may_administer = isinstance(read, AccessToken) and read.scope == ADMIN_SCOPE
+    return Principal(tenant_id, principal_id, kind, request_id, may_administer=may_administer)
 
 
 def _public(secret: vault.SigningSecret) -> ECKey:
@@ -324,7 +343,12 @@ def _claims(issuer: str, token: bytes, key: ECKey) -> AccessToken:
     if bound is not None and (not isinstance(bound, dict) or not isinstance(bound.get("jkt"), str)):
         raise ValueError("bound to something else")
     jkt = bound["jkt"] if bound else None
-    return AccessToken(client_id, str(subject), login_id, str(key.kid), jti, issued, expires, jkt)
+    scope = claims.get("scope") or ""
+    if scope not in ("", ADMIN_SCOPE):
+        raise ValueError("a scope of nobody's")
+    if scope == ADMIN_SCOPE and (client_id != ADMIN_CLIENT_ID or login_id is None or jkt is None):
+        raise ValueError("an operator's, and not by a login and bound to a key")
+    return AccessToken(client_id, str(subject), login_id, str(key.kid), jti, issued, expires, jkt, str(scope))
 
 
 def _is_like(pattern: re.Pattern[str], claim: object) -> bool:

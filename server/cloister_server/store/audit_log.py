@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Select, and_, func, select
+from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from cloister_server.store.tables import AuditRow, Link, Tenant
 
-__all__ = ["Entry", "heads", "later", "newest", "since"]
-
-_AT_ONCE = 500
+__all__ = ["Entry", "heads", "later", "newest", "page"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +38,24 @@ def newest(session: Session, tenant_id: str | None, *, count: int) -> list[Entry
     return [Entry(*row) for row in session.execute(statement)][::-1]
 
 
-def since(session: Session, tenant_id: str | None, moment: datetime | None) -> Iterator[Entry]:
-    """Every row of one tenant or of all from a moment on, oldest first; some at a time, so that memory is bounded."""
-    statement = _entries(tenant_id).order_by(AuditRow.time, AuditRow.id)
-    if moment is not None:
-        statement = statement.where(AuditRow.time >= moment)
-    for row in session.execute(statement.execution_options(yield_per=_AT_ONCE)):
-        yield Entry(*row)
+def page(
+    session: Session,
+    tenant_id: str | None,
+    *,
+    since: datetime | None,
+    until: datetime,
+    after: tuple[datetime, str] | None,
+    count: int,
+) -> list[Entry]:
+    """So many rows of one tenant or of all, oldest first: of a time, and after the row of this moment and id."""
+    statement = _entries(tenant_id).where(AuditRow.time <= until)
+    if since is not None:
+        statement = statement.where(AuditRow.time >= since)
+    if after is not None:
+        moment, row = after
+        statement = statement.where(or_(AuditRow.time > moment, and_(AuditRow.time == moment, AuditRow.id > row)))
+    found = session.execute(statement.order_by(AuditRow.time, AuditRow.id).limit(count))
+    return [Entry(*row) for row in found]
 
 
 def heads(session: Session, tenant_id: str | None) -> dict[str, int]:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, make_url, text
 
 from cloister_server.errors import StartRefused
 from cloister_server.settings import Settings
-from cloister_server.store import identities, issuers  # noqa: F401 (their tables are the role's too)
+from cloister_server.store import identities, issuers, operators  # noqa: F401 (their tables are the role's too)
 from cloister_server.store.session import new_engine
 from cloister_server.store.tables import AuditRow, Balance, LedgerEntry, Link, Table
 
