@@ -89,6 +89,16 @@ class Networks:
                 raise Unavailable("too many of the tenant's models are being opened at once; retry in a moment")
             return self._begin(place, version)
 
+    def opened(self, *, tenant_id: str, model_id: str, version: int, weights_id: str) -> Network | None:
+        """The version's network if it is open and need not be renewed; else `get` is to be asked."""
+        place = _Place(tenant_id, model_id, version, weights_id)
+        with self._changed:
+            found = self._opened.get(place)
+            if found is None or time.monotonic() >= min(found.renews, found.ends):
+                return None
+            self._opened.move_to_end(place)
+            return found.network
+
     def _may_open(self, place: _Place) -> bool:
         return sum(each.tenant_id == place.tenant_id for each in self._openings) < _OPENINGS_AT_ONCE
 

@@ -20,7 +20,8 @@ from cloister_server.store.conditions import UNBOUND, Conditions
 from cloister_server.store.decisions import decisive
 from cloister_server.store.queries import OPERATOR_VERBS, VERBS, visible_to
 from cloister_server.store.rates import take
-from cloister_server.store.tables import Table, Tenant
+from cloister_server.store.serving import Served, Serving
+from cloister_server.store.tables import Model, Table, Tenant
 
 __all__ = [
     "DECIDED",
@@ -35,6 +36,7 @@ __all__ = [
     "authorize_change",
     "decide",
     "find",
+    "find_served",
     "proofs",
     "require_epsilon",
 ]
@@ -132,6 +134,8 @@ class _NotVisible(Denied, NotFound):
 
 
 _UNREACHABLE = Deny("the policy store could not be asked")
+_NO_SUCH_VERB = Deny("no such verb")
+_NO_GRANT = Deny("no grant matched")
 
 
 def decide(session: Session, principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Allow | Deny:
@@ -139,7 +143,7 @@ def decide(session: Session, principal: Principal, verb: str, *, tenant_id: str,
     if principal.kind == "operator":
         return _decide_for_operator(principal, verb, tenant_id)
     if verb not in VERBS:
-        return Deny("no such verb")
+        return _NO_SUCH_VERB
     try:
         grant = decisive(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     except (SQLAlchemyError, Unavailable):
@@ -148,7 +152,7 @@ def decide(session: Session, principal: Principal, verb: str, *, tenant_id: str,
         return Allow(grant.grant_id, grant.conditions)
     if grant is not None:
         return Deny(f"grant {grant.grant_id} denies it", grant.grant_id)
-    return Deny("no grant matched")
+    return _NO_GRANT
 
 
 def authorize(session: Session, principal: Principal, verb: str, row: R) -> Authorized[R]:
@@ -244,6 +248,18 @@ def find(session: Session, principal: Principal, verb: str, table: type[R], id_o
     if row is None:
         raise _NotVisible(table.__name__.lower(), Denial(principal, verb, id_or_name, "not visible"))
     return authorize(session, principal, verb, row)
+
+
+def find_served(
+    serving: Serving, principal: Principal, verb: str, id_or_name: str, number: int | None
+) -> tuple[Authorized[Model], Served] | None:
+    """What `find` would say of a model, with its version, sooner; None where it is for `find` to say, whatever that is."""
+    is_id = _ID.fullmatch(id_or_name) is not None
+    served = serving.find(principal, verb, id_or_name, number, is_id=is_id)
+    if served is None:
+        return None
+    model = Model(tenant_id=principal.tenant_id, id=served.model_id, name=served.model)
+    return Authorized(principal, model, served.by.grant_id, _PROOF, served.by.conditions), served
 
 
 def _allow(session: Session, principal: Principal, verb: str, tenant_id: str, resource_id: str) -> Allow:

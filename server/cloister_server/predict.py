@@ -19,14 +19,15 @@ from pydantic import ValidationError
 
 from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs, encode_outputs
-from cloister_server import models
+from cloister_server import models, policy
 from cloister_server.errors import BadRequest, Forbidden, Invalid, NotFound, TooLarge
 from cloister_server.networks import Networks
-from cloister_server.policy import Authorized
+from cloister_server.policy import Authorized, Decided
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import for_principal
-from cloister_server.store.tables import Model, ModelVersion
+from cloister_server.store.serving import Serving
+from cloister_server.store.tables import Model
 
 if TYPE_CHECKING:
     from cloister_privacy.architecture import Network
@@ -36,6 +37,7 @@ __all__ = ["PredictRoute"]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_VERB = "model.predict"
 _MODEL_PATH = re.compile(
     r"^/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[1-9][0-9]{0,8}))?(?P<verb>/infer|/ready)?$"
 )
@@ -45,7 +47,7 @@ class PredictRoute:
     """The ASGI application under /v2. Errors are raised as ServerError; the edge gives them their one shape."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._networks = service, Networks(service)
+        self._service, self._networks, self._serving = service, Networks(service), Serving(service.engine)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
         method, path = scope["method"], scope["path"].rstrip("/")
@@ -58,6 +60,11 @@ class PredictRoute:
         if match is None or (method == "POST") != (match["verb"] == "/infer") or method not in ("GET", "POST"):
             raise NotFound("route")
         body = await _body(receive, headers, self._service.settings.max_body_bytes) if method == "POST" else b""
+        recalled = self._recalled(scope["state"], match, body)
+        if recalled is not None:
+            # To predict takes a thread, lest others wait for it; to say that the model is there does not.
+            await _answer(send, await asyncio.to_thread(recalled) if method == "POST" else recalled())
+            return
         told = await asyncio.to_thread(self._respond, scope["state"], match, body)
         if not isinstance(
             told, dict
@@ -65,6 +72,23 @@ class PredictRoute:
             opening, answer = told
             told = await asyncio.to_thread(answer, await asyncio.wrap_future(opening))
         await _answer(send, told)
+
+    def _recalled(
+        self, state: Mapping[str, Any], match: re.Match[str], body: bytes
+    ) -> Callable[[], dict[str, Any]] | None:
+        """How to answer where the model is open, and is the principal's by what this process knows of its grants; None elsewhere."""
+        principal: Principal = state["principal"]
+        number = int(match["version"]) if match["version"] else None
+        found = policy.find_served(self._serving, principal, _VERB, match["model"], number)
+        if found is None:
+            return None
+        authorized, served = found
+        of = {"tenant_id": principal.tenant_id, "model_id": served.model_id, "weights_id": served.weights_id}
+        network = self._networks.opened(**of, version=served.version)
+        if network is None:
+            return None
+        state["noted"].decided.append(Decided(_VERB, principal.tenant_id, served.model_id, authorized.grant_id))
+        return partial(_answered, authorized, served.version, match["verb"], body, network)
 
     def _respond(
         self, state: Mapping[str, Any], match: re.Match[str], body: bytes
@@ -74,15 +98,17 @@ class PredictRoute:
         number = int(match["version"]) if match["version"] else None
         authorized, version = self._service.read(
             for_principal(principal),
-            state["noted"].within(lambda session: models.find_version(session, principal, match["model"], number)),
+            state["noted"].within(
+                lambda session: models.find_version(session, principal, match["model"], number, verb=_VERB)
+            ),
         )
-        answer = partial(_answered, authorized, version, match["verb"], body)
+        answer = partial(_answered, authorized, version.version, match["verb"], body)
         network = self._networks.get(version)
         return (network, answer) if isinstance(network, Future) else answer(network)
 
 
 def _answered(
-    authorized: Authorized[Model], version: ModelVersion, verb: str | None, body: bytes, network: Network
+    authorized: Authorized[Model], version: int, verb: str | None, body: bytes, network: Network
 ) -> dict[str, Any]:
     model, bound = authorized.resource, authorized.conditions.outputs
     if verb == "/ready":
@@ -92,7 +118,7 @@ def _answered(
     return _infer(model, version, network, body, bound)
 
 
-def _infer(model: Model, version: ModelVersion, network: Network, body: bytes, bound: str | None) -> dict[str, Any]:
+def _infer(model: Model, version: int, network: Network, body: bytes, bound: str | None) -> dict[str, Any]:
     from cloister_privacy.errors import InputRefused
 
     try:
@@ -118,7 +144,7 @@ def _infer(model: Model, version: ModelVersion, network: Network, body: bytes, b
         )
     if asked:
         outputs = {name: outputs[name] for name in outputs if name in asked}
-    answer = {"model_name": model.name, "model_version": str(version.version), "outputs": encode_outputs(outputs)}
+    answer = {"model_name": model.name, "model_version": str(version), "outputs": encode_outputs(outputs)}
     return {**answer, "id": request.id} if request.id is not None else answer
 
 
@@ -150,7 +176,7 @@ def _rounded(values: Any) -> Any:
     return (np.round(values / unit) * unit).astype(values.dtype)
 
 
-def _metadata(model: Model, version: ModelVersion, network: Network, bound: str | None) -> dict[str, Any]:
+def _metadata(model: Model, version: int, network: Network, bound: str | None) -> dict[str, Any]:
     spec = network.architecture
     inputs = [_input_metadata(name, column) for name, column in spec.inputs.items()]
     if isinstance(spec.output, CategoryColumn):
@@ -164,7 +190,7 @@ def _metadata(model: Model, version: ModelVersion, network: Network, bound: str 
         outputs = [each for each in outputs if each["name"] == "index"]
     return {
         "name": model.name,
-        "versions": [str(version.version)],
+        "versions": [str(version)],
         "platform": "cloister",
         "inputs": inputs,
         "outputs": outputs,

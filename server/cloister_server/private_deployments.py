@@ -1,7 +1,6 @@
-"""Private deployments: a version's weights shared between two parties, stated and signed, and permissions to ask them. Knows SQL.
+"""Private deployments: shares of a version's weights, stated and signed, and permissions to ask who has them. Knows SQL.
 
-What a role is given is sealed for its key, and once more by the vault, so that it ends with the tenant's key. Whoever opens the
-weights to share them is this process, which knows them anyway; no share is ever stored in the clear.
+What a role is given is sealed for its key, and once more by the vault, so that it ends with the tenant's key.
 """
 
 from __future__ import annotations
@@ -9,24 +8,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import secrets
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING, Any
 
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from joserfc import jwt
 from joserfc.jwk import ECKey
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from cloister.wire._errors import InvalidArgument
-from cloister.wire.architecture import Architecture
-from cloister.wire.certificate import Certificate, digest_of
-from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs
+from cloister.wire.certificate import digest_of
 from cloister.wire.private_deployments import (
     ROLES,
     DeployPrivately,
@@ -35,176 +27,33 @@ from cloister.wire.private_deployments import (
     PrivateTerms,
     RoleFile,
     RoleName,
-    shared_by,
     sign_private_deployment,
 )
 from cloister.wire.private_deployments import PrivateDeployment as Statement
 from cloister.wire.private_requests import LONGEST_PERMISSION_S, PERMISSION_TYPE, audience
-from cloister_privacy.sealing import Arena
 from cloister_server import audit, models, policy, quotas, vault
-from cloister_server.errors import Conflict, Forbidden, Invalid, NotFound, Unavailable
+from cloister_server.errors import Conflict, Forbidden, NotFound
 from cloister_server.oauth.verifier import ALGORITHM
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
+from cloister_server.private_sharing import DEPLOY, Shared, public_key
 from cloister_server.service import Service
-from cloister_server.store.tables import Model, ModelVersion, PrivateDeployment, new_id, now
-from cloister_server.vault import DataKey
+from cloister_server.store.tables import Model, ModelVersion, PrivateDeployment, now
 
 if TYPE_CHECKING:
-    from cloister_privacy.architecture import Network
-    from cloister_privacy.mpc import MeasuredError
+    pass
 
-__all__ = ["Opened", "Shared", "at_work", "deploy", "end", "opened", "permissions", "role_file", "shared", "terms"]
+__all__ = ["deploy", "end", "permissions", "role_file", "terms"]
 
-_DEPLOY = "model.deploy_private"
-_MOST_ROWS_MEASURED, _MOST_BYTES_MEASURED = 64, 2**30
-"""The measurement deals randomness for all of its rows at once."""
 _BYTES_AT_ONCE = 2**25
 """The most randomness of one request, about: it decides how many rows one takes."""
-_MOST_WAITING = 4
-_LONGEST_WAIT_S = 10.0
-_slot = threading.BoundedSemaphore(1)
-_waiting = threading.BoundedSemaphore(1 + _MOST_WAITING)
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A version that may be deployed privately, and what opens it."""
-
-    tenant_id: str
-    model_id: str
-    version: int
-    weights_id: str
-    key: DataKey = field(repr=False)
-    certificate: Certificate | None
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """A version's weights as two sealed shares, and what was measured of them."""
-
-    id: str
-    version: int
-    architecture: Architecture
-    network_digest: str
-    fraction_bits: int
-    rows: int
-    measured: MeasuredError
-    sealed: tuple[bytes, bytes] = field(repr=False)
-
-
-@contextmanager
-def at_work() -> Iterator[None]:
-    """Take the one place in this process where weights are opened and shared, so that however many ask at once fill no memory.
-
-    Raises Unavailable where too many wait already, and after some seconds.
-    """
-    if not _waiting.acquire(blocking=False):
-        raise _busy()
-    try:
-        if not _slot.acquire(timeout=_LONGEST_WAIT_S):
-            raise _busy()
-        try:
-            yield
-        finally:
-            _slot.release()
-    finally:
-        _waiting.release()
-
-
-def opened(session: Session, principal: Principal, service: Service, id_or_name: str, body: DeployPrivately) -> Opened:
-    """The version that is asked for, if the principal may deploy it privately, and the request is one that can be met."""
-    model, row = models.find_version(session, principal, id_or_name, body.version, verb=_DEPLOY)
-    roles = (*body.parties, body.dealer)
-    what = shared_by(roles)
-    if what is not None and not body.development:
-        raise Invalid(
-            f"two of the parties and the dealer share their {what}, and could put the shares together; name roles of different "
-            "operators, or say development where nothing is private",
-            code="roles_not_apart",
-        )
-    if any(party.client_port is None for party in body.parties):
-        raise Invalid(
-            "a party has no client_port; give the record of a party, and not a dealer's", code="roles_not_apart"
-        )
-    if any(role.not_after <= now() for role in roles):
-        raise Invalid("a role's certificate has expired; have its operator make a new identity", code="role_expired")
-    if not body.public_rows:
-        raise Invalid(
-            "there are no public rows, and without them nobody can say how far the shared network is from the one in the clear; "
-            "send 1 to 64 rows that are nobody's secret, synthetic ones for instance",
-            code="public_rows_needed",
-        )
-    key = vault.data_key(session, tenant_id=row.tenant_id, object_id=row.weights_id)
-    certificate = models.certified(session, service.settings, row)
-    return Opened(row.tenant_id, model.resource.id, row.version, row.weights_id, key, certificate)
-
-
-def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
-    """The weights as two shares, each sealed for its party, with the error on the public rows. Slow: in no transaction."""
-    from cloister_privacy.architecture.inputs import validate_inputs
-    from cloister_privacy.errors import ArchitectureRefused, InputRefused
-    from cloister_privacy.mpc import PrivateInferenceError, SharedNetwork, choose_fraction_bits, measure_error
-
-    sealed = service.blobs.sealed(version.tenant_id, version.weights_id)
-    network = models.open_network(
-        sealed, version.key, arena=Arena(service.settings.model_cache_bytes), certificate=version.certificate
-    )
-    try:
-        rows = validate_inputs(network.architecture, decode_inputs(InferRequest(inputs=list(body.public_rows))))
-        bits = choose_fraction_bits(network, rows)
-        shape = SharedNetwork(network.architecture, fraction_bits=bits)
-        count = len(next(iter(rows.values())))
-        most = _most_rows_measured(shape.material_bytes(1))
-        if count > most:
-            raise Invalid(f"there are {count} public rows; {most} are the most", code="public_rows_needed")
-        measured = measure_error(network, rows, fraction_bits=bits)
-        deployment_id = new_id("pd")
-        parts = _sealed_shares(shape, network, body, deployment_id)
-    except (PrivateInferenceError, ArchitectureRefused) as error:
-        raise Invalid(str(error), code="not_shared") from None
-    except (InputRefused, MalformedTensor, InvalidArgument) as error:
-        raise Invalid(f"this cannot be shared: {error}") from None
-    return Shared(deployment_id, version.version, network.architecture, shape.digest, bits, count, measured, parts)
-
-
-def _most_rows_measured(row_bytes: int) -> int:
-    """Raises Invalid where a party, as it is by default, would not take the randomness of one row."""
-    from cloister_privacy.mpc import Limits
-
-    if row_bytes > Limits().disk_bytes:
-        raise Invalid(
-            f"one row takes {row_bytes} bytes of randomness, and a party keeps {Limits().disk_bytes}; make a smaller network, with "
-            "AveragePool in place of MaxPool, for instance",
-            code="not_shared",
-        )
-    return min(_MOST_ROWS_MEASURED, max(1, _MOST_BYTES_MEASURED // max(1, row_bytes)))
-
-
-def _busy() -> Unavailable:
-    return Unavailable(
-        "another network is being shared, and one is at a time; try again in a few seconds",
-        code="private_deployment_busy",
-    )
-
-
-def _sealed_shares(shape: Any, network: Network, body: DeployPrivately, deployment_id: str) -> tuple[bytes, bytes]:
-    from cloister_privacy.mpc import seal_shares, split_weights
-
-    first, second = (
-        seal_shares(share, _public(role.seal_to), network=shape, deployment=deployment_id, party=party)
-        for party, (share, role) in enumerate(
-            zip(split_weights(shape, network.state_dict()), body.parties, strict=True)
-        )
-    )
-    return first, second
 
 
 def deploy(
     session: Session, principal: Principal, service: Service, id_or_name: str, body: DeployPrivately, made: Shared
 ) -> PrivateDeploymentView:
     """Make these shares the version's newest private deployment: signed, audited, and the ones before it over."""
-    authorized, row = models.find_version(session, principal, id_or_name, made.version, verb=_DEPLOY)
+    authorized, row = models.find_version(session, principal, id_or_name, made.version, verb=DEPLOY)
     model = authorized.resource
     session.get_one(Model, (model.tenant_id, model.id), with_for_update=True)  # one generation at a time
     before = _newest(session, row)
@@ -246,7 +95,7 @@ def deploy(
     )
     if before is not None:
         _end(session, service, before)
-    audit.allowed(session, authorized, _DEPLOY, f"{model.id}/{row.version}")
+    audit.allowed(session, authorized, DEPLOY, f"{model.id}/{row.version}")
     quotas.require_sealed(session, principal, service, tenant_id=row.tenant_id, object_id=files_id)
     return _view(row, statement.generation, made.id, envelope)
 
@@ -289,7 +138,7 @@ def role_file(
     session: Session, principal: Principal, service: Service, id_or_name: str, number: int, name: RoleName
 ) -> RoleFile:
     """What a role of the standing deployment is given: sealed for that role alone, and so for its owner to hand on."""
-    _, row = models.find_version(session, principal, id_or_name, number, verb=_DEPLOY)
+    _, row = models.find_version(session, principal, id_or_name, number, verb=DEPLOY)
     found = _standing(session, row)
     if found.files_id is None:
         raise NotFound("role file")
@@ -302,7 +151,7 @@ def end(
     session: Session, principal: Principal, service: Service, id_or_name: str, number: int
 ) -> PrivateDeploymentView:
     """End the standing deployment: nobody gets a permission from here on. What the parties hold is theirs to delete."""
-    authorized, row = models.find_version(session, principal, id_or_name, number, verb=_DEPLOY)
+    authorized, row = models.find_version(session, principal, id_or_name, number, verb=DEPLOY)
     found = _standing(session, row)
     _end(session, service, found)
     audit.allowed(session, authorized, "model.end_private", f"{row.model_id}/{row.version}")
@@ -371,7 +220,7 @@ def _role_files(statement: Statement, envelope: dict[str, Any], made: Shared) ->
     files = [
         seal_role_file(
             name,
-            seal_to=_public(statement.role(name).seal_to),
+            seal_to=public_key(statement.role(name).seal_to),
             statement=envelope,
             architecture=made.architecture,
             sealed_shares=shares,
@@ -392,10 +241,6 @@ def _split(files: bytes) -> list[bytes]:
 
 def _sha256(sealed: bytes) -> str:
     return hashlib.sha256(sealed).hexdigest()
-
-
-def _public(seal_to: str) -> X25519PublicKey:
-    return X25519PublicKey.from_public_bytes(bytes.fromhex(seal_to))
 
 
 def _view(row: ModelVersion, generation: int, deployment_id: str, statement: dict[str, Any]) -> PrivateDeploymentView:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import case, delete, func, or_, select, union_all, update
@@ -16,7 +17,8 @@ from sqlalchemy.orm import Session
 from cloister.wire.jobs import FINAL
 from cloister.wire.receipts import sign_receipt
 from cloister_privacy.sealing import KeyMissing, KeyProvider, KeyProviderError, KeystoreDamaged
-from cloister_server import audit, budgets, keys, marking, policy, processes, receipts, vault
+from cloister_server import approvals, audit, budgets, keys, marking, policy, processes, receipts, vault
+from cloister_server.approvals import Request
 from cloister_server.errors import Conflict, StartRefused
 from cloister_server.oauth import verifier
 from cloister_server.principal import Principal
@@ -44,7 +46,7 @@ from cloister_server.store.tables import (
     now,
 )
 
-__all__ = ["plan", "receipt", "shred"]
+__all__ = ["ask", "plan", "receipt", "shred"]
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ def plan(session: Session, principal: Principal) -> dict[str, Any]:
         "tenant": tenant.id,
         "name": tenant.name,
         "status": tenant.status,
+        "approvals": asdict(approvals.told(tenant)),
         "keys": [{"version": key.version, "provider": key.provider, "state": key.state} for key in versions],
         "keystore_copies": [
             {"place": each.place, "created": each.created}
@@ -96,11 +99,22 @@ def receipt(session: Session, principal: Principal) -> dict[str, Any]:
     return tenant.receipt
 
 
+def ask(service: Service, principal: Principal) -> Request | None:
+    """Ask for the end of a tenant that takes two operators: the request that stands now; None where `shred` will not want for one.
+
+    Of a tenant that is closed already nobody asks again: whoever goes on with it finishes what two have begun.
+    """
+    with writing(service.engine, ALL_TENANTS) as session:
+        if session.get_one(Tenant, principal.tenant_id).status != "active":
+            return None
+        return approvals.ask(session, policy.authorize_change(session, principal, "tenant.administer"), "shred")
+
+
 def shred(service: Service, principal: Principal) -> dict[str, Any]:
     """Shred the operator's tenant, for good; its signed receipt, which is the same however often this is called.
 
-    Raises Conflict `shredding_unfinished` where work does not end or a provider does not destroy a key: the tenant stays
-    closed, and calling again goes on from there.
+    Raises Conflict `needs_another_operator` where it takes two, and no other asked for it; and `shredding_unfinished` where work does
+    not end or a provider does not destroy a key: the tenant stays closed, and calling again goes on from there.
     """
     with keys.alone(service.settings):
         with reading(service.engine, for_tenants(principal.tenant_id)) as session:
@@ -140,6 +154,7 @@ def _close(service: Service, principal: Principal) -> None:
         )
         withdrawn = _withdraw(session, service, tenant_id)
         _note(session, tenant_id, begun=now().isoformat(), deleted=withdrawn, keys={}).status = "shredding"
+        approvals.require(session, authorized, "shred")  # the row is locked, and as it is now
         audit.allowed(session, authorized, "tenant.shred", tenant_id)
     log.info("tenant.closed", extra={"tenant_id": tenant_id})
 

@@ -45,13 +45,22 @@ class Removed:
 
 
 def create_tenant(
-    session: Session, keys: KeyRing, *, name: str, request_id: str, provider: str | None = None
+    session: Session,
+    keys: KeyRing,
+    *,
+    name: str,
+    request_id: str,
+    provider: str | None = None,
+    two_person: bool = False,
 ) -> Tenant:
-    """A tenant, and its first key in the default provider or the named one: nothing of it is ever sealed under another's."""
+    """A tenant, and its first key in the default provider or the named one: nothing of it is ever sealed under another's.
+
+    With `two_person` its end takes two operators (`approvals`).
+    """
     if queries.tenant_of_id_or_name(session, _checked(name)) is not None:
         raise Conflict(f"a tenant named {name!r} is already there; choose another name")
     key = vault.new_tenant_key(session, provider=provider or keys.default)
-    tenant = Tenant(id=key.tenant_id, name=name)
+    tenant = Tenant(id=key.tenant_id, name=name, two_person=two_person)
     principal = operator_of(tenant, request_id=request_id)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
     session.add(tenant)

@@ -35,13 +35,19 @@ from server.conftest import (  # noqa: F401 (fixtures)
     steward,
 )
 
-_ON_BOTH = {"test_isolation_machine", "test_suspension", "test_token_ends"}
+_ON = {
+    "test_isolation_gates": ["postgres"],
+    "test_isolation_machine": ["sqlite", "postgres"],
+    "test_suspension": ["sqlite", "postgres"],
+    "test_token_ends": ["sqlite", "postgres"],
+}
+"""The databases of tests whose answer is a database's; the others run on SQLite."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "service" in metafunc.fixturenames:
-        is_on_both = metafunc.module.__name__.rpartition(".")[2] in _ON_BOTH
-        metafunc.parametrize("service", ["sqlite", "postgres"] if is_on_both else ["sqlite"], indirect=True)
+        module = metafunc.module.__name__.rpartition(".")[2]
+        metafunc.parametrize("service", _ON.get(module, ["sqlite"]), indirect=True)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ __all__ = ["World", "told"]
 
 _ID = re.compile(r"(?:ap|ds|grp|gr|job|mdl|src|tn|us|wts)_[0-9a-f]{32}")
 _WRITE = re.compile(r"\s*(?:INSERT INTO|UPDATE|DELETE FROM) (\w+)")
+_OF_GATE = re.compile(r"own_\d+_\d+")
 _OF_REFUSALS = {"audit", "links"}
 """The tables that a refusal is written to."""
 _REQUEST_ID = "request-of-a-test"
@@ -311,15 +312,26 @@ class World:
         """The tables that are written to meanwhile, each with the tenants that are named."""
         written: list[tuple[str, set[str]]] = []
 
-        def note(_: Any, __: Any, sql: str, given: Any, *more: Any) -> None:
+        def note(_: Any, __: Any, sql: str, given: Any, context: Any, ___: bool) -> None:
             if found := _WRITE.match(sql):
-                written.append((found[1], {each for each in _ID.findall(repr(given)) if each.startswith("tn_")}))
+                written.append(
+                    (found[1], _tenants_in(given if context.compiled is None else context.compiled_parameters))
+                )
 
         event.listen(self.service.engine, "before_cursor_execute", note)
         try:
             yield written
         finally:
             event.remove(self.service.engine, "before_cursor_execute", note)
+
+
+def _tenants_in(parameters: Any) -> set[str]:
+    """The tenants that a statement names itself. To which the ORM's gate keeps it, all that share something, its `own` says."""
+    rows = parameters if isinstance(parameters, list) else [parameters]
+    named = [
+        row if isinstance(row, tuple) else [row[name] for name in row if not _OF_GATE.fullmatch(name)] for row in rows
+    ]
+    return {each for each in _ID.findall(repr(named)) if each.startswith("tn_")}
 
 
 def _bearer(answer: dict[str, Any]) -> dict[str, str]:

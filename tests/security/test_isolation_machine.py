@@ -26,6 +26,7 @@ from cloister_server.app import create_app
 from cloister_server.service import Service
 from direct import direct
 from security.isolation_oracle import ANY, VERBS, Row, Who
+from security.isolation_questions import ask_of_a_token, ask_why, look
 from security.isolation_routes import ABOUT, CREATING, ELSEWHERE, LISTS, PREDICT, PREFIX, Route
 from security.isolation_world import World, told
 from server.test_predict import weights  # noqa: F401 (fixture)
@@ -34,7 +35,7 @@ SHORT = bool(os.environ.get("SHORT"))
 STEPS = int(os.environ.get("ISOLATION_STEPS", "300" if SHORT else "100000"))
 ENOUGH = 20_000
 """Steps after which every route was asked across tenants, by whom it is allowed and by whom it is not."""
-STEPS_OF_ONE = 100
+STEPS_OF_ONE = 200
 """Of one world; then another is made beside it."""
 
 N = st.integers(0, 2**16)
@@ -93,15 +94,8 @@ class Isolation(RuleBasedStateMachine):
         self.world.make(self.who(who), what)
 
     @rule(who=N, kind=st.sampled_from(sorted(LISTS)), limit=st.sampled_from([1, 2, 200]))
-    def look(self, who: int, kind: str, limit: int) -> None:
-        whose = self.who(who)
-        if self.world.oracle.is_let_in(whose):
-            found = self.world.listed(whose, kind, limit=limit)
-            assert len(found) == len(set(found)), found
-            assert set(found) == self.world.oracle.seen(whose, kind), (whose, kind)
-            TALLY[f"GET {LISTS[kind]}: listed"] += 1
-        else:
-            assert self.world.send(whose, "GET", LISTS[kind]).status_code == 401
+    def look_at_a_list(self, who: int, kind: str, limit: int) -> None:
+        look(self.world, self.who(who), kind, limit=limit)
 
     @rule(who=N, other=N, kind=st.sampled_from(sorted(LISTS)))
     def go_on_from_anothers_page(self, who: int, other: int, kind: str) -> None:
@@ -138,57 +132,15 @@ class Isolation(RuleBasedStateMachine):
         TALLY["POST /v1/sources: with a key"] += 1
 
     @rule(who=N, about=N, which=N, verb=st.sampled_from(sorted(v for k in PREFIX for v in VERBS[k])))
-    def ask_why(self, who: int, about: int, which: int, verb: str) -> None:
-        """What one's own tenant's policy says, and nothing of anybody's besides."""
-        whose, other, oracle = self.who(who), self.who(about), self.world.oracle
+    def ask_for_a_reason(self, who: int, about: int, which: int, verb: str) -> None:
         row = self.row(next(kind for kind in PREFIX if verb in VERBS[kind]), which)
-
-        def explained(principal: str, resource: str) -> Any:
-            given = {"principal": principal, "verb": verb, "resource": resource}
-            return self.world.send(whose, "GET", "/v1/policy/explain", params=given)
-
-        def holders(resource: str) -> Any:
-            return self.world.send(whose, "GET", "/v1/policy/who-can", params={"verb": verb, "resource": resource})
-
-        why, who_can = explained(other.id, row.id), holders(row.id)
-        TALLY["GET /v1/policy: asked"] += 1
-        if not oracle.is_let_in(whose):
-            assert (why.status_code, who_can.status_code) == (401, 401)
-        elif not oracle.may(whose, "policy.read", oracle.tenant(whose.tenant)):
-            assert (why.status_code, who_can.status_code) == (403, 403)
-        elif row.tenant != whose.tenant:
-            absent = f"{PREFIX[row.kind]}_{'0' * 32}"
-            assert told(why) == told(explained(other.id, absent)) and told(who_can) == told(holders(absent))
-            assert (why.status_code, who_can.status_code) == (404, 404)
-        else:
-            can = {each.id for each in oracle.people if not each.is_gone and oracle.may(each, verb, row)}
-            assert {each["principal"] for each in who_can.json()["holders"]} == can, who_can.text
-            if other.tenant == whose.tenant or oracle.holds_directly(other, whose.tenant):
-                assert (
-                    why.status_code == 404 if other.is_gone else why.json()["allowed"] == oracle.may(other, verb, row)
-                )
-            else:
-                nobody = f"{other.id.partition('_')[0]}_{'0' * 32}"
-                assert told(why) == told(explained(nobody, row.id)) and why.status_code == 404
+        ask_why(self.world, self.who(who), self.who(about), verb, row)
 
     @rule(who=N, other=N)
     def ask_of_a_token(self, who: int, other: int) -> None:
-        """A client is told of its own tenant's tokens alone, and ends its own alone."""
-        whose, others, oracle = self.who(who), self.who(other), self.world.oracle
-        if not whose.secret or others.tenant == whose.tenant:
-            return
-        token, noise = others.bearer["Authorization"].removeprefix("Bearer "), "a.b.c"
-        for path in ("/oauth/introspect", "/oauth/revoke"):
-            as_client = {"auth": (whose.id, whose.secret)}
-            asked, same = (self.world.http.post(path, data={"token": each}, **as_client) for each in (token, noise))
-            assert told(asked) == told(same)
-            assert asked.is_success == oracle.is_let_in(whose), asked.text
-        mine = self.world.send(others, "GET", "/v1/whoami")
-        assert mine.status_code == (200 if oracle.is_let_in(others) else 401), (
-            "its token was ended by another tenant's client"
-        )
-        assert not oracle.is_let_in(others) or mine.json()["id"] == others.id
-        TALLY["tokens: asked"] += 1
+        whose, others = self.who(who), self.who(other)
+        if whose.secret and others.tenant != whose.tenant:
+            ask_of_a_token(self.world, whose, others)
 
     # What operators do.
 

@@ -51,3 +51,20 @@ def test_no_route_tells_what_another_tenant_has_from_what_never_existed(
         theirs = next(row for row in world.oracle.of(route.kind) if row.tenant != steward.tenant)
         world.ask(steward, route, theirs)
         assert world.tally[f"{route.name}: not there across tenants"] > 0
+
+
+def test_who_may_write_to_one_tenant_and_read_of_another_writes_to_the_one(make_world: Callable[[], World]) -> None:  # noqa: F811 (the fixture)
+    world = make_world()
+    world.add_tenant()
+    world.add_tenant()
+    one, other = (who for who in world.oracle.people if who.name == "steward")
+    declare, read, delete = (
+        next(each for each in ABOUT if each.name == name)
+        for name in ("POST /v1/datasets (body.source)", "GET /v1/datasets/{dataset}", "DELETE /v1/datasets/{dataset}")
+    )
+    theirs = next(row for row in world.oracle.of("dataset") if row.tenant == other.tenant)
+    world.give(other.tenant, one.id, "dataset.read", theirs.id, allows=True, is_over=False)
+    assert world.ask(one, read, theirs).is_success
+    source = next(row for row in world.oracle.of("source") if row.tenant == one.tenant)
+    made = world.ask(one, declare, source).json()["id"]
+    assert world.ask(one, delete, world.oracle.rows[made]).is_success

@@ -24,7 +24,7 @@ from cloister_server import grants, models, vault
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
-from cloister_server.store.tables import Model, ModelVersion, new_id
+from cloister_server.store.tables import AuditRow, Model, ModelVersion, new_id
 
 AGES = {"name": "age", "shape": [2], "datatype": "FP32", "data": [30.5, 70]}
 COLOURS = {"name": "colour", "shape": [2], "datatype": "INT64", "data": [0, 2]}
@@ -385,3 +385,45 @@ def test_weights_that_were_touched_are_never_answered_with(
     answer = http.post("/v2/models/kinds/infer", json=REQUEST, headers=bearer)
     refused(answer, 500, "internal")
     assert http.post("/v2/models/kinds/versions/1/infer", json=REQUEST, headers=bearer).status_code == 200
+
+
+def test_an_open_model_is_answered_from_a_snapshot_that_never_says_yes_for_longer_than_the_grants_do(
+    service: Service,
+    http: TestClient,
+    make_client: Callable[..., Any],
+    bearer_of: Callable[..., dict[str, str]],
+    weights: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = make_client(role="none")
+    model = publish(service, client.tenant_id, weights)
+    grant(service, model, client, "model.predict")
+    bearer = bearer_of(client)
+    slow: list[str] = []
+    find = models.find_version
+    monkeypatch.setattr(models, "find_version", lambda *given, **more: slow.append(given[2]) or find(*given, **more))
+
+    def ask(name: str = model.name, path: str = "ready") -> int:
+        return int(http.get(f"/v2/models/{name}/{path}", headers=bearer).status_code)
+
+    assert ask() == 200 and slow == [model.name], "it is opened"
+    assert [ask(), ask(model.id), ask(path="versions/2")] == [200] * 3 and len(slow) == 1
+    assert ask(path="versions/7") == 404 and ask("other") == 404 and len(slow) == 3, (
+        "what is no is for the gates to say"
+    )
+    answer = http.post(f"/v2/models/{model.name}/infer", json=REQUEST, headers=bearer)
+    assert answer.status_code == 200 and answer.json()["model_version"] == "2" and len(slow) == 3
+    with writing(service.engine) as session:
+        session.get_one(Model, (model.tenant_id, model.id)).champion = 1
+    assert ask() == 200 and len(slow) == 4, "another version than the one that is open"
+    with writing(service.engine) as session:
+        operator = Principal.operator(model.tenant_id, request_id="request-of-a-test")
+        given = {"to": client.id, "verb": "model.predict", "resource_id": model.id}
+        denial = grants.add(session, operator, **given, effect="deny").id
+    assert ask() == 404 and len(slow) == 5, "on the next request"
+    with writing(service.engine) as session:
+        grants.remove(session, operator, denial)
+    assert ask() == 200 and ask() == 200 and len(slow) == 6
+    with reading(service.engine) as session:
+        asked = session.scalars(select(AuditRow).where(AuditRow.principal_id == client.id)).all()
+    assert len(asked) == 11 and sum(each.outcome == "allowed" for each in asked) == 8, "a row each"

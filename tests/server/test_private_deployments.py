@@ -34,7 +34,7 @@ from cloister_privacy.mpc import (
     seal_shares,
     split_weights,
 )
-from cloister_server import grants, private_deployments, vault
+from cloister_server import grants, private_sharing, vault
 from cloister_server.app import create_app
 from cloister_server.errors import Unavailable
 from cloister_server.oauth.fetching import NotFetched
@@ -321,11 +321,11 @@ def test_a_network_whose_randomness_no_party_keeps_is_refused_and_so_are_rows_wh
     http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = SharedNetwork(small_network().architecture).material_bytes(1)
-    monkeypatch.setattr(private_deployments, "_MOST_BYTES_MEASURED", 3 * row)
+    monkeypatch.setattr(private_sharing, "_MOST_BYTES_MEASURED", 3 * row)
     told = deploy(http, bearer, asked(identities))
     assert told.json()["code"] == "public_rows_needed" and "3 are the most" in told.text
     monkeypatch.setattr("cloister_privacy.mpc.Limits", partial(Limits, disk_bytes=row))
-    monkeypatch.setattr(private_deployments, "_MOST_BYTES_MEASURED", 4 * row)
+    monkeypatch.setattr(private_sharing, "_MOST_BYTES_MEASURED", 4 * row)
     assert deploy(http, bearer, asked(identities)).status_code == 201
     monkeypatch.setattr("cloister_privacy.mpc.Limits", partial(Limits, disk_bytes=row - 1))
     told = deploy(http, bearer, asked(identities))
@@ -387,23 +387,23 @@ def test_weights_are_opened_for_one_deployment_at_a_time_and_for_no_retry(
     http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[int] = []
-    share = private_deployments.shared
+    share = private_sharing.shared
 
-    def counted(service: Service, version: private_deployments.Opened, body: Any) -> private_deployments.Shared:
+    def counted(service: Service, version: private_sharing.Opened, body: Any) -> private_sharing.Shared:
         opened.append(version.version)
-        with pytest.raises(Unavailable), private_deployments.at_work():
+        with pytest.raises(Unavailable), private_sharing.at_work():
             pass
         return share(service, version, body)
 
-    monkeypatch.setattr(private_deployments, "shared", counted)
-    monkeypatch.setattr(private_deployments, "_LONGEST_WAIT_S", 0.0)
+    monkeypatch.setattr(private_sharing, "shared", counted)
+    monkeypatch.setattr(private_sharing, "_LONGEST_WAIT_S", 0.0)
     body, key = asked(identities), {"Idempotency-Key": "once"}
-    with private_deployments.at_work():
+    with private_sharing.at_work():
         busy = deploy(http, bearer, body, **key)
     assert (busy.status_code, busy.json()["code"], opened) == (503, "private_deployment_busy", [])
     first = deploy(http, bearer, body, **key)
     assert first.status_code == 201, first.text
-    with private_deployments.at_work():  # a retry needs no place
+    with private_sharing.at_work():  # a retry needs no place
         again = deploy(http, bearer, body, **key)
         other = deploy(http, bearer, asked(identities, development=True), **key)
     assert again.json() == first.json() and again.headers["Idempotency-Replayed"] == "true"
@@ -418,12 +418,12 @@ def test_a_retry_that_waited_for_its_place_finds_what_was_answered_meanwhile(
     @contextmanager
     def waited() -> Iterator[None]:
         """As a place that is free when another request of the same key has been answered."""
-        monkeypatch.setattr(private_deployments, "at_work", at_work)
+        monkeypatch.setattr(private_sharing, "at_work", at_work)
         answers.append(deploy(http, bearer, body, **key))
         yield
 
-    at_work = private_deployments.at_work
-    monkeypatch.setattr(private_deployments, "at_work", waited)
+    at_work = private_sharing.at_work
+    monkeypatch.setattr(private_sharing, "at_work", waited)
     late = deploy(http, bearer, body, **key)
     assert late.headers["Idempotency-Replayed"] == "true" and late.json() == answers[0].json()
     assert late.json()["generation"] == 1
@@ -433,7 +433,7 @@ def test_a_role_refuses_a_deployment_of_roles_that_are_one(
     http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the platform states: a role looks for itself."""
-    monkeypatch.setattr("cloister_server.private_deployments.shared_by", lambda roles: None)
+    monkeypatch.setattr("cloister_server.private_sharing.shared_by", lambda roles: None)
     body = asked(identities)
     body["dealer"]["host"] = body["parties"][0]["host"]
     assert deploy(http, bearer, body).status_code == 201

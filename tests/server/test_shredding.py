@@ -1,213 +1,46 @@
-"""The end of a tenant: nothing of it opens any more, here or from a backup; every other tenant is as before; one true receipt."""
+"""The end of a tenant: nothing of it opens any more, here or from a backup, and every other tenant is as before."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from pydantic import SecretStr, TypeAdapter
-from sqlalchemy import create_engine, func, make_url, select, text
+from pydantic import SecretStr
+from sqlalchemy import create_engine, make_url, select, text
 from starlette.testclient import TestClient
-from typer.testing import CliRunner
 
 from asked import asked_reading, asked_writing
-from cloister.cli import main
-from cloister.wire.architecture import Architecture
-from cloister.wire.columns import CategoryColumn, NumberColumn, Schema
-from cloister.wire.layers import Encode, Linear
-from cloister.wire.plans import SGD, TrainingSpec
-from cloister.wire.receipts import Receipt, verify_receipt
-from cloister.wire.rows import encode_rows
-from cloister_privacy.plan import DPPlan
 from cloister_privacy.sealing import InvalidSeal, LocalKeyProvider
-from cloister_server import deployment, grants, keys, keystore_backups, processes, shredding, sources, tenants, vault
+from cloister_server import deployment, grants, keys, processes, shredding, sources, tenants, vault
 from cloister_server.app import create_app
-from cloister_server.cli.admin import cli
 from cloister_server.errors import Conflict, ServerError, TenantKeyRefused, Unavailable
-from cloister_server.oauth import verifier
-from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store import chain
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.key_record import KeyRecord
-from cloister_server.store.queries import public_keys
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import (
-    App,
     AuditRow,
-    Dataset,
     Grant,
-    IdempotencyKey,
     Job,
-    KeystoreBackup,
     LedgerEntry,
-    Model,
-    ModelVersion,
     Part,
     SealedObject,
     Tenant,
     TenantKey,
     Unit,
-    Weights,
     new_id,
 )
+from houses import House, assert_nothing_is_left, blobs_of, count, counted, second_keystore, shred, verified
 from issuers import soon
-from key_providers import ACCOUNT, PIN, TOKEN_LABEL, kms_client
+from key_providers import PIN, TOKEN_LABEL
 
-pytest_plugins = ("key_providers",)
+pytest_plugins = ("key_providers", "houses")
 pytestmark = pytest.mark.xdist_group("key-providers")
-
-COLUMNS: dict[str, Any] = {"age": {"type": "number", "low": 0.0, "high": 120.0}, "who": {"type": "unit"}}
-REQUEST = {"inputs": [{"name": "age", "shape": [2], "datatype": "FP32", "data": [30.5, 70]}]}
-
-
-@pytest.fixture(scope="session")
-def weights() -> bytes:
-    """A network of one input, trained for a step on a toy."""
-    import torch
-
-    from cloister_privacy.training import train
-
-    torch.set_num_threads(1)
-    spec = TrainingSpec(
-        dataset=new_id("ds"),
-        architecture=Architecture(
-            inputs={"age": NumberColumn(low=0, high=100)}, layers=(Encode(), Linear(in_features=1, out_features=2)),
-            target="kind", output=CategoryColumn(values=("a", "b")), loss="cross_entropy",
-        ),
-        nominal_size=40, capacity=80, batch_size=10, steps=1, noise_multiplier=1.0, clip=1.0, delta=1e-5,
-        optimizer=SGD(learning_rate=0.1),
-    )  # fmt: skip
-    random = np.random.default_rng(7)
-    rows = {"age": random.uniform(0, 100, 40).astype(np.float32), "kind": random.integers(0, 2, 40).astype(np.int32)}
-    trained = train(
-        spec, rows, plan=DPPlan.of(spec), device="cpu", chunk_steps=1,
-        before_chunk=lambda first, end: None, after_chunk=lambda done, snapshot: True,
-    )  # fmt: skip
-    assert trained is not None
-    return trained
-
-
-@dataclass
-class House:
-    """A tenant with a client, rows of users, weights and a model that predicts."""
-
-    name: str
-    client: Any
-    http: TestClient
-    bearer: dict[str, str] = field(repr=False)
-    dataset: str = ""
-
-    @property
-    def id(self) -> str:
-        return str(self.client.tenant_id)
-
-    @property
-    def operator(self) -> Principal:
-        return Principal.operator(self.id, request_id="request-of-a-test")
-
-    def ask(self, method: str, path: str, *, http: TestClient | None = None, **more: Any) -> Any:
-        return (http or self.http).request(method, path, headers={**self.bearer, **more.pop("headers", {})}, **more)
-
-    def declare(self, name: str, source: str, *, capacity: int = 100) -> str:
-        body = {"source": source, "name": name, "columns": COLUMNS, "nominal_size": 50, "capacity": capacity}
-        answer = self.ask("POST", "/v1/datasets", json={**body, "capacity_rows": 2 * capacity})
-        assert answer.status_code == 201, answer.text
-        return str(answer.json()["id"])
-
-    def put(self, dataset: str, who: str, *, number: int = 0, key: str = "") -> Any:
-        rows = {
-            "age": np.array([30.0], np.float32),
-            "who": np.frombuffer(who.encode().ljust(64, b"\0"), np.uint8).reshape(1, 64),
-            "who.length": np.array([len(who)], np.int32),
-        }
-        body = encode_rows(TypeAdapter(Schema).validate_python(COLUMNS), rows)
-        digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
-        headers = {"Content-Digest": f"sha-256=:{digest}:", **({"Idempotency-Key": key} if key else {})}
-        return self.ask("PUT", f"/v1/datasets/{dataset}/parts/{number}", content=body, headers=headers)
-
-    def predict(self, *, http: TestClient | None = None) -> Any:
-        return self.ask("POST", "/v2/models/kinds/infer", http=http, json=REQUEST)
-
-
-@pytest.fixture
-def furnish(
-    service: Service, http: TestClient, make_client: Callable[..., Any], bearer_of: Callable[..., Any], weights: bytes
-) -> Callable[[str], House]:
-    def make(name: str) -> House:
-        house = House(name, make_client(name), http, {})
-        house.bearer = bearer_of(house.client)
-        source = house.ask("POST", "/v1/sources", json={"name": "people", "unit": "user", "epsilon": 3, "delta": 1e-5})
-        house.dataset = house.declare("rows", source.json()["id"])
-        assert house.put(house.dataset, f"anna@{name}", key=f"part-of-{name}").status_code == 201
-        assert house.ask("POST", f"/v1/datasets/{house.dataset}/complete").status_code == 200
-        assert house.ask("POST", "/v1/weights", content=weights).status_code == 201
-        publish(service, house, weights)
-        assert house.predict().status_code == 200
-        return house
-
-    return make
-
-
-def publish(service: Service, house: House, weights: bytes) -> None:
-    with asked_writing(service) as session:
-        model = Model(tenant_id=house.id, id=new_id("mdl"), name="kinds", champion=1)
-        session.add(model)
-        session.flush()
-        of = {"tenant_id": house.id, "kind": "weights"}
-        sealed = vault.seal_object(session, service.blobs, weights, **of)  # type: ignore[arg-type]
-        session.add(
-            ModelVersion(tenant_id=house.id, model_id=model.id, version=1, job_id=new_id("job"), weights_id=sealed,
-                         certificate={})
-        )  # fmt: skip
-
-
-def shred(service: Service, house: House) -> Receipt:
-    return verified(service, shredding.shred(service, house.operator))
-
-
-def verified(service: Service, envelope: Any) -> Receipt:
-    with reading(service.engine) as session:
-        return verify_receipt(envelope, public_keys(session, "certificate"))
-
-
-def count(service: Service, table: type[Any], *where: Any) -> int:
-    with reading(service.engine) as session:
-        return int(session.scalar(select(func.count()).select_from(table).where(*where)) or 0)
-
-
-def blobs_of(service: Service, tenant_id: str) -> list[Path]:
-    place = service.settings.data_dir / "objects" / tenant_id
-    return [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else []
-
-
-def assert_nothing_is_left(service: Service, house: House) -> None:
-    for table in (SealedObject, Part, Unit, Weights, IdempotencyKey, App, Grant):
-        assert count(service, table, table.tenant_id == house.id) == 0, table.__tablename__
-    assert blobs_of(service, house.id) == []
-    with reading(service.engine) as session:
-        states = set(session.scalars(select(TenantKey.state).where(TenantKey.tenant_id == house.id)))
-        assert states == {"destroyed"}
-        assert session.get_one(Tenant, house.id).status == "shredded"
-        chain.verify(session, house.id)
-
-
-def counted(service: Service, house: House) -> int:
-    """The sealed objects that a receipt counts: not those whose number tells of rows."""
-    beside_rows = SealedObject.kind.not_in(("part", "units"))
-    return count(service, SealedObject, SealedObject.tenant_id == house.id, beside_rows)
 
 
 def opened(service: Service, house: House) -> dict[str, bytes | str]:
@@ -265,28 +98,6 @@ def _copied(url: str, superuser_url: str) -> str:
     return url.replace(f"/{name}?", f"/{copy}?", 1)
 
 
-@pytest.fixture
-def with_providers(service: Service, tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Opens the deployment with a provider file that names these."""
-    made: list[Service] = []
-
-    def opened_with(**providers: dict[str, Any]) -> Service:
-        path = tmp_path / "providers.json"
-        path.write_text(json.dumps({"format": "cloister.key-providers/1", "default": "local", "providers": providers}))
-        path.chmod(0o600)
-        made.append(deployment.open_service(service.settings.model_copy(update={"key_providers": path})))
-        return made[-1]
-
-    yield opened_with
-    for each in made:
-        each.engine.dispose()
-
-
-def second_keystore(tmp_path: Path) -> dict[str, Any]:
-    LocalKeyProvider.create(tmp_path / "second", key_file=tmp_path / "second.key")
-    return {"kind": "local", "directory": str(tmp_path / "second"), "key_file": str(tmp_path / "second.key")}
-
-
 @pytest.mark.parametrize("kept_by", ["local", "softhsm"])
 def test_nothing_of_a_shredded_tenant_opens_from_a_backup_and_every_other_tenant_does(
     kept_by: str,
@@ -329,36 +140,8 @@ def test_nothing_of_a_shredded_tenant_opens_from_a_backup_and_every_other_tenant
         assert [key.outcome for key in receipt.keys] == ["earlier", "destroyed"]
 
 
-def test_the_receipt_counts_what_was_deleted_and_what_stays_is_there(
+def test_a_client_is_refused_at_once_and_others_lose_what_they_had_been_granted(
     service: Service, furnish: Callable[[str], House]
-) -> None:
-    house = furnish("acme")
-    objects = counted(service, house)
-    kept = {
-        table: count(service, table, table.tenant_id == house.id)
-        for table in (Dataset, Model, ModelVersion, LedgerEntry)
-    }
-    rows = count(service, AuditRow, AuditRow.tenant_id == house.id)
-    with reading(service.engine) as session:
-        planned = shredding.plan(session, house.operator)
-    receipt = shred(service, house)
-    assert receipt.deleted == {
-        "wrapped_keys": objects, "uploaded_weights": 1, "clients": 1, "accounts": 0, "grants": planned["grants"],
-    }  # fmt: skip
-    assert all(planned[name] == many for name, many in receipt.deleted.items() if name in planned)
-    assert {table: count(service, table, table.tenant_id == house.id) for table in kept} == kept
-    assert count(service, AuditRow, AuditRow.tenant_id == house.id) == rows + 2
-    assert receipt.tenant == house.id and receipt.begun <= receipt.keys[0].destroyed <= receipt.issued
-    assert {"keystore_copies", "flash", "providers", "database", "memory", "clients", "exports", "recordings"} <= set(
-        receipt.not_covered
-    )
-    assert str(service.settings.key_cache_s) in receipt.not_covered["memory"]
-    with reading(service.engine) as session:
-        assert shredding.receipt(session, house.operator) == shredding.shred(service, house.operator)
-
-
-def test_a_client_is_refused_within_a_second_and_others_lose_what_they_had_been_granted(
-    service: Service, furnish: Callable[[str], House], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     victim, other = furnish("acme"), furnish("other")
     with writing(service.engine) as session:
@@ -366,8 +149,6 @@ def test_a_client_is_refused_within_a_second_and_others_lose_what_they_had_been_
         grants.add(session, other.operator, to=victim.client.id, verb="dataset.read", resource_id="*")
     assert other.ask("GET", f"/v1/datasets/{victim.dataset}").status_code == 200
     shred(service, victim)
-    later = time.monotonic() + 1.01
-    monkeypatch.setattr(verifier.time, "monotonic", lambda: later)
     assert victim.predict().status_code == victim.ask("GET", "/v1/datasets").status_code == 401
     asked = victim.http.post(
         "/oauth/token", data={"grant_type": "client_credentials"}, auth=(victim.client.id, victim.client.secret)
@@ -514,70 +295,6 @@ def test_no_key_is_made_that_cannot_be_put_on_record(service: Service) -> None:
         KeyRecord(directory).of("system")
 
 
-def test_a_provider_that_its_customer_took_away_holds_up_no_shredding_and_the_receipt_says_so(
-    service: Service, furnish: Callable[[str], House], with_providers: Callable[..., Service], tmp_path: Path
-) -> None:
-    house = furnish("acme")
-    both = with_providers(second={**second_keystore(tmp_path), "holder": "customer"})
-    keys.migrate(both, to="second", tenant_id=house.id, request_id="request-of-a-test")
-    (tmp_path / "second").rename(tmp_path / "withdrawn")
-    without = deployment.open_service(both.settings)
-    local, withdrawn = shred(without, house).keys
-    without.engine.dispose()
-    assert (local.outcome, withdrawn.outcome, withdrawn.waiting_days, withdrawn.gone) == (
-        "destroyed", "unreached", None, None,
-    )  # fmt: skip
-    assert "could not be reached" in withdrawn.claim and "the customer's to see to" in withdrawn.claim
-    assert list((tmp_path / "withdrawn").glob("*.kek")), "nothing is claimed that was not done"
-    assert_nothing_is_left(service, house)
-
-
-def test_a_key_that_was_gone_before_is_not_said_to_have_been_destroyed(
-    service: Service, furnish: Callable[[str], House]
-) -> None:
-    house = furnish("acme")
-    with reading(service.engine) as session:
-        key_id = session.get_one(TenantKey, (house.id, 1)).key_id
-    service.keys.of("local").destroy_key(key_id)
-    (key,) = shred(service, house).keys
-    assert (key.outcome, key.waiting_days, key.gone) == ("absent", None, None)
-    assert "not known" in key.claim
-
-
-def test_a_customers_own_key_is_left_to_the_customer_even_where_it_is_disabled(
-    service: Service, furnish: Callable[[str], House], with_providers: Callable[..., Service], kms: str
-) -> None:
-    house, customer = furnish("acme"), kms_client(kms)
-    made = customer.create_key(KeyUsage="ENCRYPT_DECRYPT")["KeyMetadata"]
-    credentials = {name: ACCOUNT[name] for name in ("access_key_id", "secret_access_key")}
-    held = {"kind": "aws_kms_held", "key_arn": made["Arn"], "endpoint_url": kms, **credentials}
-    both = with_providers(acme=held)
-    keys.migrate(both, to="acme", tenant_id=house.id, request_id="request-of-a-test")
-    customer.disable_key(KeyId=made["KeyId"])
-    receipt = shred(both, house)
-    assert [(key.provider, key.outcome) for key in receipt.keys] == [("local", "destroyed"), ("acme", "left")]
-    assert receipt.keys[1].kind == "aws_kms_held" and receipt.keys[1].gone is None
-    assert customer.describe_key(KeyId=made["KeyId"])["KeyMetadata"]["KeyState"] == "Disabled"
-    assert_nothing_is_left(service, house)
-
-
-def test_the_receipt_names_the_backups_of_the_keystore_that_may_hold_the_keys(
-    service: Service, furnish: Callable[[str], House], tmp_path: Path
-) -> None:
-    house = furnish("acme")
-    made = keystore_backups.backup(service, tmp_path / "keystore.tar")
-    with writing(service.engine) as session:
-        first = session.get_one(TenantKey, (house.id, 1)).created
-        session.add(KeystoreBackup(id=new_id("kb"), place="/older", created=first - timedelta(days=1)))
-    keys.rotate(service, house.id, request_id="request-of-a-test")
-    keys.destroy(service, house.id, version=1, request_id="request-of-a-test")
-    with writing(service.engine) as session:  # it was long ago
-        session.get_one(KeystoreBackup, made.id).created -= timedelta(minutes=20)
-        session.get_one(TenantKey, (house.id, 1)).created -= timedelta(minutes=30)
-    (copy,) = shred(service, house).keystore_copies
-    assert (copy.id, copy.place, copy.keys) == (made.id, str(tmp_path / "keystore.tar"), (1,))
-
-
 def test_work_that_does_not_end_holds_the_shredding_up_and_is_cancelled_once_it_does(
     service: Service, furnish: Callable[[str], House], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -644,43 +361,6 @@ def test_requests_that_race_the_shredding_leave_nothing(
     assert {status for status, _ in answers} >= {201, 401}
     assert {status for status, _ in answers} <= {201, 401, 403, 404, 409}, set(answers)
     assert_nothing_is_left(service, house)
-
-
-def test_the_command_asks_for_the_name_shows_a_plan_and_prints_a_receipt_that_verifies(
-    service: Service, furnish: Callable[[str], House], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
-) -> None:
-    if not service.settings.is_sqlite:
-        pytest.skip("the command is the same on every database")
-    house = furnish("acme")
-    settings = service.settings
-    given = {"DATA_DIR": settings.data_dir, "KEY_DIR": settings.key_dir, "KEY_FILE": settings.key_file}
-    for name, value in {**given, "DATABASE_URL": settings.database_url.get_secret_value()}.items():
-        monkeypatch.setenv(f"CLOISTER_{name}", str(value))
-    run = CliRunner().invoke
-    plan = json.loads(run(cli, ["tenant", "shred", "acme", "--dry-run"]).stdout)
-    assert (plan["status"], plan["clients"], plan["uploaded_weights"]) == ("active", 1, 1) and "users" not in plan
-    assert plan["keys"] == [{"version": 1, "provider": "local", "state": "active"}]
-    for confirm in (["--confirm", "acne"], ["--confirm", ""], []):
-        refused = run(cli, ["tenant", "shred", "acme", *confirm, "--json"])
-        assert (refused.exit_code, refused.stdout, json.loads(refused.stderr)["code"]) == (1, "", "not_confirmed")
-    assert json.loads(run(cli, ["tenant", "shred", "acme", "--dry-run"]).stdout) == plan
-    refused = run(cli, ["tenant", "receipt", "acme"])
-    assert refused.exit_code == 1 and "is not shredded" in refused.stderr and house.predict().status_code == 200
-
-    done = run(cli, ["tenant", "shred", "acme", "--confirm", "acme", "--json"])
-    assert done.exit_code == 0, (done.stderr, done.exception)
-    again = run(cli, ["tenant", "shred", "acme", "--confirm", "acme", "--json"])
-    assert json.loads(done.stdout) == json.loads(again.stdout)
-    printed = run(cli, ["tenant", "receipt", house.id])
-    assert json.loads(printed.stdout) == json.loads(done.stdout)
-    (tmp_path / "receipt.json").write_text(printed.stdout)
-    with reading(service.engine) as session:
-        (tmp_path / "keys.json").write_text(json.dumps(public_keys(session, "certificate")))
-    verify = ["verify", str(tmp_path / "receipt.json"), "--keys", str(tmp_path / "keys.json")]
-    assert main(verify) == 0 and "tenant acme was shredded" in capsys.readouterr().out
-    assert run(cli, ["tenant", "shred", "nobody", "--confirm", "nobody"]).exit_code == 1
-    listed = json.loads(run(cli, ["tenant", "list", "--json"]).stdout)
-    assert [(each["name"], each["status"]) for each in listed] == [("acme", "shredded")]
 
 
 def test_on_sqlite_no_wrapped_key_and_no_mac_lingers_in_the_files_of_the_database(

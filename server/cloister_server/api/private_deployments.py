@@ -14,7 +14,7 @@ from cloister.wire.private_deployments import (
     RoleFile,
     RoleName,
 )
-from cloister_server import private_deployments
+from cloister_server import private_deployments, private_sharing
 from cloister_server.api.call import ReadCall, WriteCall
 
 __all__ = ["router"]
@@ -28,15 +28,15 @@ Version = Annotated[int, Path(ge=1, lt=2**31)]
 
 @router.post("/{model}/private-deployments", status_code=201, response_model=PrivateDeploymentView)
 def deploy_privately(model: str, body: DeployPrivately, call: WriteCall) -> Response:
-    def make() -> private_deployments.Shared:
-        opened = call.read(lambda s: private_deployments.opened(s, call.principal, call.service, model, body))
-        return private_deployments.shared(call.service, opened, body)
+    def make() -> private_sharing.Shared:
+        opened = call.read(lambda s: private_sharing.opened(s, call.principal, call.service, model, body))
+        return private_sharing.shared(call.service, opened, body)
 
     return call.once_made(
         body,
         make,
         lambda s, made: private_deployments.deploy(s, call.principal, call.service, model, body, made),
-        place=private_deployments.at_work,
+        place=private_sharing.at_work,
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+import pwd
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import typer
 from sqlalchemy.orm import Session
 
-from cloister_server import policy, quotas, shredding, suspension, tenants
+from cloister_server import approvals, policy, quotas, shredding, suspension, tenants
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import (
     JSON,
@@ -23,6 +25,7 @@ from cloister_server.cli.terminal import (
     show,
 )
 from cloister_server.errors import Invalid
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
@@ -42,6 +45,7 @@ def create(
         str | None,
         typer.Option(help="Where its key is made, by name in the key provider file; the default one otherwise."),
     ] = None,
+    two_person: Annotated[bool, typer.Option("--two-person", help="Shredding it takes two operators.")] = False,
     dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
@@ -50,8 +54,9 @@ def create(
     def work(session: Session, service: Service) -> dict[str, Any]:
         if dry_run:  # a key that was made in its provider could not be rolled back
             chosen = tenants.plan_tenant(session, service.keys, name=name, provider=key_provider)
-            return {"name": name, "key_provider": chosen}
-        made = tenants.create_tenant(session, service.keys, name=name, request_id=request_id(), provider=key_provider)
+            return {"name": name, "key_provider": chosen, "two_person": two_person}
+        given: dict[str, Any] = {"name": name, "provider": key_provider, "two_person": two_person}
+        made = tenants.create_tenant(session, service.keys, request_id=request_id(), **given)
         return {"id": made.id, "name": made.name}
 
     run(work, as_json, dry_run=dry_run)
@@ -67,6 +72,8 @@ def listed(as_json: JSON = False) -> None:
                 "name": t.name,
                 "created": t.created,
                 "status": "suspended" if t.suspended and t.status == "active" else t.status,
+                "two_person": t.two_person,
+                "requests": [asdict(each) for each in approvals.told(t).requests],
             }
             for t in tenants.tenants(session)
         ],
@@ -92,6 +99,49 @@ def resume(name: Named, dry_run: DryRun = False, as_json: JSON = False) -> None:
         return asdict(suspension.resume(session, service, operator_in(session, name)))
 
     run(work, as_json, dry_run=dry_run)
+
+
+@tenant_cli.command("approvals")
+def approvals_(
+    name: Named,
+    two_person: Annotated[
+        bool | None,
+        typer.Option(
+            "--two-person/--one-person", help="Whether shredding it takes two operators; so does --one-person."
+        ),
+    ] = None,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take back what is asked for, whoever asked.")] = False,
+    dry_run: DryRun = False,
+    as_json: JSON = False,
+) -> None:
+    """Show whether a tenant's end takes two operators, and what is asked for now; or set that, or take back what is asked for.
+
+    What one operator asks for another does within 24 hours, by the same command.
+    """
+
+    def work(session: Session, _: Service) -> dict[str, Any]:
+        operator = _named(operator_in(session, name))
+        if withdraw and two_person is not None:
+            raise Invalid("take back what is asked for, or set who is needed: one at a time")
+        if withdraw:
+            return asdict(approvals.withdraw(session, operator))
+        if two_person is not None:
+            return asdict(approvals.set_two_persons(session, operator, required=two_person))
+        tenant = session.get_one(Tenant, operator.tenant_id)
+        return asdict(approvals.told(policy.authorize(session, operator, "tenant.administer", tenant).resource))
+
+    run(work, as_json, dry_run=dry_run)
+
+
+def _named(operator: Principal) -> Principal:
+    """An operator at the machine itself goes by their user's name there: of that two can be told apart, and their deeds."""
+    if operator.id != "operator":
+        return operator
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # of a container's making
+        user = str(os.geteuid())
+    return replace(operator, id=f"os:{user}"[:40])
 
 
 @tenant_cli.command("quota")
@@ -152,7 +202,8 @@ def shred(
 ) -> None:
     """Destroy a tenant's keys and delete what they sealed, for good; with --json, print the signed receipt.
 
-    What was cut short is finished by running it again.
+    Where the tenant takes two operators, this asks for it, or does what another operator asked for within the last 24 hours. What was
+    cut short is finished by running it again.
     """
     if dry_run:
         with refusals(as_json):
@@ -162,8 +213,14 @@ def shred(
         with reading(service.engine, ALL_TENANTS) as session:
             tenant = tenants.find_tenant(session, name)
         require_confirmed(tenant.name, confirm, warning="Nobody can undo a shredding.")
+        operator = _named(tenants.operator_of(tenant, request_id=request_id()))
         with denials_kept(service.engine):
-            signed = shredding.shred(service, tenants.operator_of(tenant, request_id=request_id()))
+            asked = shredding.ask(service, operator)
+            if asked is not None:
+                note = "nothing is shredded: another operator runs the same command, or `tenant approvals --withdraw`"
+                show({"request": asdict(asked), "note": note}, as_json)
+                return
+            signed = shredding.shred(service, operator)
         if as_json:
             show(signed, as_json)
         else:

@@ -126,6 +126,11 @@ class Snapshots:
         self._kept: dict[str, _Snapshot] = {}
         self._lock = threading.Lock()
 
+    def kept(self, tenant_id: str, revision: int) -> _Snapshot | None:
+        """The tenant's, if there is one of this revision."""
+        kept = self._kept.get(tenant_id)
+        return kept if kept is not None and kept.revision == revision else None
+
     def of(self, session: Session, tenant_id: str) -> _Snapshot:
         """The one of the tenant's revision as this transaction sees it."""
         revision = _revision(session, tenant_id)
@@ -173,7 +178,11 @@ def bearing_on(session: Session, who: Principal, verb: str, *, tenant_id: str, r
 
 
 def _revision(session: Session, tenant_id: str) -> int | None:
-    """As the transaction saw it first: the principal's own as it began, another's asked of the driver itself."""
+    """As the transaction saw it first, asked of the driver itself.
+
+    SQLite says in one word whether anybody has committed anything since this connection last asked (`data_version`: others;
+    `total_changes`: it itself); while nobody has, what it knew then is what it would read.
+    """
     if DRIVER not in session.info:
         session.connection()
     driver = session.info[DRIVER]
@@ -181,11 +190,24 @@ def _revision(session: Session, tenant_id: str) -> int | None:
     if tenant_id in known:
         return known[tenant_id]
     try:
-        row = driver.connection.execute(driver.revision, (tenant_id,)).fetchone()
+        if driver.seen is None:
+            known[tenant_id] = _asked(driver, tenant_id)
+        else:
+            state = driver.connection.execute("PRAGMA data_version").fetchone()[0], driver.connection.total_changes
+            if driver.seen.get("") != state or len(driver.seen) > _MOST_TENANTS:
+                driver.seen.clear()
+                driver.seen[""] = state
+            if tenant_id not in driver.seen:
+                driver.seen[tenant_id] = _asked(driver, tenant_id)
+            known[tenant_id] = driver.seen[tenant_id]
     except driver.error:
         raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment") from None
-    known[tenant_id] = None if row is None else row[0]
     return known[tenant_id]
+
+
+def _asked(driver: Any, tenant_id: str) -> int | None:
+    row = driver.connection.execute(driver.revision, (tenant_id,)).fetchone()
+    return None if row is None else int(row[0])
 
 
 def _verbs(session: Session, tenant_id: str) -> dict[str, _Held]:

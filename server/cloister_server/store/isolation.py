@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import BigInteger, CompoundSelect, Connection, bindparam, cast, event, inspect, null, or_, select, text
+from sqlalchemy import BigInteger, Connection, String, bindparam, cast, event, inspect, null, or_, select, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import ORMExecuteState, Session, SessionTransaction, with_loader_criteria
 from sqlalchemy.sql.base import ExecutableOption
@@ -39,6 +39,8 @@ class _Driver(NamedTuple):
     """Asks for a tenant's policy revision."""
     revisions: dict[str, int | None]
     """Those that this transaction has read."""
+    seen: dict[str, Any] | None
+    """Of SQLite alone, by connection: the revisions that its last transactions read, and of which state of the database."""
 
 
 class OtherTenant(ServerError):
@@ -89,27 +91,29 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
     """Look up whom the transaction acts for, and tell the database. Raises Unavailable where it cannot be asked."""
     if transaction.nested:
         return
-    acting = _acting(session)
+    acting, is_embedded = _acting(session), connection.dialect.name == "sqlite"
     try:
         _tell(connection, acting.tenant_ids, acting)
         tenant_ids, revisions = acting.tenant_ids, dict[str, int | None]()
         if tenant_ids is not None and acting.principal_id is not None:
             own = tenant_ids[0]
-            asked = {"own": own, "asking": acting.principal_id, "at": now()}
-            found = connection.execute(_sharing_with(), asked).all()
-            revisions[own] = next((row.revision for row in found if row.revision is not None), None)
+            asked = {"tenant_id": own, "principal_id": acting.principal_id, "at": now()}
+            found = connection.execute(_SHARING if is_embedded else _SHARING_AND_REVISION, asked).all()
+            if not is_embedded:  # a question more would be a round trip more
+                revisions[own] = next((row.revision for row in found if row.revision is not None), None)
             tenant_ids = tuple(dict.fromkeys((*tenant_ids, *(row.tenant_id for row in found))))
             if tenant_ids != acting.tenant_ids:
                 _tell(connection, tenant_ids, acting)
     except SQLAlchemyError:
         raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment") from None
     session.info[_TENANTS] = tenant_ids
-    mark = "?" if connection.dialect.name == "sqlite" else "%s"
+    mark = "?" if is_embedded else "%s"
     session.info[DRIVER] = _Driver(
         connection.connection.driver_connection,
         connection.dialect.loaded_dbapi.Error,
         f"SELECT revision FROM policy_revisions WHERE tenant_id = {mark}",  # noqa: S608 (the driver's own mark)
         revisions,
+        connection.info.setdefault(DRIVER, {}) if is_embedded else None,
     )
 
 
@@ -195,22 +199,29 @@ def _tell(connection: Connection, tenant_ids: tuple[str, ...] | None, acting: Ac
     connection.execute(_TELL, {"tenants": tenants, "principal": acting.principal_id or ""})
 
 
-@cache
-def _sharing_with() -> CompoundSelect[Any]:
-    """The tenants that granted `asking` something that counts at `at`, and its `own` with its policy's revision. On the tables
-    themselves, past the ORM's gate."""
-    grant, member, counted = Grant.__table__.c, Member.__table__.c, PolicyRevision.__table__.c
-    own_id, at = bindparam("own", type_=counted.tenant_id.type), bindparam("at", type_=grant.expires.type)
-    principal_id = bindparam("asking", type_=grant.principal_id.type)
-    groups = select(member.group_id).where(member.tenant_id == own_id, member.principal_id == principal_id)
-    own = select(counted.tenant_id, counted.revision).where(counted.tenant_id == own_id)
-    return own.union_all(
+def _sharing() -> Any:
+    """The tenants that granted the principal something. On the tables themselves, past the ORM's gate."""
+    grant, member = Grant.__table__.c, Member.__table__.c
+    tenant_id, principal_id = bindparam("tenant_id", type_=String), bindparam("principal_id", type_=String)
+    groups = select(member.group_id).where(member.tenant_id == tenant_id, member.principal_id == principal_id)
+    return (
         select(grant.tenant_id, cast(null(), BigInteger).label("revision"))
         .distinct()
         .where(
             or_(grant.principal_id == principal_id, grant.principal_id.in_(groups)),
-            grant.tenant_id != own_id,
+            grant.tenant_id != tenant_id,
             grant.effect == "allow",
-            or_(grant.expires.is_(None), grant.expires > at),
+            or_(grant.expires.is_(None), grant.expires > bindparam("at", type_=grant.expires.type)),
         )
     )
+
+
+def _sharing_and_revision() -> Any:
+    """The same, and its own with its policy's revision."""
+    counted = PolicyRevision.__table__.c
+    own = select(counted.tenant_id, counted.revision).where(counted.tenant_id == bindparam("tenant_id", type_=String))
+    return own.union_all(_sharing())
+
+
+_SHARING, _SHARING_AND_REVISION = _sharing(), _sharing_and_revision()
+"""Made once: each transaction of a principal asks one of them."""

@@ -119,6 +119,10 @@ class Tenant(Table):
     """The most jobs that may be queued or running at once."""
     quota_requests: Mapped[int | None]
     """The most requests that its principals may send in a minute, all together."""
+    two_person: Mapped[bool] = mapped_column(default=False, server_default=text("false"))
+    """Whether one operator must ask for its end and another bring it about."""
+    approvals: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """What an operator has asked for, by deed (`approvals`); kept past its day until something else is asked for."""
     receipt: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """What was signed of its shredding; while that is under way, what is to be said of the steps that are done."""
 
