@@ -46,7 +46,6 @@ from cloister_server.store.session import reading, snapshot
 
 __all__ = [
     "DEFAULT_PROFILE",
-    "HOW_TO_MEND",
     "JSON",
     "LOCAL",
     "Confirm",
