@@ -48,7 +48,7 @@ def test_every_command_and_setting_that_the_docs_name_exists() -> None:
 
     docs = README + (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
     known = get_command(cli)
-    for line in re.findall(r"cloister-admin ([a-z][a-z-]*(?: [a-z][a-z-]*)?)", docs):
+    for line in re.findall(r"cloister-admin ([a-z][a-z-]*(?: [a-z-]+)?)", docs):
         first, _, second = line.partition(" ")
         command = known.commands[first]  # type: ignore[attr-defined]
         assert not hasattr(command, "commands") or not second or second in command.commands, line
