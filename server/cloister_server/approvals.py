@@ -17,7 +17,7 @@ from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.store.tables import Tenant, now
 
-__all__ = ["Approvals", "Deed", "Request", "ask", "require", "set_two_persons", "told", "withdraw"]
+__all__ = ["Approvals", "Deed", "Request", "ask", "ask_end", "require", "set_two_persons", "told", "withdraw"]
 
 Deed = Literal["shred", "one_person"]
 """To end the tenant, and to ask for one operator from then on."""
@@ -81,6 +81,22 @@ def ask(session: Session, authorized: Authorized[Tenant], deed: Deed) -> Request
         tenant.approvals = {**(tenant.approvals or {}), deed: asdict(standing)}
         audit.allowed(session, authorized, f"tenant.{deed}_ask", tenant.id)
     return standing if standing.by == authorized.principal.id else None
+
+
+def ask_end(session: Session, operator: Principal) -> Approvals:
+    """Ask for the end of the operator's tenant, which another operator brings about at the deployment itself, by `tenant shred`.
+
+    Raises Conflict where it takes one operator, or is shredded.
+    """
+    authorized = policy.authorize_change(session, operator, "tenant.administer")
+    if not authorized.resource.two_person:
+        raise Conflict(
+            f"the end of tenant {authorized.resource.name!r} takes one operator: run `cloister-admin tenant shred` at the deployment, "
+            "or let it take two first, by `tenant approvals --two-person`",
+            code="takes_one_operator",
+        )
+    ask(session, authorized, "shred")
+    return told(authorized.resource)
 
 
 def require(session: Session, authorized: Authorized[Tenant], deed: Deed) -> None:

@@ -37,7 +37,7 @@ BY_HAND = {
 }
 LOCAL = {
     "init", "doctor", "backup", "restore", "login", "logout", "first-admin",
-    "tenant.approvals", "tenant.shred", "tenant.receipt", "tenant.export", "storage.collect", "storage.adopt",
+    "tenant.shred", "tenant.receipt", "tenant.export", "storage.collect", "storage.adopt",
     "key.list", "key.rotate", "key.migrate", "key.destroy", "key.backup", "key.recover", "key.recovery-renew", "key.recipient.create",
     "key.recipient.list", "key.recipient.remove", "audit.head", "audit.compare",
     "ledger.export", "ledger.replay", "ledger.write-off",

@@ -6,7 +6,6 @@ import json
 import os
 import pwd
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from asked import asked_writing
 from cloister_server import approvals, shredding, tenants
 from cloister_server.cli.admin import cli
 from cloister_server.errors import Conflict
+from cloister_server.operations.definition import Acting
+from cloister_server.operations.tenants import Approve, approve
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
@@ -103,6 +104,14 @@ def test_turning_it_off_takes_two_as_well_and_one_request_is_not_the_other(servi
     assert set_two_persons(service, bob, required=False).two_person, "what was asked before counts no more"
 
 
+def test_the_end_of_a_tenant_that_takes_one_operator_is_not_asked_for(service: Service, tenant_id: str) -> None:
+    ada, bob = operator(tenant_id, "ada"), operator(tenant_id, "bob")
+    set_two_persons(service, ada, required=False)
+    set_two_persons(service, bob, required=False)
+    with pytest.raises(Conflict, match="takes one operator"), asked_writing(service) as session:
+        approvals.ask_end(session, ada)
+
+
 def test_the_commands_ask_show_and_do_it_for_the_users_of_the_machine(
     service: Service, tenant_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +131,10 @@ def test_the_commands_ask_show_and_do_it_for_the_users_of_the_machine(
     assert listed["two_person"] and listed["requests"] == [asked] == admin("approvals", "acme")["requests"]
     assert admin("approvals", "acme", "--withdraw", "--dry-run")["requests"] == []
     assert "acme" in CliRunner().invoke(cli, ["tenant", "list"]).output
-    monkeypatch.setattr("cloister_server.cli.terminal.pwd.getpwuid", lambda _: SimpleNamespace(pw_name="bob"))
+    assert admin("approvals", "acme", "--withdraw")["requests"] == []
+    elsewhere = Acting("us_1", "request-of-a-test", is_local=False)
+    with asked_writing(service) as session:
+        asked = approve.work(session, service, elsewhere, Approve(tenant="acme", shred=True))
+    assert [(each["deed"], each["by"]) for each in asked["requests"]] == [("shred", "us_1")]
     assert admin("shred", "acme", "--confirm", "acme")["payloadType"]
     assert admin("list")[0]["status"] == "shredded"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from sqlalchemy.orm import Session
 
 from cloister.wire._model import Body
-from cloister_server import approvals, policy, shredding
+from cloister_server import shredding
 from cloister_server import tenants as tenants_
 from cloister_server.audit import denials_kept
 from cloister_server.cli.terminal import (
@@ -21,16 +20,13 @@ from cloister_server.cli.terminal import (
     operator_in,
     refusals,
     require_confirmed,
-    run,
     show,
 )
 from cloister_server.errors import Invalid
 from cloister_server.operations import tenants
 from cloister_server.operations.definition import InTenant
-from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading
-from cloister_server.store.tables import Tenant
 
 __all__ = ["tenant_cli"]
 
@@ -85,27 +81,20 @@ def approvals_(
             "--two-person/--one-person", help="Whether shredding it takes two operators; so does --one-person."
         ),
     ] = None,
+    shred: Annotated[
+        bool, typer.Option("--shred", help="Ask for its end, which another operator brings about by `tenant shred`.")
+    ] = False,
     withdraw: Annotated[bool, typer.Option("--withdraw", help="Take back what is asked for, whoever asked.")] = False,
     dry_run: DryRun = False,
     as_json: JSON = False,
 ) -> None:
-    """Show whether a tenant's end takes two operators, and what is asked for now; or set that, or take back what is asked for.
+    """Show whether a tenant's end takes two operators, and what is asked for now; or set that, ask for it, or take that back.
 
-    What one operator asks for another does within 24 hours, by the same command.
+    What one operator asks for another does within 24 hours. An operator is a login, or a user of the deployment's machine.
     """
-
-    def work(session: Session, _: Service) -> dict[str, Any]:
-        operator = operator_in(session, name)
-        if withdraw and two_person is not None:
-            raise Invalid("take back what is asked for, or set who is needed: one at a time")
-        if withdraw:
-            return asdict(approvals.withdraw(session, operator))
-        if two_person is not None:
-            return asdict(approvals.set_two_persons(session, operator, required=two_person))
-        tenant = session.get_one(Tenant, operator.tenant_id)
-        return asdict(approvals.told(policy.authorize(session, operator, "tenant.administer", tenant).resource))
-
-    run(work, as_json, dry_run=dry_run)
+    with refusals(as_json):
+        request = tenants.Approve(tenant=name, two_person=two_person, shred=shred, withdraw=withdraw)
+        operate(tenants.approve, request, as_json, dry_run=dry_run)
 
 
 @tenant_cli.command("quota")

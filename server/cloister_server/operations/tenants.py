@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from sqlalchemy.orm import Session
 
 from cloister.wire._model import Body
@@ -15,7 +15,7 @@ from cloister_server.operations.definition import Acting, Given, InTenant, opera
 from cloister_server.service import Service
 from cloister_server.store.tables import Tenant
 
-__all__ = ["CreateTenant", "SetQuota", "create", "listed", "quota", "resume", "suspend"]
+__all__ = ["Approve", "CreateTenant", "SetQuota", "approve", "create", "listed", "quota", "resume", "suspend"]
 
 _Bound = Annotated[int, Field(ge=0, lt=2**63)] | None
 
@@ -26,6 +26,23 @@ class CreateTenant(Body):
     """Where its key is made, by name; the default one otherwise."""
     two_person: bool = False
     """Whether its end takes two operators."""
+
+
+class Approve(InTenant):
+    """One of these at a time; without any, what is asked for now is shown."""
+
+    two_person: bool | None = None
+    """Whether the tenant's end takes two operators; that it takes one again takes two, too."""
+    shred: bool = False
+    """Ask for the tenant's end, which another operator brings about."""
+    withdraw: bool = False
+    """Take back all that is asked for, whoever asked."""
+
+    @model_validator(mode="after")
+    def _one_at_a_time(self) -> Self:
+        if (self.two_person is not None) + self.shred + self.withdraw > 1:
+            raise ValueError("set who is needed, ask for the end, or take back what is asked for: one at a time")
+        return self
 
 
 class SetQuota(InTenant):
@@ -81,6 +98,19 @@ def suspend(session: Session, service: Service, by: Acting, request: InTenant) -
 @operation("tenant.resume", InTenant, changes=True)
 def resume(session: Session, service: Service, by: Acting, request: InTenant) -> dict[str, Any]:
     return asdict(suspension.resume(session, service, by.within(session, request.tenant)))
+
+
+@operation("tenant.approvals", Approve, changes=True)
+def approve(session: Session, _: Service, by: Acting, request: Approve) -> dict[str, Any]:
+    operator = by.within(session, request.tenant)
+    if request.withdraw:
+        return asdict(approvals.withdraw(session, operator))
+    if request.shred:
+        return asdict(approvals.ask_end(session, operator))
+    if request.two_person is not None:
+        return asdict(approvals.set_two_persons(session, operator, required=request.two_person))
+    tenant = session.get_one(Tenant, operator.tenant_id)
+    return asdict(approvals.told(policy.authorize(session, operator, "tenant.administer", tenant).resource))
 
 
 @operation("tenant.quota", SetQuota, changes=True)
