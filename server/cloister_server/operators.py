@@ -68,8 +68,8 @@ def require_other(name: str) -> None:
     """Raise Conflict where this names the operators' own tenant, which is nobody else's and stays."""
     if name == TENANT:
         raise Conflict(
-            f"the tenant {TENANT!r} is where operators have their accounts: it is made with the first of them, and neither suspended "
-            "nor shredded; use `cloister-admin operator`",
+            f"the tenant {TENANT!r} is where operators have their accounts: it is made with the first of them, is given nothing "
+            "else, and neither suspended nor shredded; use `cloister-admin operator`",
             code="operators_tenant",
         )
 

@@ -35,6 +35,8 @@ BY_HAND = {
     "tenant.create": {"name": "acme"},
     "client.create": {"tenant": "acme", "name": "app", "role": "predictor"},
 }
+BEFORE_ALL, AFTER_ALL = "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"
+"""Moments that are of no year in UTC."""
 LOCAL = {
     "init", "doctor", "backup", "restore", "login", "logout", "first-admin",
     "tenant.approvals", "tenant.shred", "tenant.receipt", "tenant.export", "storage.collect", "storage.adopt",
@@ -187,6 +189,8 @@ def test_a_retry_makes_nothing_twice_and_is_told_no_secret(operating: Operating,
     grant = {"tenant": "acme", "to": "app", "verb": "model.read"}
     one, two = (operating.ask("grant.add", grant, key="k2").json() for _ in range(2))
     assert one == two
+    told = [outcome for _, verb, outcome in rows(service) if verb == "admin.grant.add"]
+    assert told == ["allowed", "allowed: answered again"], "an answer that is given again has its row, too"
     with reading(service.engine) as session:
         assert len(session.scalars(select(App)).all()) == 1
     stored = service.settings.data_dir / "cloister.db"
@@ -200,7 +204,13 @@ def test_a_request_that_does_not_hold_is_refused_by_name(operating: Operating) -
         ("tenant.create", {"request": {"name": "a\x00"}}),
         ("tenant.create", {"request": {"name": "a"}, "more": 1}),
         ("tenant.quota", {"request": {"tenant": "a", "jobs": -1}}),
+        ("tenant.create", {"request": {"name": "a", "key_provider": "nowhere"}}),
+        ("tenant.create", {"request": {"name": "a", "key_provider": "nowhere"}, "dry_run": True}),
         ("audit.export", {"request": {"after": "x"}}),
+        ("audit.export", {"request": {"after": f"{BEFORE_ALL} x"}}),
+        ("audit.export", {"request": {"since": BEFORE_ALL}}),
+        ("audit.export", {"request": {"until": AFTER_ALL}}),
+        ("grant.add", {"request": {"tenant": "a", "to": "b", "verb": "model.read", "until": AFTER_ALL}}),
         ("token.inspect", {"request": {"token": "not-a-token"}}),
     ):
         answer = operating.http.post(f"/v1/admin/{name}", json=body, headers=operating.headers(f"/v1/admin/{name}"))
