@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,6 +216,17 @@ def test_a_request_that_does_not_hold_is_refused_by_name(operating: Operating) -
         answer = operating.http.post(f"/v1/admin/{name}", json=body, headers=operating.headers(f"/v1/admin/{name}"))
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), (name, body)
         assert "not-a-token" not in answer.text
+
+
+def test_stolen_tokens_are_revoked_one_after_the_other(
+    operating: Operating, make_client: Any, bearer_of: Callable[..., dict[str, str]]
+) -> None:
+    """Each revocation makes the process forget the keys that it verifies by, and the next one has a transaction open."""
+    for tenant in ("acme", "other"):
+        bearer = bearer_of(make_client(tenant))
+        token = {"token": bearer["Authorization"].split()[1]}
+        assert [operating.ask(f"token.{verb}", token).status_code for verb in ("inspect", "revoke")] == [200, 200]
+        assert operating.http.get("/v1/sources", headers=bearer).status_code == 401
 
 
 def test_whoever_holds_the_keys_goes_on_where_the_operators_own_chain_has_lost_its_anchor(
