@@ -121,7 +121,9 @@ def add(session: Session, service: Service, principal: Principal, *, name: str) 
 
 def remove(session: Session, service: Service, principal: Principal, name: str, *, may_be_last: bool) -> User:
     """Delete an operator's account; their logins end. Raises NoSuch, or Conflict where nobody would be left."""
-    policy.authorize_change(session, principal, "tenant.administer")  # of two who remove each other at once, the other waits
+    policy.authorize_change(
+        session, principal, "tenant.administer"
+    )  # of two who remove each other at once, the other waits
     known = store.operators(session)
     if not any(name in (each.id, each.name) for each in known):
         raise NoSuch("operator", name)

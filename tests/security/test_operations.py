@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import cloister_server.cli
 from cloister import _login
+from cloister_privacy.sealing import LocalKeyProvider, ProviderUnavailable
 from cloister_server import deployment, operators, tenants
 from cloister_server.cli.admin import cli
 from cloister_server.operations import OPERATIONS
@@ -197,7 +198,9 @@ def test_a_retry_makes_nothing_twice_and_is_told_no_secret(operating: Operating,
     assert secret.encode() not in b"".join(path.read_bytes() for path in stored.parent.glob("cloister.db*"))
 
 
-def test_a_request_that_does_not_hold_is_refused_by_name(operating: Operating) -> None:
+def test_a_request_that_does_not_hold_is_refused_by_name(
+    operating: Operating, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, body in (
         ("tenant.create", {"request": {"name": "a", "more": 1}}),
         ("tenant.create", {"request": {}}),
@@ -216,6 +219,14 @@ def test_a_request_that_does_not_hold_is_refused_by_name(operating: Operating) -
         answer = operating.http.post(f"/v1/admin/{name}", json=body, headers=operating.headers(f"/v1/admin/{name}"))
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), (name, body)
         assert "not-a-token" not in answer.text
+
+    def away(*_: Any) -> None:
+        raise ProviderUnavailable("at 192.0.2.1")
+
+    monkeypatch.setattr(LocalKeyProvider, "create_key", away)
+    answer = operating.ask("tenant.create", {"name": "acme"})
+    assert (answer.status_code, answer.json()["code"]) == (503, "unavailable") and "192.0.2.1" not in answer.text
+    assert rows(service)[-1][1:] == ("admin.tenant.create", "denied: unavailable")
 
 
 def test_stolen_tokens_are_revoked_one_after_the_other(
