@@ -142,7 +142,7 @@ def check_url(url: str, *, allow_insecure: bool) -> str:
     if parsed.scheme == "http" and not allow_insecure and not _is_loopback(parsed.host):
         raise ConfigurationError(
             f"{url!r} is plain HTTP to another machine, where secrets and rows could be read on the way; use https, or pass "
-            "allow_insecure=True if this network is yours alone"
+            "allow_insecure=True (--allow-insecure) if this network is yours alone"
         )
     return url.rstrip("/")
 

@@ -50,9 +50,9 @@ class Device:
 class LoginCredentials(ClientCredentials):
     """Access tokens by the refresh token of a profile, which is used by one process at a time and replaced before anything else."""
 
-    def __init__(self, store: ProfileStore, profile: Profile, *, log_in: str = "cloister login") -> None:
+    def __init__(self, store: ProfileStore, profile: Profile) -> None:
         super().__init__(profile.url, profile.client_id, "")
-        self._store, self._profile, self._log_in = store, profile, log_in
+        self._store, self._profile = store, profile
         self._proves_by = _key_of(profile)
 
     def _alone(self) -> AbstractContextManager[None]:
@@ -65,7 +65,7 @@ class LoginCredentials(ClientCredentials):
         profile = self._store.read()  # another process may have used the one that was read before
         if profile is None or profile.url != self._profile.url:
             raise ConfigurationError(
-                f"you are logged out of {self._profile.url}; run `{self._log_in} {self._profile.url}`"
+                f"you are logged out of {self._profile.url}; run `{self._store.log_in} {self._profile.url}`"
             )
         self._profile, self._proves_by = profile, _key_of(profile)
         headers = {"Accept": "application/json"}
@@ -96,7 +96,7 @@ class LoginCredentials(ClientCredentials):
         if refusal.code not in ("invalid_grant", "invalid_client"):
             return refusal
         return AuthenticationFailed(
-            f"the login at {self._profile.url} is over; run `{self._log_in} {self._profile.url}`",
+            f"the login at {self._profile.url} is over; run `{self._store.log_in} {self._profile.url}`",
             status=refusal.status,
             code=refusal.code,
             request_id=refusal.request_id,
@@ -134,10 +134,11 @@ def wait(
     pause: Callable[[float], None] = time.sleep,
     proves_by: PrivateKey | None = None,
     allow_insecure: bool = False,
+    log_in: str = "cloister login",
 ) -> Profile:
     """The login, once its person has allowed it, bound to a key where one is given.
 
-    Raises AuthenticationFailed where they refuse or do not decide in time.
+    Raises AuthenticationFailed where they refuse, ConfigurationError where they do not decide in time; both say to run `log_in` again.
     """
     form = {"grant_type": _GRANT, "client_id": device.client_id, "device_code": device.device_code.get_secret_value()}
     interval_s, waited_s = device.interval_s, 0.0
@@ -152,14 +153,14 @@ def wait(
             if refusal.code == "slow_down":
                 interval_s += 5
             elif refusal.code != "authorization_pending":
-                raise _in_words(refusal) from None
+                raise _in_words(refusal, f"run `{log_in} {device.url}` again") from None
         else:
             token = told.get("refresh_token")
             if not isinstance(token, str) or not token:
                 raise UnexpectedAnswer("the server gave no refresh token; is this the URL of a Cloister server?")
             key = None if proves_by is None else proves_by.for_keeping()
             return Profile(device.url, device.client_id, SecretStr(token), allow_insecure, key)
-    raise ConfigurationError("nobody has allowed it in time; run `cloister login` again")
+    raise ConfigurationError(f"nobody has allowed it in time; run `{log_in} {device.url}` again")
 
 
 def log_out(store: ProfileStore) -> Profile:
@@ -214,10 +215,10 @@ def _answered(url: str, path: str, form: dict[str, str], proves_by: PrivateKey |
     return body
 
 
-def _in_words(refusal: APIError) -> APIError:
+def _in_words(refusal: APIError, again: str) -> APIError:
     told = {
-        "access_denied": "it was not allowed; run `cloister login` again if that was a mistake",
-        "expired_token": "nobody has allowed it in time; run `cloister login` again",
+        "access_denied": f"it was not allowed; {again} if that was a mistake",
+        "expired_token": f"nobody has allowed it in time; {again}",
     }.get(refusal.code)
     if told is None:
         return refusal

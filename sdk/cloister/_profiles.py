@@ -48,12 +48,14 @@ class Profile:
 class ProfileStore:
     """The profile of one name in one directory, whether or not there is one."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, *, log_in: str = "cloister login") -> None:
         if not _NAME.fullmatch(name):
             raise ConfigurationError(
                 f"{name[:64]!r} is no name for a profile: letters, digits, _ and -; see CLOISTER_PROFILE"
             )
         self.name = name
+        self.log_in = log_in
+        """The command that makes such a login, up to the URL: refusals say to run it."""
         self._directory, self._file = directory, directory / f"{name}.json"
 
     def read(self) -> Profile | None:
@@ -147,7 +149,7 @@ class ProfileStore:
             token = content["refresh_token"]
         if not isinstance(token, str) or not token:
             raise ConfigurationError(
-                f"the login {self.name!r} has no token any more; run `cloister login {content['url']}`"
+                f"the login {self.name!r} has no token any more; run `{self.log_in} {content['url']}`"
             )
         token, _, key = token.partition(" ")
         is_insecure = content["allow_insecure"] is True

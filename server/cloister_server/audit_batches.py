@@ -81,7 +81,7 @@ async def keep(engine: Engine, principal: Principal, noted: Noted, *, route: tup
         if status >= 400:
             return
         told = ((*route, None),)
-    outcome = "allowed" if status < 400 else f"allowed: answered {status}"
+    outcome = "allowed" if status < 400 else "allowed: not done"  # never why: a refusal may be about rows
     rows = [audit.values_of(principal, verb, on, outcome=outcome, grant_id=grant) for verb, on, grant in told]
     await _batches_of(engine).append(engine, principal.tenant_id, rows)
 

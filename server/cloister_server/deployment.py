@@ -89,7 +89,10 @@ def initialise(settings: Settings, *, passphrase: str | None = None) -> Service:
 def check_initialised(settings: Settings) -> None:
     """Raise StartRefused where `init` has not run. Makes nothing: asked before whatever would make the data directory."""
     if not settings.data_dir.is_dir() or not _has_database(settings):
-        raise StartRefused(f"{settings.data_dir} holds no deployment: not initialised; run `cloister-admin init`")
+        raise StartRefused(
+            f"{settings.data_dir} holds no deployment: not initialised; run `cloister-admin init`, or for one elsewhere "
+            "`cloister-admin login --url https://HOST`, or name its profile (CLOISTER_PROFILE)"
+        )
 
 
 def open_keys(settings: Settings) -> KeyRing:

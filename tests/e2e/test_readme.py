@@ -48,11 +48,11 @@ def test_every_command_and_setting_that_the_docs_name_exists() -> None:
 
     docs = README + (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
     known = get_command(cli)
-    for line in re.findall(r"cloister-admin ([a-z]+(?: [a-z]+)?)", docs):
+    for line in re.findall(r"cloister-admin ([a-z][a-z-]*(?: [a-z-]+)?)", docs):
         first, _, second = line.partition(" ")
         command = known.commands[first]  # type: ignore[attr-defined]
         assert not hasattr(command, "commands") or not second or second in command.commands, line
-    for variable in set(re.findall(r"CLOISTER_([A-Z_]+)", docs)) - {"URL", "CLIENT_ID", "CLIENT_SECRET"}:
+    for variable in set(re.findall(r"CLOISTER_([A-Z_]+)", docs)) - {"URL", "CLIENT_ID", "CLIENT_SECRET", "PROFILE"}:
         assert variable.lower() in Settings.model_fields, variable
     targets = set(re.findall(r"^([a-z-]+):", (Path(__file__).parents[2] / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)", docs)) <= targets

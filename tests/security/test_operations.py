@@ -108,8 +108,16 @@ def test_from_init_to_a_tenant_that_was_made_from_elsewhere(
             assert "Allowed" in allowed(human, device.user_code).text
             return device
 
-        monkeypatch.setattr(_login, "begin", allowed_at_once)
+        def denied_at_once(*given: Any, **more: Any) -> Any:
+            device = begin(*given, **more)
+            assert "Not allowed" in allowed(human, device.user_code, decision="deny").text
+            return device
+
         monkeypatch.setattr(_login, "wait", partial(_login.wait, pause=lambda _: None))
+        monkeypatch.setattr(_login, "begin", denied_at_once)
+        denied = admin("login", "--url", service.settings.issuer, "--profile", "spare")
+        assert f"run `cloister-admin login --profile spare --url {service.settings.issuer}` again" in denied.stderr
+        monkeypatch.setattr(_login, "begin", allowed_at_once)
         logged_in = admin("login", "--url", service.settings.issuer)
     assert logged_in.exit_code == 0, logged_in.stderr
     kept = tmp_path / "config" / "cloister" / "operators" / "default.json"
@@ -121,7 +129,8 @@ def test_from_init_to_a_tenant_that_was_made_from_elsewhere(
     done(admin("client", "create", "--tenant", "other", "--name", "theirs", "--json"))
     grant = ("grant", "add", "--tenant", "acme", "--to", "app", "--verb", "model.predict", "--until", "2100-01-01")
     assert done(admin(*grant, "--json"))["to"] == made["client_id"]
-    assert "2100-01-01" in admin("grant", "list", "--tenant", "acme").stdout
+    listed = admin("grant", "list", "--tenant", "acme").stdout
+    assert "2100-01-01 00:00" in listed and "T00:00" not in listed  # as it reads at the deployment itself
     form = {"grant_type": "client_credentials"}
     credentials = (made["client_id"], made["client_secret"])
     assert httpx2.post(f"{service.settings.issuer}/oauth/token", data=form, auth=credentials).status_code == 200

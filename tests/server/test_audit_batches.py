@@ -59,9 +59,9 @@ def test_what_a_request_was_allowed_is_a_row_whatever_became_of_it(
     told = ask("POST", "/v1/sources", declared, status=201, request_id="a-deed-of-mine")
     assert [each[0] for each in told] == ["source.create"], "a deed tells of itself, once"
     told = ask("POST", "/v1/sources", declared, status=409, request_id="a-name-is-taken")
-    assert told == [("source.create", person.client.tenant_id, "allowed: answered 409", True)]
+    assert told == [("source.create", person.client.tenant_id, "allowed: not done", True)]
     told = ask("POST", f"/v1/datasets/{dataset}/complete", status=409, request_id="complete-already")
-    assert [(verb, outcome) for verb, _, outcome, _ in told] == [("dataset.upload", "allowed: answered 409")]
+    assert [(verb, outcome) for verb, _, outcome, _ in told] == [("dataset.upload", "allowed: not done")]
     assert ask("POST", "/v1/sources", {"name": 7}, status=422, request_id="not-authorised") == []
     assert ask("GET", "/v1/nothing", status=404, request_id="nor-anywhere") == []
     told = ask("GET", f"/v1/sources/src_{'0' * 32}", status=404, request_id="denied-to-me")

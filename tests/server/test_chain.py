@@ -525,7 +525,7 @@ def test_a_restored_database_is_told_of_over_http(
         assert absent.status_code == 404, "a denial stands though the log of it cannot be written"
         told = [each for each in caplog.records if each.msg == "audit.beside_the_chain"]
         assert [(each.principal_id, each.verb, each.resource_id, each.outcome) for each in told] == [
-            (steward.id, "source.create", world.tenant_id, "allowed: answered 503"),
+            (steward.id, "source.create", world.tenant_id, "allowed: not done"),
             (steward.id, "GET", "/v1/sources", "allowed"),
         ]
 

@@ -52,7 +52,9 @@ def read_key_file(path: Path) -> bytes:
     try:
         content = read_private(path, limit=len(_PREFIX) + 64)
     except FileNotFoundError:
-        raise RootKeyRefused(f"there is no key file at {path}; restore it from its backup") from None
+        raise RootKeyRefused(
+            f"there is no key file at {path}; restore it from its backup, or make another with `cloister-admin key recover`"
+        ) from None
     except OSError as exc:
         raise RootKeyRefused(f"the key file {path} cannot be read: {exc.strerror}; check its path and owner") from exc
     match = _KEY_LINE.fullmatch(content)

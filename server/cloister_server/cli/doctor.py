@@ -13,9 +13,10 @@ from typing import Literal, TypedDict
 
 from cloister_privacy.sealing import KeyProviderError
 from cloister_server import deployment, marking, recovery
-from cloister_server.cli.terminal import HOW_TO_MEND, settings_here
+from cloister_server.cli.terminal import settings_here
 from cloister_server.errors import ServerError
 from cloister_server.keyring import LOCAL
+from cloister_server.operations.audit import HOW_TO_MEND
 from cloister_server.service import Service
 from cloister_server.settings import Settings
 

@@ -29,9 +29,8 @@ __all__ = ["first_admin", "login", "logout", "operator_cli", "print_first_admin_
 
 operator_cli = typer.Typer(no_args_is_help=True, help="People who may administer this deployment from elsewhere.")
 
-Profile = Annotated[
-    str | None, typer.Option("--profile", metavar="NAME", help="What to keep it as; `default` otherwise.")
-]
+_KEPT_AS = "The name that the login is kept by; `default` unless CLOISTER_PROFILE names another."
+Profile = Annotated[str | None, typer.Option("--profile", metavar="NAME", help=_KEPT_AS)]
 Named = Annotated[str, typer.Argument(metavar="NAME", help="The operator, by name.")]
 
 
@@ -54,7 +53,7 @@ def login(
         device = _login.begin(base, "cloister-admin", scope="admin")
         print(f"Open {printable(device.page)} in a browser and type in the code {printable(device.user_code)}")
         sys.stdout.flush()
-        found = _login.wait(device, proves_by=PrivateKey.generate(), allow_insecure=allow_insecure)
+        found = _login.wait(device, proves_by=PrivateKey.generate(), allow_insecure=allow_insecure, log_in=store.log_in)
         with store.alone():
             store.write(found)
         print(f"Logged in at {base} (profile {store.name}).")

@@ -12,16 +12,15 @@ from cloister_server.errors import Invalid
 from cloister_server.operations import Asked, Operation
 from cloister_server.settings import profile_directory
 
-__all__ = ["LOGIN", "asking", "store_of"]
+__all__ = ["asking", "store_of"]
 
-LOGIN = "cloister-admin login --url"
 _TIMEOUT_S = 120.0
 _MOST_RETRIES = 2
 
 
 def store_of(name: str) -> ProfileStore:
     """The operator's login of this name. Raises CloisterError where it is no name."""
-    return ProfileStore(profile_directory(), name)
+    return ProfileStore(profile_directory(), name, log_in=f"cloister-admin login --profile {name} --url")
 
 
 def asking(name: str, operation: Operation[Any]) -> Callable[[Asked[Any]], Any]:
@@ -31,12 +30,12 @@ def asking(name: str, operation: Operation[Any]) -> Callable[[Asked[Any]], Any]:
     profile = store.read()
     if profile is None:
         raise Invalid(
-            f"nobody is logged in by profile {name!r}; run `{LOGIN} https://HOST --profile {name}`, or name another profile, or "
+            f"nobody is logged in by profile {name!r}; run `{store.log_in} https://HOST`, or name another profile, or "
             "--local for the deployment of this machine",
             code="not_logged_in",
         )
     url = check_url(profile.url, allow_insecure=profile.allow_insecure)
-    credentials = LoginCredentials(store, profile, log_in=LOGIN)
+    credentials = LoginCredentials(store, profile)
 
     def ask(given: Asked[Any]) -> Any:
         body = {

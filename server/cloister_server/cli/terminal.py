@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,6 @@ from cloister_server.store.session import reading, snapshot
 
 __all__ = [
     "DEFAULT_PROFILE",
-    "HOW_TO_MEND",
     "JSON",
     "LOCAL",
     "Confirm",
@@ -71,6 +71,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_MOMENT = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(\+00:00|Z)")
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")]
@@ -317,6 +319,8 @@ def _text(value: Any) -> str:
             return "-"
         case datetime():
             return f"{value:%Y-%m-%d %H:%M}"
+        case str() if _MOMENT.fullmatch(value):  # the same from elsewhere, as JSON has it
+            return value[:16].replace("T", " ")
         case [str(), *_]:
             return ", ".join(value)
         case list():

@@ -515,7 +515,7 @@ class AuditRow(Owned, Table):
     verb: Mapped[str]
     resource_id: Mapped[str]
     outcome: Mapped[str]
-    """'allowed', 'allowed: answered <status>' where something else refused it, or 'denied: <reason>'."""
+    """'allowed', 'allowed: not done' where something else refused it, or 'denied: <reason>'."""
     grant_id: Mapped[str | None] = mapped_column(String(40))
     request_id: Mapped[str]
 
