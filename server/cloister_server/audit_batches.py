@@ -113,14 +113,23 @@ class _Batches:
         with self._changed:
             if self._count >= _MOST_WAITING:
                 raise _unavailable()
-            self._waiting.setdefault(tenant_id, []).append(_Waiting(rows, loop, written))
-            self._count += 1
             if self._idle:
                 self._changed.notify()
             elif self._threads < self._most_threads:
-                self._threads += 1
-                threading.Thread(target=self._run, args=(engine,), name="audit", daemon=True).start()
+                self._begin(engine)
+            self._waiting.setdefault(tenant_id, []).append(_Waiting(rows, loop, written))
+            self._count += 1
         await written
+
+    def _begin(self, engine: Engine) -> None:
+        """Raises Unavailable where the machine has no thread left and none writes: nobody waits for one that never began."""
+        try:
+            threading.Thread(target=self._run, args=(engine,), name="audit", daemon=True).start()
+        except RuntimeError:
+            if not self._threads:
+                raise _unavailable() from None
+        else:
+            self._threads += 1
 
     def _run(self, engine: Engine) -> None:
         while taken := self._take():

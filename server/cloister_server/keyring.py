@@ -26,7 +26,7 @@ from cloister_privacy.sealing import (
     open_provider,
 )
 from cloister_privacy.sealing.files import read_private
-from cloister_server.errors import StartRefused, Unavailable
+from cloister_server.errors import Invalid, StartRefused, Unavailable
 from cloister_server.store.key_record import KeyRecord
 from cloister_server.store.session import in_transaction
 
@@ -158,6 +158,14 @@ class KeyRing:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._settings)
+
+    def require_known(self, name: str) -> None:
+        """Raise Invalid where the deployment has no provider of this name."""
+        if name not in self:
+            raise Invalid(
+                f"there is no key provider {name!r} here; name one of {', '.join(self)}, or put it into the file that "
+                "CLOISTER_KEY_PROVIDERS names"
+            )
 
     def of(self, name: str) -> KeyProvider:
         """The provider of this name. Raises KeyProviderError where it refuses, or the deployment has none of the name."""

@@ -180,7 +180,7 @@ def plan_migration(
 
     Raises Conflict and Invalid as it does.
     """
-    _require_known(keys, to)
+    keys.require_known(to)
     plans, left = [], []
     for each in [tenant_id] if tenant_id else _everyone(session):
         active = _active(session, each)
@@ -402,7 +402,7 @@ def _rewrapped(service: Service, aim: _Aim, key: TenantKey, tell: OnProgress, *,
 def _aim(session: Session, keys: KeyRing, tenant_id: str, provider: str | None) -> _Aim:
     active, name = _active(session, tenant_id), _name(session, tenant_id)
     to = provider or active.provider
-    _require_known(keys, to)
+    keys.require_known(to)
     pending = session.scalars(
         select(TenantKey).where(TenantKey.tenant_id == tenant_id, TenantKey.state == "pre-active")
     ).one_or_none()
@@ -445,14 +445,6 @@ def _everyone(session: Session) -> list[str]:
 def _name(session: Session, tenant_id: str) -> str:
     tenant = session.get(Tenant, tenant_id)
     return tenant_id if tenant is None else tenant.name
-
-
-def _require_known(keys: KeyRing, provider: str) -> None:
-    if provider not in keys:
-        raise Invalid(
-            f"there is no key provider {provider!r} here; name one of {', '.join(keys)}, or put it into the file that "
-            "CLOISTER_KEY_PROVIDERS names"
-        )
 
 
 def _require_destroyable(session: Session, key: TenantKey | None, version: int) -> TenantKey:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pydantic import SecretStr
 from sqlalchemy.orm import Session
 
-from cloister_server import audit, people, tenants, vault
+from cloister_server import audit, people, policy, tenants, vault
 from cloister_server.errors import Conflict, Forbidden
 from cloister_server.grants import NoSuch
 from cloister_server.oauth.sign_in import mac
@@ -68,8 +68,8 @@ def require_other(name: str) -> None:
     """Raise Conflict where this names the operators' own tenant, which is nobody else's and stays."""
     if name == TENANT:
         raise Conflict(
-            f"the tenant {TENANT!r} is where operators have their accounts: it is made with the first of them, and neither suspended "
-            "nor shredded; use `cloister-admin operator`",
+            f"the tenant {TENANT!r} is where operators have their accounts: it is made with the first of them, is given nothing "
+            "else, and neither suspended nor shredded; use `cloister-admin operator`",
             code="operators_tenant",
         )
 
@@ -121,6 +121,9 @@ def add(session: Session, service: Service, principal: Principal, *, name: str) 
 
 def remove(session: Session, service: Service, principal: Principal, name: str, *, may_be_last: bool) -> User:
     """Delete an operator's account; their logins end. Raises NoSuch, or Conflict where nobody would be left."""
+    policy.authorize_change(
+        session, principal, "tenant.administer"
+    )  # of two who remove each other at once, the other waits
     known = store.operators(session)
     if not any(name in (each.id, each.name) for each in known):
         raise NoSuch("operator", name)

@@ -60,7 +60,9 @@ def create_tenant(
     """
     if queries.tenant_of_id_or_name(session, _checked(name)) is not None:
         raise Conflict(f"a tenant named {name!r} is already there; choose another name")
-    key = vault.new_tenant_key(session, provider=provider or keys.default)
+    chosen = provider or keys.default
+    keys.require_known(chosen)
+    key = vault.new_tenant_key(session, provider=chosen)
     tenant = Tenant(id=key.tenant_id, name=name, two_person=two_person)
     principal = operator_of(tenant, request_id=request_id, by=by)
     authorized = policy.authorize(session, principal, "tenant.administer", tenant)
@@ -74,6 +76,7 @@ def plan_tenant(session: Session, keys: KeyRing, *, name: str, provider: str | N
     if queries.tenant_of_id_or_name(session, _checked(name)) is not None:
         raise Conflict(f"a tenant named {name!r} is already there; choose another name")
     chosen = provider or keys.default
+    keys.require_known(chosen)
     keys.of(chosen)
     return chosen
 

@@ -358,7 +358,9 @@ def _asking() -> Iterator[None]:
         refusal.cause = str(error)
         raise refusal from None
     except ProviderUnavailable as error:
-        refusal = Unavailable("the key provider does not answer, so nothing can be opened now; retry in a moment")
+        refusal = Unavailable(
+            "the key provider does not answer, so nothing can be opened or made now; retry in a moment"
+        )
         refusal.cause = str(error)
         raise refusal from None
 
@@ -377,7 +379,8 @@ class _FirstKey:
     def ask(self, keys: KeyRing) -> tuple[str, str]:
         tenant_id = self.tenant_id or new_id("tn")
         key_id = f"{tenant_id}.{secrets.token_hex(8)}"
-        keys.of(self.provider).create_key(key_id)
+        with _asking():
+            keys.of(self.provider).create_key(key_id)
         return tenant_id, key_id
 
 

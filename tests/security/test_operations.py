@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import cloister_server.cli
 from cloister import _login
+from cloister_privacy.sealing import LocalKeyProvider, ProviderUnavailable
 from cloister_server import deployment, operators, tenants
 from cloister_server.cli.admin import cli
 from cloister_server.operations import OPERATIONS
@@ -35,6 +36,8 @@ BY_HAND = {
     "tenant.create": {"name": "acme"},
     "client.create": {"tenant": "acme", "name": "app", "role": "predictor"},
 }
+BEFORE_ALL, AFTER_ALL = "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"
+"""Moments that are of no year in UTC."""
 LOCAL = {
     "init", "doctor", "backup", "restore", "login", "logout", "first-admin",
     "tenant.shred", "tenant.receipt", "tenant.export", "storage.collect", "storage.adopt",
@@ -196,25 +199,54 @@ def test_a_retry_makes_nothing_twice_and_is_told_no_secret(operating: Operating,
     grant = {"tenant": "acme", "to": "app", "verb": "model.read"}
     one, two = (operating.ask("grant.add", grant, key="k2").json() for _ in range(2))
     assert one == two
+    told = [outcome for _, verb, outcome in rows(service) if verb == "admin.grant.add"]
+    assert told == ["allowed", "allowed: answered again"], "an answer that is given again has its row, too"
     with reading(service.engine) as session:
         assert len(session.scalars(select(App)).all()) == 1
     stored = service.settings.data_dir / "cloister.db"
     assert secret.encode() not in b"".join(path.read_bytes() for path in stored.parent.glob("cloister.db*"))
 
 
-def test_a_request_that_does_not_hold_is_refused_by_name(operating: Operating) -> None:
+def test_a_request_that_does_not_hold_is_refused_by_name(
+    operating: Operating, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, body in (
         ("tenant.create", {"request": {"name": "a", "more": 1}}),
         ("tenant.create", {"request": {}}),
         ("tenant.create", {"request": {"name": "a\x00"}}),
         ("tenant.create", {"request": {"name": "a"}, "more": 1}),
         ("tenant.quota", {"request": {"tenant": "a", "jobs": -1}}),
+        ("tenant.create", {"request": {"name": "a", "key_provider": "nowhere"}}),
+        ("tenant.create", {"request": {"name": "a", "key_provider": "nowhere"}, "dry_run": True}),
         ("audit.export", {"request": {"after": "x"}}),
+        ("audit.export", {"request": {"after": f"{BEFORE_ALL} x"}}),
+        ("audit.export", {"request": {"since": BEFORE_ALL}}),
+        ("audit.export", {"request": {"until": AFTER_ALL}}),
+        ("grant.add", {"request": {"tenant": "a", "to": "b", "verb": "model.read", "until": AFTER_ALL}}),
         ("token.inspect", {"request": {"token": "not-a-token"}}),
     ):
         answer = operating.http.post(f"/v1/admin/{name}", json=body, headers=operating.headers(f"/v1/admin/{name}"))
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), (name, body)
         assert "not-a-token" not in answer.text
+
+    def away(*_: Any) -> None:
+        raise ProviderUnavailable("at 192.0.2.1")
+
+    monkeypatch.setattr(LocalKeyProvider, "create_key", away)
+    answer = operating.ask("tenant.create", {"name": "acme"})
+    assert (answer.status_code, answer.json()["code"]) == (503, "unavailable") and "192.0.2.1" not in answer.text
+    assert rows(service)[-1][1:] == ("admin.tenant.create", "denied: unavailable")
+
+
+def test_stolen_tokens_are_revoked_one_after_the_other(
+    operating: Operating, make_client: Any, bearer_of: Callable[..., dict[str, str]]
+) -> None:
+    """Each revocation makes the process forget the keys that it verifies by, and the next one has a transaction open."""
+    for tenant in ("acme", "other"):
+        bearer = bearer_of(make_client(tenant))
+        token = {"token": bearer["Authorization"].split()[1]}
+        assert [operating.ask(f"token.{verb}", token).status_code for verb in ("inspect", "revoke")] == [200, 200]
+        assert operating.http.get("/v1/sources", headers=bearer).status_code == 401
 
 
 def test_whoever_holds_the_keys_goes_on_where_the_operators_own_chain_has_lost_its_anchor(

@@ -200,10 +200,19 @@ def test_the_operators_tenant_is_nobodys(operating: Operating, service: Service)
     for name, request in (
         ("tenant.create", {"name": "operators"}),
         ("tenant.suspend", {"tenant": "operators"}),
+        ("tenant.quota", {"tenant": "operators", "requests_per_minute": 0}),
+        ("user.create", {"tenant": "operators", "name": "eve"}),
+        ("user.disable", {"tenant": "operators", "user": "ada"}),
+        ("user.delete", {"tenant": "operators", "user": "ada"}),
+        ("client.create", {"tenant": "operators", "name": "app"}),
+        ("group.create", {"tenant": "operators", "name": "team"}),
+        ("group.add", {"tenant": "operators", "group": "team", "member": "ada"}),
+        ("grant.add", {"tenant": "operators", "to": "ada", "verb": "model.read"}),
+        ("issuer.map", {"tenant": "operators", "issuer": "https://i.example", "subject": "s", "to": "ada"}),
     ):
         for dry_run in (False, True):
-            answer = operating.ask(name, request, dry_run=dry_run)
-            assert (answer.status_code, answer.json()["code"]) == (409, "operators_tenant")
+            answer = operating.ask(name, request, dry_run=dry_run, confirm="ada")
+            assert (answer.status_code, answer.json()["code"]) == (409, "operators_tenant"), name
     with reading(service.engine) as session:
         own = tenants.operator_of(tenants.find_tenant(session, "operators"), request_id="request-of-a-test")
         with pytest.raises(Conflict, match="neither suspended nor shredded"):

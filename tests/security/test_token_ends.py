@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,12 +13,13 @@ from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from asked import asked_writing
-from cloister_server import shredding, tenants
+from cloister_server import operators, shredding, tenants
 from cloister_server.errors import Conflict, NotFound, Unauthenticated
 from cloister_server.oauth import signing_keys, verifier
 from cloister_server.oauth.verifier import authenticate
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import RevokedToken, SigningKey, now
 
@@ -250,3 +252,36 @@ def test_challenges_name_the_metadata_and_only_blame_a_token_that_was_sent(
     nobody = bearer_of(make_client(role="trainer"))
     refused = http.post("/v1/sources", headers=nobody, json={"name": "s", "epsilon": 1, "delta": 1e-6})
     assert refused.status_code == 403 and 'error="insufficient_scope"' in refused.headers["www-authenticate"]
+
+
+def test_of_two_operators_who_remove_each_other_at_once_one_is_left(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = operators.first_admin_token(service)
+    assert token is not None
+    operators.redeem(service, token.get_secret_value(), name="ada", request_id="request-of-a-test")
+    asked, refusals, known = threading.Event(), [], operators.store.operators
+
+    def of(session: Any) -> Principal:
+        return tenants.operator_of(tenants.find_tenant(session, "operators"), request_id="request-of-a-test")
+
+    def removed(session: Any, name: str) -> None:
+        operators.remove(session, service, of(session), name, may_be_last=False)
+
+    def other() -> None:
+        try:
+            service.write(ALL_TENANTS, lambda session: removed(session, "ada"))
+        except Conflict as refusal:
+            refusals.append(refusal.code)
+
+    service.write(ALL_TENANTS, lambda session: operators.add(session, service, of(session), name="bob"))
+    thread = threading.Thread(target=other)
+    with writing(service.engine) as session:
+        removed(session, "bob")
+        session.flush()
+        monkeypatch.setattr(operators.store, "operators", lambda session: (known(session), asked.set())[0])
+        thread.start()
+        asked.wait(0.5)  # whoever does not wait for this transaction has looked by then
+    thread.join(60)
+    assert refusals == ["last_operator"]
+    assert [each.name for each in service.read(ALL_TENANTS, operators.listed)] == ["ada"]

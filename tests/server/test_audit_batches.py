@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -134,3 +135,22 @@ def test_more_than_may_wait_are_refused_at_once(
     with pytest.raises(ServerError) as refusal:
         asyncio.run(audit_batches.keep(service.engine, steward.principal, Noted(), route=ROUTE, status=200))
     assert (refusal.value.status, refusal.value.code) == (503, "audit_unavailable")
+
+
+def test_where_no_thread_can_be_begun_one_is_for_the_next_request(
+    service: Service, steward: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def ask() -> None:
+        told = audit_batches.keep(service.engine, steward.principal, Noted(), route=ROUTE, status=200)
+        await asyncio.wait_for(told, 60)
+
+    with monkeypatch.context() as patched, pytest.raises(ServerError) as refusal:
+        patched.setattr(threading.Thread, "start", exhausted)
+        asyncio.run(ask())
+    assert (refusal.value.status, refusal.value.code) == (503, "audit_unavailable")
+    asyncio.run(ask())
+    with reading(service.engine) as session:
+        assert len(session.scalars(select(AuditRow).where(AuditRow.verb == ROUTE[0])).all()) == 1, "of the answered one"

@@ -39,7 +39,7 @@ def _answer(operation: Operation[Any], call: Call, asked: Asked[Any]) -> Respons
         def work(session: Session) -> Answer:
             return Answer(answer=plain(running.done(session, service, operation, by, ready)))
 
-        operating = replace(call, operates=partial(running.require_operator, by=by))
+        operating = replace(call, operates=partial(running.repeated, operation=operation, by=by, asked=asked))
         return operating.once(asked, work, status=200, is_secret=bool(operation.secret))
 
 

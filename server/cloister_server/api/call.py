@@ -52,7 +52,8 @@ class Call:
     route: str
     noted: Noted
     operates: Callable[[Session], None] | None = None
-    """For operators' operations alone, which may touch every tenant: raises unless whoever asks is an operator still."""
+    """For operators' operations alone, which may touch every tenant: before an answer is given again, raises unless whoever asks is an
+    operator still, and tells of it."""
 
     def read(self, work: Callable[[Session], T]) -> T:
         """What `work` answers in a transaction that writes nothing."""

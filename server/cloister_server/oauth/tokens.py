@@ -98,7 +98,7 @@ def revoke_by_operator(
     session: Session, service: Service, token: str, *, request_id: str, by: str = "operator"
 ) -> AccessToken:
     """Revoke any app's token, and tell of it in its tenant's audit log. Raises Unauthenticated where it is not valid anyway."""
-    read, tenant_id = verifier.inspect(service, token)
+    read, tenant_id = verifier.inspect(service, token, within=session)
     operator = Principal.operator(tenant_id, request_id=request_id, by=by)
     tenant = session.get_one(Tenant, tenant_id)
     authorized = policy.authorize(session, operator, "tenant.administer", tenant)

@@ -15,7 +15,8 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -122,13 +123,16 @@ def recall(service: Service, headers: Headers) -> Principal | None:
     return principal if read is not None and read.jkt is None else None
 
 
-def inspect(service: Service, token: str) -> tuple[AccessToken, str]:
-    """What a token of ours says and the tenant of its client, both looked up anew. Raises Unauthenticated unless it is valid now."""
+def inspect(service: Service, token: str, *, within: Session | None = None) -> tuple[AccessToken, str]:
+    """What a token of ours says and the tenant of its client, both looked up anew, `within` this transaction where one is open.
+
+    Raises Unauthenticated unless it is valid now.
+    """
     encoded = token.encode("ascii", "replace")
     if not _TOKEN.fullmatch(encoded):
         raise _refusal(service)
-    read = _memory(service).verify(service, encoded)
-    with reading(service.engine, ALL_TENANTS) as session:
+    read = _memory(service).verify(service, encoded, within=within)
+    with reading(service.engine, ALL_TENANTS) if within is None else nullcontext(within) as session:
         standing = _standing(session, read)
     if standing is None:
         raise _refusal(service)
@@ -223,13 +227,13 @@ class _Memory:
         except (InvalidSigned, ValueError):
             raise _refusal(service) from None
 
-    def verify(self, service: Service, token: bytes) -> AccessToken:
+    def verify(self, service: Service, token: bytes, *, within: Session | None = None) -> AccessToken:
         """What a token says that is ours, of now, and signed. Raises Unauthenticated."""
         try:
             key_id = _key_id(token)
-            key = self._known_keys(service, kept_s=_KEYS_KEPT_S).get(key_id)
+            key = self._known_keys(service, kept_s=_KEYS_KEPT_S, within=within).get(key_id)
             if key is None:
-                key = self._known_keys(service, kept_s=_KEY_LOADS_APART_S).get(key_id)
+                key = self._known_keys(service, kept_s=_KEY_LOADS_APART_S, within=within).get(key_id)
             if key is None:
                 raise ValueError("a key of nobody's")
             return _claims(service.settings.issuer, token, key)
@@ -255,15 +259,15 @@ class _Memory:
             while len(kept) > _MOST_KEPT:
                 kept.popitem(last=False)
 
-    def _known_keys(self, service: Service, *, kept_s: float) -> Mapping[str, ECKey]:
+    def _known_keys(self, service: Service, *, kept_s: float, within: Session | None) -> Mapping[str, ECKey]:
         with self._lock:
             if time.monotonic() < self._keys_loaded + kept_s:
                 return self._keys
         loaded_at = time.monotonic()
-        secrets = service.read(
-            for_tenants(vault.SYSTEM),
-            lambda session: [vault.open_signing_key(session, service.keys, row) for row in token_keys(session)],
-        )
+        load: Callable[[Session], list[vault.SigningSecret]] = lambda session: [  # noqa: E731 (its type)
+            vault.open_signing_key(session, service.keys, row) for row in token_keys(session)
+        ]
+        secrets = service.read(for_tenants(vault.SYSTEM), load) if within is None else load(within)
         # The public half comes from the wrapped private one: a key that someone wrote into the table opens nothing.
         keys = {each.id: _public(each) for each in secrets}
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -12,7 +12,7 @@ from cloister.wire._model import Body
 from cloister_server import deployment, evidence, tenants
 from cloister_server.audit_lines import FORMATS, Format, told
 from cloister_server.errors import Invalid, LedgerRolledBack
-from cloister_server.operations.definition import Acting, Given, operation
+from cloister_server.operations.definition import Acting, Given, Moment, in_utc, operation
 from cloister_server.service import Service
 from cloister_server.store import audit_log
 from cloister_server.store.chain import ChainBroken
@@ -40,9 +40,9 @@ class Tail(MaybeTenant):
 
 
 class Export(MaybeTenant):
-    since: datetime | None = None
+    since: Moment | None = None
     """From when on, UTC unless it says otherwise; from the beginning where it is left out."""
-    until: datetime | None = None
+    until: Moment | None = None
     """As the page before said it: what is exported does not grow while it is."""
     format: Format = "jsonl"
     after: Given | None = None
@@ -57,11 +57,11 @@ def tail(session: Session, _: Service, __: Acting, request: Tail) -> list[dict[s
 
 @operation("audit.export", Export)
 def export(session: Session, _: Service, __: Acting, request: Export) -> dict[str, Any]:
-    until = _utc(request.until) or now()
+    until = request.until or now()
     found = audit_log.page(
         session,
         _id(session, request.tenant),
-        since=_utc(request.since),
+        since=request.since,
         until=until,
         after=None if request.after is None else _place(request.after),
         count=_AT_ONCE,
@@ -105,13 +105,9 @@ def _id(session: Session, tenant: str | None) -> str | None:
     return None if tenant is None else tenants.find_tenant(session, tenant).id
 
 
-def _utc(moment: datetime | None) -> datetime | None:
-    return moment if moment is None or moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-
-
 def _place(after: str) -> tuple[datetime, str]:
     moment, _, row = after.partition(" ")
     try:
-        return datetime.fromisoformat(moment), row
+        return in_utc(datetime.fromisoformat(moment)), row
     except ValueError:
         raise Invalid("`after` is no place in the log; give `next` of the page before") from None

@@ -39,7 +39,7 @@ class RotateClient(OneClient):
 
 @operation("client.create", CreateClient, changes=True, fresh=("client_id",), secret=("client_secret",))
 def create(session: Session, service: Service, by: Acting, request: CreateClient) -> dict[str, Any]:
-    principal, key = by.within(session, request.tenant), _key_in(request.public_key)
+    principal, key = by.into(session, request.tenant), _key_in(request.public_key)
     app, secret = tenants.create_client(
         session,
         service.keys,

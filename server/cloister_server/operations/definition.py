@@ -9,24 +9,49 @@ import json
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import StringConstraints
+from pydantic import AfterValidator, StringConstraints
 from sqlalchemy.orm import Session
 
 from cloister.wire._model import Body
-from cloister_server import tenants
+from cloister_server import operators, tenants
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 
-__all__ = ["OPERATIONS", "Acting", "Asked", "Destroys", "Given", "InTenant", "Operation", "operation", "plain"]
+__all__ = [
+    "OPERATIONS",
+    "Acting",
+    "Asked",
+    "Destroys",
+    "Given",
+    "InTenant",
+    "Moment",
+    "Operation",
+    "in_utc",
+    "operation",
+    "plain",
+]
 
 R = TypeVar("R", bound=Body)
 Q = TypeVar("Q", bound=Body)
 
+
+def in_utc(moment: datetime) -> datetime:
+    """Raises ValueError for the first and the last hours that there are, which are of no year in UTC."""
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("this is before the first year or after the last") from None
+
+
 Given = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """What an operator types: a name, an id, a URL; no control characters."""
+
+
+Moment = Annotated[datetime, AfterValidator(in_utc)]
+"""UTC, unless it says otherwise."""
 
 
 class InTenant(Body):
@@ -66,6 +91,13 @@ class Acting:
     def within(self, session: Session, tenant: str) -> Principal:
         """As the operator at work in the tenant of this name or id. Raises NoSuch."""
         return tenants.operator_of(tenants.find_tenant(session, tenant), request_id=self.request_id, by=self.id)
+
+    def into(self, session: Session, tenant: str) -> Principal:
+        """The same in any tenant but the operators' own, which is given nothing and loses nobody but by `operator`. Raises NoSuch, or
+        Conflict `operators_tenant`."""
+        found = tenants.find_tenant(session, tenant)
+        operators.require_other(found.name)
+        return self.within(session, found.id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def remove(session: Session, service: Service, by: Acting, request: OneIssuer) -
 
 @operation("issuer.map", MapSubject, changes=True)
 def map_(session: Session, service: Service, by: Acting, request: MapSubject) -> dict[str, Any]:
-    principal = by.within(session, request.tenant)
+    principal = by.into(session, request.tenant)
     row = issuers_.map_subject(session, service, principal, url=request.issuer, subject=request.subject, to=request.to)
     return {"issuer": request.issuer, "subject": row.subject, "principal": row.principal_id}
 

@@ -46,7 +46,7 @@ class Named(Body):
 
 @operation("user.create", CreateUser, changes=True, fresh=("id",), secret=("invitation",))
 def create(session: Session, service: Service, by: Acting, request: CreateUser) -> dict[str, Any]:
-    principal = by.within(session, request.tenant)
+    principal = by.into(session, request.tenant)
     invited = people_.create(session, service, principal, name=request.name, role=request.role)
     return {**_told(service, invited), "role": request.role}
 
@@ -64,7 +64,7 @@ def reset(session: Session, service: Service, by: Acting, request: OneUser) -> d
 
 @operation("user.disable", OneUser, changes=True)
 def disable(session: Session, service: Service, by: Acting, request: OneUser) -> dict[str, Any]:
-    disabled = people_.disable(session, service, by.within(session, request.tenant), request.user)
+    disabled = people_.disable(session, service, by.into(session, request.tenant), request.user)
     return {"id": disabled.id, "name": disabled.name, "status": disabled.status}
 
 
@@ -75,7 +75,7 @@ _DELETED: Destroys[OneUser] = Destroys(
 
 @operation("user.delete", OneUser, changes=True, destroys=_DELETED)
 def delete(session: Session, service: Service, by: Acting, request: OneUser) -> dict[str, Any]:
-    gone = people_.remove(session, service, by.within(session, request.tenant), request.user)
+    gone = people_.remove(session, service, by.into(session, request.tenant), request.user)
     return {"deleted": gone.id, "name": gone.name}
 
 

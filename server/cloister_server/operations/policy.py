@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from sqlalchemy.orm import Session
@@ -11,7 +10,7 @@ from sqlalchemy.orm import Session
 from cloister_server import explanations, grants, groups
 from cloister_server.errors import Invalid
 from cloister_server.groups import GroupView
-from cloister_server.operations.definition import Acting, Destroys, Given, InTenant, of_fields, operation
+from cloister_server.operations.definition import Acting, Destroys, Given, InTenant, Moment, of_fields, operation
 from cloister_server.service import Service
 from cloister_server.store.conditions import Conditions
 from cloister_server.store.tables import Grant
@@ -61,8 +60,7 @@ class AddGrant(InTenant):
     verb: Given
     resource: Given = "*"
     effect: Effect = "allow"
-    until: datetime | None = None
-    """UTC, unless it says otherwise."""
+    until: Moment | None = None
     network: Given | None = None
     max_epsilon: float | None = None
     per_minute: int | None = None
@@ -97,13 +95,13 @@ class WhoCan(InTenant):
 
 @operation("group.create", CreateGroup, changes=True, fresh=("group_id",))
 def create_group(session: Session, _: Service, by: Acting, request: CreateGroup) -> dict[str, Any]:
-    made = groups.create(session, by.within(session, request.tenant), name=request.name)
+    made = groups.create(session, by.into(session, request.tenant), name=request.name)
     return {"group_id": made.id, "name": made.name}
 
 
 @operation("group.add", Membership, changes=True)
 def add_to_group(session: Session, _: Service, by: Acting, request: Membership) -> dict[str, Any]:
-    return _group(groups.add(session, by.within(session, request.tenant), request.group, request.member))
+    return _group(groups.add(session, by.into(session, request.tenant), request.group, request.member))
 
 
 @operation("group.remove", Membership, changes=True)
@@ -129,7 +127,7 @@ def delete_group(session: Session, _: Service, by: Acting, request: OneGroup) ->
 
 @operation("grant.add", AddGrant, changes=True, fresh=("id",))
 def add_grant(session: Session, _: Service, by: Acting, request: AddGrant) -> dict[str, Any]:
-    principal, until = by.within(session, request.tenant), request.until
+    principal = by.into(session, request.tenant)
     added = grants.add(
         session,
         principal,
@@ -137,7 +135,7 @@ def add_grant(session: Session, _: Service, by: Acting, request: AddGrant) -> di
         verb=request.verb,
         resource_id=request.resource,
         effect=request.effect,
-        expires=until if until is None or until.tzinfo is not None else until.replace(tzinfo=UTC),
+        expires=request.until,
         network=request.network,
         conditions=Conditions(request.max_epsilon, request.per_minute, request.outputs),
     )

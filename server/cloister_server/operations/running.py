@@ -25,7 +25,7 @@ from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import snapshot
 
-__all__ = ["accounted", "done", "planned", "prepared", "read", "require_operator", "require_scope", "run"]
+__all__ = ["accounted", "done", "planned", "prepared", "read", "repeated", "require_operator", "require_scope", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,12 @@ def done(session: Session, service: Service, operation: Operation[R], by: Acting
     answer = operation.work(session, service, by, asked.request)
     _told(session, operation, by, asked, "allowed")
     return answer
+
+
+def repeated(session: Session, operation: Operation[R], by: Acting, asked: Asked[R]) -> None:
+    """Before an answer is given again: tell of that in the audit log. Raises Forbidden as `require_operator` does."""
+    require_operator(session, by)
+    _told(session, operation, by, asked, "allowed: answered again")
 
 
 def require_operator(session: Session, by: Acting) -> None:

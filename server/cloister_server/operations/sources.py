@@ -28,7 +28,7 @@ class OneSource(InTenant):
 
 @operation("source.create", CreateSource, changes=True, fresh=("id", "created"))
 def create(session: Session, _: Service, by: Acting, request: CreateSource) -> dict[str, Any]:
-    principal = by.within(session, request.tenant)
+    principal = by.into(session, request.tenant)
     owner = grants.find_app(session, tenants.find_tenant(session, request.tenant), request.owner)
     return sources_.create(session, principal, request.source, owner_id=owner.id).model_dump(mode="json")
 

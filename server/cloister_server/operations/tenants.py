@@ -121,6 +121,7 @@ def quota(session: Session, _: Service, by: Acting, request: SetQuota) -> dict[s
         kind: getattr(request, kind) for kind in kinds if kind in request.model_fields_set
     }
     if asked:
+        principal = by.into(session, request.tenant)
         told = quotas.set_quotas(session, principal, asked)
     else:
         policy.authorize(session, principal, "tenant.administer", session.get_one(Tenant, principal.tenant_id))

@@ -34,9 +34,9 @@ class OneKey(Body):
 
 
 @operation("token.inspect", OneToken)
-def inspect(_: Session, service: Service, __: Acting, request: OneToken) -> dict[str, Any]:
+def inspect(session: Session, service: Service, __: Acting, request: OneToken) -> dict[str, Any]:
     try:
-        read, tenant_id = verifier.inspect(service, request.token.get_secret_value())
+        read, tenant_id = verifier.inspect(service, request.token.get_secret_value(), within=session)
     except Unauthenticated:
         raise _not_valid() from None
     return {"tenant": tenant_id, **_told(read)}
