@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHORT ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-long lint format serve bench clean
@@ -63,3 +62,4 @@ bench: install ## Run one benchmark beside its peers: make bench NAME=import
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) $(VENV)-tensorflow .venv-bench-* $(NODE)/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
