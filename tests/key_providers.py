@@ -6,6 +6,7 @@ PYTEST_DONT_REWRITE: its fixtures are a plug-in of the modules that also import 
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import re
@@ -164,9 +165,16 @@ def served(handler: type[BaseHTTPRequestHandler], *, port: int = 0, **state: Any
 
 
 def refusals(*calls: Callable[[], Any]) -> list[BaseException | None]:
-    """What each call raises, all made at once: each may wait for as long as its patience lasts."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [made.exception() for made in [pool.submit(call) for call in calls]]
+    """What each call raises, all made at once: each may wait for as long as its patience lasts.
+
+    Nobody's garbage is collected meanwhile: a finalizer would fail where an answer's nesting has used the stack up.
+    """
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(len(calls)) as pool:
+            return [made.exception() for made in [pool.submit(call) for call in calls]]
+    finally:
+        gc.enable()
 
 
 @dataclass(slots=True)

@@ -6,12 +6,11 @@ The Vault tests show shapes, errors and bindings on a stand-in of the documented
 from __future__ import annotations
 
 import contextlib
-import gc
 import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,15 +68,6 @@ def calls(keys: KeyProvider) -> list[Callable[[], Any]]:
     ]
 
 
-@pytest.fixture
-def uncollected() -> Iterator[None]:
-    """No finalizer of anybody's garbage runs where an answer's nesting has used the stack up, and fails there."""
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("uncollected")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("kind", ["aws_kms", "vault_transit"])
 def test_a_provider_that_is_slow_or_answers_garbage_is_told_by_name_and_in_time(kind: str, fault: str) -> None:
