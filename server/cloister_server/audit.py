@@ -19,11 +19,11 @@ from cloister_server.store.acting import for_tenants
 from cloister_server.store.session import writing
 from cloister_server.store.tables import AuditRow, new_id, now
 
-__all__ = ["allowed", "denials_kept", "keep_denial", "operated", "told", "values_of"]
+__all__ = ["NAMING", "allowed", "denials_kept", "keep_denial", "operated", "told", "values_of"]
 
 log = logging.getLogger(__name__)
 
-_NAMING = re.compile(r"[A-Za-z0-9_-]{1,64}")
+NAMING = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What a caller gives as an id or a name is kept only if it looks like one: a path may hold anything."""
 
 
@@ -60,7 +60,7 @@ def keep_denial(engine: Engine, denied: Denied) -> None:
     if denied.is_kept:
         return
     denial, denied.is_kept = denied.denial, True
-    resource_id = denial.resource_id if _NAMING.fullmatch(denial.resource_id) else "(neither an id nor a name)"
+    resource_id = denial.resource_id if NAMING.fullmatch(denial.resource_id) else "(neither an id nor a name)"
     try:
         with writing(engine, for_tenants(denial.principal.tenant_id)) as session:
             session.add(_row(denial.principal, denial.verb, resource_id, outcome=f"denied: {denial.reason}"))

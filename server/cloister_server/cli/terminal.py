@@ -7,7 +7,7 @@ import os
 import pwd
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -173,13 +173,12 @@ def run(
     as_json: bool,
     *,
     dry_run: bool = False,
-    fresh: Collection[str] = (),
     confirm: Confirmation | None = None,
 ) -> None:
     """One command of this machine alone, one transaction; its answer is shown.
 
-    A dry run does the work, too, and rolls it back: its plan is the answer, without what is `fresh` in it (ids and secrets that
-    another run would not give), and it is refused what the command would be. What destroys is confirmed first, in no transaction.
+    A dry run does the work, too, and rolls it back: its plan is the answer, and it is refused what the command would be. What
+    destroys is confirmed first, in no transaction.
     """
     with refusals(as_json):
         service = deployment.open_service(settings_here())
@@ -192,7 +191,7 @@ def run(
             answer = work(session, service)
             if dry_run:
                 session.flush()  # the database's own checks, too
-                raise _Planned({name: value for name, value in answer.items() if name not in fresh})
+                raise _Planned(answer)
             return answer
 
         try:

@@ -6,7 +6,6 @@ Who comes by the API is asked for anew in each transaction: whoever is no operat
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -30,8 +29,6 @@ __all__ = ["accounted", "done", "planned", "prepared", "read", "repeated", "requ
 log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Body)
-
-_NAMING = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class _NoScope(Denied, Forbidden):
@@ -183,4 +180,4 @@ def _told(session: Session, operation: Operation[R], by: Acting, asked: Asked[R]
     principal = Principal.operator(tenant.id, request_id=by.request_id, by=by.id)
     about = str(getattr(asked.request, "tenant", None) or getattr(asked.request, "name", None) or "deployment")
     verb = f"admin.{operation.name}{'.dry-run' if asked.dry_run else ''}"
-    audit.operated(session, principal, verb, about if _NAMING.fullmatch(about) else "deployment", outcome)
+    audit.operated(session, principal, verb, about if audit.NAMING.fullmatch(about) else "deployment", outcome)
