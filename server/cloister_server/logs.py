@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
 import traceback
+from contextlib import nullcontext
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from cloister_server.settings import RoleSettings, Settings
 
 __all__ = ["JSONFormatter", "configure"]
 
 _OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+_encode = json.JSONEncoder(default=str).encode
 
 _PRINT_SECRETS = frozenset(
     {"authlib", "boto3", "botocore", "h11", "httpcore2", "httpx2", "hvac", "requests", "s3transfer", "urllib3"}
@@ -36,15 +40,49 @@ class JSONFormatter(logging.Formatter):
             frames = traceback.extract_tb(record.exc_info[2])[-8:]
             line["error"] = record.exc_info[0].__name__
             line["where"] = [f"{frame.filename}:{frame.name}:{frame.lineno}" for frame in frames]
-        return json.dumps(line, default=str)
+        return _encode(line)
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes together what an event loop logs in one turn, at its next; whatever else, and every warning, as it comes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._waiting: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._waiting.append(self.format(record) + self.terminator)
+            loop = _running_loop() if record.levelno < logging.WARNING else None
+            if loop is None:
+                self.flush()
+            elif len(self._waiting) == 1:
+                loop.call_soon(self.flush)
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        with self.lock or nullcontext():
+            lines, self._waiting = self._waiting, []
+            if lines:
+                self.stream.write("".join(lines))
+            super().flush()
 
 
 def configure(settings: Settings | RoleSettings) -> None:
     """Send every logger of this process to standard error; said again, it changes the level and adds nothing."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Lines(sys.stderr)
     handler.setFormatter(JSONFormatter())
     handler.addFilter(_prints_no_token)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line tells them
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _prints_no_token(record: logging.LogRecord) -> bool:

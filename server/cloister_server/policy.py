@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -258,8 +259,14 @@ def find_served(
     served = serving.find(principal, verb, id_or_name, number, is_id=is_id)
     if served is None:
         return None
-    model = Model(tenant_id=principal.tenant_id, id=served.model_id, name=served.model)
+    model = _model(principal.tenant_id, served.model_id, served.model)
     return Authorized(principal, model, served.by.grant_id, _PROOF, served.by.conditions), served
+
+
+@lru_cache(maxsize=1024)
+def _model(tenant_id: str, model_id: str, name: str) -> Model:
+    """A row of no session, which whoever is given it only reads."""
+    return Model(tenant_id=tenant_id, id=model_id, name=name)
 
 
 def _allow(session: Session, principal: Principal, verb: str, tenant_id: str, resource_id: str) -> Allow:

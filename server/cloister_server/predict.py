@@ -38,6 +38,7 @@ _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _VERB = "model.predict"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _MODEL_PATH = re.compile(
     r"^/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[1-9][0-9]{0,8}))?(?P<verb>/infer|/ready)?$"
 )
@@ -243,7 +244,7 @@ def _inflate(body: bytes, limit: int) -> bytes:
 
 
 async def _answer(send: _Send, body: dict[str, Any]) -> None:
-    payload = json.dumps(body, separators=(",", ":")).encode()
+    payload = _encode(body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": payload})

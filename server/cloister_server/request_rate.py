@@ -159,4 +159,7 @@ _memories_lock = threading.Lock()
 
 def _memory(service: Service) -> _Memory:
     with _memories_lock:
-        return _memories.setdefault(service.engine, _Memory())
+        found = _memories.get(service.engine)
+        if found is None:
+            found = _memories[service.engine] = _Memory()
+        return found

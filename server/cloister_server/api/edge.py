@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -23,6 +22,7 @@ from cloister_server import request_rate
 from cloister_server.api.problems import response_to, to_server_error
 from cloister_server.audit import keep_denial
 from cloister_server.errors import BadRequest, NotFound, ServerError, TooLarge
+from cloister_server.ids import random_hex
 from cloister_server.oauth.verifier import authenticate, recall
 from cloister_server.policy import Denied
 from cloister_server.service import Service
@@ -36,6 +36,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Header = tuple[bytes, bytes]
 
 PAGES = frozenset(
     f"/oauth/{page}" for page in ("authorize", "consent", "device", "first-admin", "invitation", "sign-in", "sign-out")
@@ -89,6 +90,7 @@ class Edge:
     def __init__(self, app: App, service: Service) -> None:
         self._app, self._engine = app, service.engine
         self._headers = (*_HEADERS, _TLS_HEADER) if service.settings.issuer.startswith("https:") else _HEADERS
+        self._ours = {b"x-request-id", *(name for name, _ in self._headers)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -105,13 +107,8 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                ours = (*self._headers, (b"x-request-id", request_id.encode()))
-                theirs = list(message.get("headers", ()))
-                kept = {name.lower() for name, _ in theirs} & _OF_PAGES if scope["path"] in PAGES else set()
-                ours = tuple(pair for pair in ours if pair[0] not in kept)
-                names = {name for name, _ in ours}
-                theirs = [pair for pair in theirs if pair[0].lower() not in names]
-                message = {**message, "headers": [*theirs, *ours]}
+                headers = self._headed(message.get("headers", ()), request_id, is_page=scope["path"] in PAGES)
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
@@ -124,6 +121,16 @@ class Edge:
                 await response_to(error, request_id=request_id)(scope, receive, finish)
         finally:
             _log_request(scope, status, request_id, time.perf_counter() - started_at)
+
+    def _headed(self, theirs: Iterable[Header], request_id: str, *, is_page: bool) -> list[Header]:
+        """An answer's own headers and ours, which are the ones that count but for what a page says of itself."""
+        theirs = list(theirs)
+        kept = {name.lower() for name, _ in theirs} & _OF_PAGES if is_page else frozenset()
+        ours = self._ours - kept if kept else self._ours
+        headers = [pair for pair in theirs if pair[0].lower() not in ours]
+        headers += [pair for pair in self._headers if pair[0] not in kept]
+        headers.append((b"x-request-id", request_id.encode()))
+        return headers
 
 
 class Limits:
@@ -215,13 +222,16 @@ class StrictJSON:
 
 def _name(scope: Scope) -> str:
     """The request's id, the caller's own if it is a valid one: from here on the one `x-request-id` among its headers."""
-    given = [value for name, value in scope["headers"] if name.lower() == b"x-request-id"]
-    is_valid = len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) is not None
-    request_id = given[0] if is_valid else secrets.token_hex(16).encode()
-    others = [pair for pair in scope["headers"] if pair[0].lower() != b"x-request-id"]
-    scope["headers"] = [*others, (b"x-request-id", request_id)]
-    scope["state"] = {**(scope.get("state") or {}), "request_id": request_id.decode()}
-    return str(request_id.decode())
+    given: list[Header] = []
+    headers: list[Header] = []
+    for pair in scope["headers"]:
+        (given if pair[0].lower() == b"x-request-id" else headers).append(pair)
+    is_valid = len(given) == 1 and _REQUEST_ID.fullmatch(given[0][1]) is not None
+    request_id = given[0][1].decode() if is_valid else random_hex()
+    headers.append((b"x-request-id", request_id.encode()))
+    scope["headers"] = headers
+    scope["state"] = {**(scope.get("state") or {}), "request_id": request_id}
+    return request_id
 
 
 def _check_head(scope: Scope) -> None:

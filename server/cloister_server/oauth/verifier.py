@@ -117,7 +117,10 @@ def authenticate(service: Service, headers: Headers, *, method: str, path: str) 
 
 
 def recall(service: Service, headers: Headers) -> Principal | None:
-    """The same from memory alone, where that is fresh enough; None where something must be verified, as a proof always must."""
+    """The same from memory alone, where that is fresh enough; None where something must be verified, as a proof always must.
+
+    None, too, to one who asks in good time before it is not fresh any more: `authenticate` looks it up for all who ask meanwhile.
+    """
     token, is_bound = _given(service, headers)
     read, principal = (None, None) if is_bound else _memory(service).recall(token, request_id_of(headers))
     return principal if read is not None and read.jkt is None else None
@@ -164,6 +167,7 @@ class _Memory:
         self._asking = tuple(threading.Lock() for _ in range(_ASKING_AT_ONCE))
         self._tokens: OrderedDict[bytes, _Seen] = OrderedDict()
         self._standing: OrderedDict[bytes, tuple[_Standing, float]] = OrderedDict()
+        self._renewing: set[bytes] = set()
         self._forgotten = 0
         self._keys: Mapping[str, ECKey] = {}
         self._keys_loaded = -_KEYS_KEPT_S
@@ -174,35 +178,54 @@ class _Memory:
     def authenticate(
         self, service: Service, token: bytes, request_id: str
     ) -> tuple[AccessToken | ForeignToken, Principal]:
-        known, principal = self.recall(token, request_id)
-        if known is not None and principal is not None:
-            return known, principal
         digest = hashlib.sha256(token).digest()
         read = self._remembered(digest)
         if read is None:
             read = self._verify_any(service, token)
             self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
         with self._asking[digest[0] % _ASKING_AT_ONCE]:
-            known, principal = self.recall(token, request_id)
-            if known is not None and principal is not None:  # of many that came with one token one has asked by now
-                return known, principal
-            asked_at, forgotten = time.monotonic(), self._forgotten
-            with reading(service.engine, ALL_TENANTS) as session:
-                standing = _standing(session, read)
+            standing = self._known_standing(digest)  # of many that came with one token one has asked by now
             if standing is None:
-                raise _refusal(service)
-            if forgotten == self._forgotten:  # else this was read before something was revoked
-                self._keep(self._standing, digest, (standing, asked_at + _STANDING_KEPT_S))
+                standing = self._look_up(service, digest, read)
         return read, _principal(standing, request_id, read)
 
     def recall(self, token: bytes, request_id: str) -> tuple[AccessToken | ForeignToken, Principal] | tuple[None, None]:
         digest = hashlib.sha256(token).digest()
-        read = self._remembered(digest)
-        with self._lock:
-            standing, until = self._standing.get(digest, (("", ""), 0.0))
-        if read is None or until <= time.monotonic():
+        read, standing = self._remembered(digest), self._known_standing(digest, may_renew=True)
+        if read is None or standing is None:
             return None, None
         return read, _principal(standing, request_id, read)
+
+    def _known_standing(self, digest: bytes, *, may_renew: bool = False) -> _Standing | None:
+        """What was looked up within a second; where somebody renews it, to `authenticate` within half of one."""
+        with self._lock:
+            standing, asked_at = self._standing.get(digest, (None, 0.0))
+            age_s = time.monotonic() - asked_at
+            if standing is None or age_s >= _STANDING_KEPT_S:
+                return None
+            if age_s >= _STANDING_KEPT_S / 2:
+                if may_renew and digest not in self._renewing:
+                    self._renewing.add(digest)
+                    return None
+                if not may_renew and digest in self._renewing:
+                    return None
+            return standing
+
+    def _look_up(self, service: Service, digest: bytes, read: AccessToken | ForeignToken) -> _Standing:
+        asked_at, forgotten = time.monotonic(), self._forgotten
+        try:
+            with reading(service.engine, ALL_TENANTS) as session:
+                standing = _standing(session, read)
+        finally:
+            with self._lock:
+                self._renewing.discard(digest)
+        if standing is None:
+            with self._lock:
+                self._standing.pop(digest, None)
+            raise _refusal(service)
+        if forgotten == self._forgotten:  # else this was read before something was revoked
+            self._keep(self._standing, digest, (standing, asked_at))
+        return standing
 
     def forget(self) -> None:
         with self._lock:
@@ -404,4 +427,7 @@ _memories_lock = threading.Lock()
 
 def _memory(service: Service) -> _Memory:
     with _memories_lock:
-        return _memories.setdefault(service.engine, _Memory())
+        found = _memories.get(service.engine)
+        if found is None:
+            found = _memories[service.engine] = _Memory()
+        return found

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, String, cast, exists, func, insert, inspect, select, tuple_
+from sqlalchemy import ColumnElement, Select, String, cast, exists, func, inspect, select, tuple_
 from sqlalchemy.orm import Session
 
 from cloister_server.errors import LedgerRolledBack, ServerError, StartRefused
 from cloister_server.store.anchors import Anchor, Anchors, Draft
+from cloister_server.store.bulk import insert_rows
 from cloister_server.store.digests import GENESIS, Row, canonical, canonical_of, digest, row_id, uncanonical
 from cloister_server.store.tables import Attempt, AuditRow, LedgerEntry, Link, Tenant
 
@@ -97,7 +98,7 @@ def collect(session: Session, row: object) -> None:
 
 def add(session: Session, rows: Sequence[dict[str, Any]]) -> None:
     """Insert many audit rows at once, of values by column; `extend` links them after all others."""
-    session.execute(insert(AuditRow), rows)
+    insert_rows(session, AuditRow, rows)
     session.info.setdefault(_VALUES, []).extend(rows)
 
 
@@ -326,7 +327,7 @@ def _link(session: Session, tenant_id: str, rows: Iterable[dict[str, Any]], befo
             }
         )
     if links:
-        session.execute(insert(Link), links)
+        insert_rows(session, Link, links)
     return before
 
 

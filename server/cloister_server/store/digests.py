@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Float
@@ -18,6 +19,8 @@ __all__ = ["GENESIS", "Row", "canonical", "canonical_of", "digest", "row_id", "u
 
 GENESIS = hashlib.sha256(b"cloister.chain/1\n").digest()
 """What the first link of a chain follows."""
+
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 
 Row = LedgerEntry | AuditRow
 
@@ -32,13 +35,12 @@ def canonical(row: Table) -> dict[str, Any]:
 
 def canonical_of(table: type[Table], values: Mapping[str, Any]) -> dict[str, Any]:
     """`canonical` of a row's values by column. Raises TypeError or ValueError where one is none that we write."""
-    columns = {column.key: column.type for column in table.__table__.columns}
-    return {name: _plain(values[name], type_) for name, type_ in columns.items() if values[name] is not None}
+    return {name: _plain(values[name], type_) for name, type_ in _columns(table).items() if values[name] is not None}
 
 
 def uncanonical(table: type[Table], values: Mapping[str, Any]) -> dict[str, Any]:
     """What `canonical` gave, as the values of a row to insert. Raises ValueError where it is no row of this table."""
-    columns = {column.key: column.type for column in table.__table__.columns}
+    columns = _columns(table)
     if values.keys() - columns.keys():
         raise ValueError(f"there is no column {', '.join(sorted(values.keys() - columns.keys()))} here")
     times = {name for name, type_ in columns.items() if isinstance(type_, type(Tenant.__table__.c.created.type))}
@@ -47,7 +49,7 @@ def uncanonical(table: type[Table], values: Mapping[str, Any]) -> dict[str, Any]
 
 def digest(before: bytes, row: dict[str, Any]) -> bytes:
     """SHA-256 of the digest before and the row as length-prefixed JSON: sorted keys, no blanks, floats exact by repr."""
-    content = json.dumps(row, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    content = _encode(row).encode("ascii")
     return hashlib.sha256(before + len(content).to_bytes(8, "big") + content).digest()
 
 
@@ -56,15 +58,22 @@ def row_id(row: Row) -> str:
     return f"{row.source_id}/{row.revision}" if isinstance(row, LedgerEntry) else row.id
 
 
+@cache
+def _columns(table: type[Table]) -> dict[str, TypeEngine[Any]]:
+    return {column.key: column.type for column in table.__table__.columns}
+
+
 def _plain(value: Any, type_: TypeEngine[Any]) -> Any:
     match value:
+        case str():
+            return value
         case datetime():
             return value.astimezone(UTC).isoformat(timespec="microseconds")
         case dict():
             return json.loads(json.dumps(value, allow_nan=False))  # as a JSON column gives it back
         case int() | float() if isinstance(type_, Float):
             return _finite(float(value)) + 0.0  # databases know no negative zero
-        case int() | str():
+        case int():
             return value
         case _:
             raise TypeError(f"a {type(value).__name__} is no value of a linked row")

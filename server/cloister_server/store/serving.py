@@ -2,10 +2,13 @@
 
 It only ever says yes, of a model of one's own tenant, by a snapshot of the very revision that the statement read. Whatever else there
 is to say (another tenant's model, a denial, a rate, a snapshot that is not there) is left to the sessions and their gates.
+
+Requests that wait for the event loop together share a statement: each of them had come before it was asked.
 """
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from typing import Any, NamedTuple
 
@@ -41,10 +44,11 @@ class Served(NamedTuple):
 
 
 class Serving:
-    """A connection of its own, for one thread. On PostgreSQL, where a question is a round trip, it leaves all to the sessions."""
+    """A connection of its own, for one event loop. On PostgreSQL, where a question is a round trip, it leaves all to the sessions."""
 
     def __init__(self, engine: Engine) -> None:
         self._snapshots: Snapshots = engine.get_execution_options()[SNAPSHOTS]
+        self._read: dict[tuple[Any, ...], Any] = {}
         self._connection: Any = None
         if engine.dialect.name == "sqlite":
             pooled = engine.raw_connection()
@@ -60,11 +64,7 @@ class Serving:
         denies nothing."""
         if self._connection is None:
             return None
-        asked = (number, principal.tenant_id, id_or_name)
-        try:
-            row = self._connection.execute(_BY_ID if is_id else _BY_NAME, asked).fetchone()
-        except self._connection.Error:
-            return None
+        row = self._row(_BY_ID if is_id else _BY_NAME, number, principal.tenant_id, id_or_name)
         if row is None:
             return None
         snapshot = self._snapshots.kept(principal.tenant_id, row[0])
@@ -75,3 +75,19 @@ class Serving:
             return None
         _, model_id, model, version, weights_id = row
         return Served(model_id, model, version, weights_id, by)
+
+    def _row(self, statement: str, *asked: Any) -> Any:
+        """The statement's row, if there is one: as it is now, or was when the first asked of those that the loop had ready then.
+
+        What the loop is given to do meanwhile, it does after it forgot.
+        """
+        read = self._read
+        key = (statement, asked)
+        if key not in read:
+            if not read:
+                asyncio.get_running_loop().call_soon(read.clear)
+            try:
+                read[key] = self._connection.execute(statement, asked).fetchone()
+            except self._connection.Error:
+                return None
+        return read[key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +19,8 @@ from sqlalchemy import (
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
+
+from cloister_server.ids import random_hex
 
 __all__ = [
     "SYSTEM",
@@ -65,7 +66,7 @@ SYSTEM = "system"
 
 def new_id(prefix: str) -> str:
     """A fresh immutable id of 128 random bits, e.g. `ds_5f…`."""
-    return f"{prefix}_{secrets.token_hex(16)}"
+    return f"{prefix}_{random_hex()}"
 
 
 def now() -> datetime:

@@ -1,0 +1,24 @@
+"""Names of 128 random bits, drawn from the operating system many at a time: each request takes some. None is a secret."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+
+__all__ = ["random_hex"]
+
+_AT_ONCE = 256
+_BYTES = 16
+
+_drawn: deque[str] = deque()
+os.register_at_fork(after_in_child=_drawn.clear)
+
+
+def random_hex() -> str:
+    """32 hexadecimal digits that nobody has seen before, and that were drawn up to some thousand names ago: no key, no token."""
+    while True:
+        try:
+            return _drawn.pop()
+        except IndexError:
+            drawn = os.urandom(_AT_ONCE * _BYTES).hex()
+            _drawn.extend(drawn[at : at + 2 * _BYTES] for at in range(0, len(drawn), 2 * _BYTES))
