@@ -33,7 +33,7 @@ from cloister.wire.private_deployments import PrivateDeployment as Statement
 from cloister.wire.private_requests import LONGEST_PERMISSION_S, PERMISSION_TYPE, audience
 from cloister_server import audit, models, policy, quotas, vault
 from cloister_server.errors import Conflict, Forbidden, NotFound
-from cloister_server.oauth.verifier import ALGORITHM
+from cloister_server.oauth.access_tokens import ALGORITHM
 from cloister_server.policy import Authorized
 from cloister_server.principal import Principal
 from cloister_server.private_sharing import DEPLOY, Shared, public_key

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from asked import asked_writing
 from cloister_server import operators, shredding, tenants
 from cloister_server.errors import Conflict, NotFound, Unauthenticated
-from cloister_server.oauth import signing_keys, verifier
+from cloister_server.oauth import access_tokens, signing_keys, verifier
 from cloister_server.oauth.verifier import authenticate
 from cloister_server.principal import Principal
 from cloister_server.service import Service
@@ -104,7 +104,7 @@ def test_a_retiring_key_is_shown_and_believed_until_its_last_token_is_expired(
     assert signer in shown(http)
     with reading(service.engine) as session:
         until = session.get_one(SigningKey, signer).until
-    assert until is not None and until >= now() + timedelta(seconds=verifier.LONGEST_LIFE_S)
+    assert until is not None and until >= now() + timedelta(seconds=access_tokens.LONGEST_LIFE_S)
     with writing(service.engine) as session:
         session.execute(update(SigningKey).where(SigningKey.id == signer).values(until=now()))
     assert signer not in shown(http)

@@ -24,10 +24,10 @@ from sqlalchemy.orm import Session
 from cloister_server import vault
 from cloister_server.errors import BadRequest, RateLimited, ServerError
 from cloister_server.oauth import logins
+from cloister_server.oauth.access_tokens import ADMIN_CLIENT_ID
 from cloister_server.oauth.logins import CLI_CLIENT_ID, Begun
 from cloister_server.oauth.redirects import is_registered
 from cloister_server.oauth.sign_in import NotSignedIn, Person, attempt, confirm, mac, network, refund
-from cloister_server.oauth.verifier import ADMIN_CLIENT_ID
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS, for_tenants
 from cloister_server.store.identities import Authorization, user_of_id

@@ -8,10 +8,10 @@ from typing import Any
 from authlib.oauth2.rfc6749 import InvalidScopeError, OAuth2Error
 
 from cloister_server.errors import RateLimited
+from cloister_server.oauth.access_tokens import ADMIN_SCOPE
 from cloister_server.oauth.authorizations import ADMIN, DEVICE_S, INTERVAL_S, new_device
 from cloister_server.oauth.clients import authenticate_client
 from cloister_server.oauth.form import read_token_request
-from cloister_server.oauth.verifier import ADMIN_SCOPE
 from cloister_server.service import Service
 from cloister_server.store.tables import App
 

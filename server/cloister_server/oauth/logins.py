@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session
 
 from cloister_server import audit, vault
 from cloister_server.oauth import verifier
+from cloister_server.oauth.access_tokens import ADMIN_CLIENT_ID
 from cloister_server.oauth.sign_in import mac
-from cloister_server.oauth.verifier import ADMIN_CLIENT_ID
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS

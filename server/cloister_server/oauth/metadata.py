@@ -6,9 +6,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from cloister_server.oauth.access_tokens import ADMIN_SCOPE
 from cloister_server.oauth.server import GRANT_TYPES
 from cloister_server.oauth.signed import ALGORITHMS
-from cloister_server.oauth.verifier import ADMIN_SCOPE
 from cloister_server.settings import Settings
 from cloister_server.store import queries
 

@@ -26,12 +26,12 @@ from joserfc.jwk import ECKey, KeySet
 
 from cloister_server import vault
 from cloister_server.oauth import verifier
+from cloister_server.oauth.access_tokens import ADMIN_SCOPE, ALGORITHM
 from cloister_server.oauth.authorizations import ADMIN, redeem_code, redeem_device
 from cloister_server.oauth.clients import authenticate_client
 from cloister_server.oauth.dpop import InvalidProof, proven_key
 from cloister_server.oauth.form import TokenRequest, read_token_request
 from cloister_server.oauth.logins import Begun, refresh
-from cloister_server.oauth.verifier import ADMIN_SCOPE, ALGORITHM
 from cloister_server.service import Service
 from cloister_server.store.tables import App, new_id
 

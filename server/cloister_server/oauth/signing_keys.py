@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from cloister_server import vault
 from cloister_server.errors import Conflict, NotFound, ServerError
 from cloister_server.oauth import verifier
+from cloister_server.oauth.access_tokens import LONGEST_LIFE_S
 from cloister_server.service import Service
 from cloister_server.store.tables import SigningKey, now
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 PUBLISHED_S = 120
 """A key is published for this long before it signs: twice what a verifier remembers keys for."""
-RETIRES_S = verifier.LONGEST_LIFE_S + 60
+RETIRES_S = LONGEST_LIFE_S + 60
 """A token lives no longer than that; the minute is for clocks."""
 
 

@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session
 from cloister_server import audit, policy
 from cloister_server.errors import Unauthenticated
 from cloister_server.oauth import logins, verifier
+from cloister_server.oauth.access_tokens import AccessToken
 from cloister_server.oauth.clients import authenticate_client
 from cloister_server.oauth.form import invalid_client, read_token_request
-from cloister_server.oauth.verifier import AccessToken
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS

@@ -8,9 +8,7 @@ is the one in a row of ours and never one that a token claims.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import re
 import threading
 import time
@@ -21,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
 from sqlalchemy import Engine, event
@@ -29,6 +26,14 @@ from sqlalchemy.orm import Session
 
 from cloister_server import vault
 from cloister_server.errors import Unauthenticated
+from cloister_server.oauth.access_tokens import (
+    ADMIN_SCOPE,
+    ALGORITHM,
+    USER_ID,
+    AccessToken,
+    key_id_of,
+    read_token,
+)
 from cloister_server.oauth.dpop import InvalidProof, proven_key
 from cloister_server.oauth.foreign import ForeignToken, Rules, issuer_named_in, read_foreign
 from cloister_server.oauth.issuer_keys import IssuerKeys, Key
@@ -42,11 +47,6 @@ from cloister_server.store.queries import standing_of, token_keys
 from cloister_server.store.session import reading
 
 __all__ = [
-    "ADMIN_CLIENT_ID",
-    "ADMIN_SCOPE",
-    "ALGORITHM",
-    "TYPE",
-    "AccessToken",
     "authenticate",
     "forget_after",
     "inspect",
@@ -55,15 +55,6 @@ __all__ = [
 ]
 
 Headers = Sequence[tuple[bytes, bytes]]
-
-ALGORITHM = "ES256"
-TYPE = "at+jwt"  # RFC 9068
-LONGEST_LIFE_S = 600
-
-ADMIN_CLIENT_ID = "cloister-admin"
-"""The client of `cloister-admin login`, that every deployment has. It acts for operators, whose second factor is asked for once more;
-its tokens are bound to a key, and have this scope, which nobody else's do."""
-ADMIN_SCOPE = "admin"
 
 _TOKEN = re.compile(rb"[A-Za-z0-9_-]{1,2048}\.[A-Za-z0-9_-]{1,8192}\.[A-Za-z0-9_-]{1,1024}")
 _TOKEN_KEPT_S = 60.0
@@ -74,28 +65,6 @@ _KEY_LOADS_APART_S = 1.0
 _ASKING_AT_ONCE = 16
 """Tokens whose standing is looked up at a time. However many requests come with one, it is looked up once."""
 _MOST_KEPT = 4096
-_CLOCKS_APART_S = 5
-_USER_ID = re.compile(r"us_[0-9a-f]{32}")
-_LOGIN_ID = re.compile(r"lg_[0-9a-f]{32}")
-
-
-@dataclass(frozen=True, slots=True)
-class AccessToken:
-    """What a token of ours says, and who signed it."""
-
-    client_id: str
-    subject: str
-    """Who acts: the client itself, or the person that it acts for."""
-    login_id: str | None
-    """The person's login (`sid`); None where the client acts for itself."""
-    key_id: str
-    jti: str
-    issued: int
-    expires: int
-    jkt: str | None
-    """The thumbprint of the key that it is bound to (RFC 9449): without a proof of that it is worth nothing."""
-    scope: str
-    """'admin' where it is an operator's, else ''."""
 
 
 def authenticate(service: Service, headers: Headers, *, method: str, path: str) -> Principal:
@@ -253,13 +222,13 @@ class _Memory:
     def verify(self, service: Service, token: bytes, *, within: Session | None = None) -> AccessToken:
         """What a token says that is ours, of now, and signed. Raises Unauthenticated."""
         try:
-            key_id = _key_id(token)
+            key_id = key_id_of(token)
             key = self._known_keys(service, kept_s=_KEYS_KEPT_S, within=within).get(key_id)
             if key is None:
                 key = self._known_keys(service, kept_s=_KEY_LOADS_APART_S, within=within).get(key_id)
             if key is None:
                 raise ValueError("a key of nobody's")
-            return _claims(service.settings.issuer, token, key)
+            return read_token(service.settings.issuer, token, key)
         except (JoseError, ValueError):
             raise _refusal(service) from None
 
@@ -326,7 +295,7 @@ def _standing(session: Session, read: AccessToken | ForeignToken) -> _Standing |
 
 def _principal(standing: _Standing, request_id: str, read: AccessToken | ForeignToken) -> Principal:
     tenant_id, principal_id = standing
-    kind: Literal["app", "user"] = "user" if _USER_ID.fullmatch(principal_id) else "app"
+    kind: Literal["app", "user"] = "user" if USER_ID.fullmatch(principal_id) else "app"
     may_administer = isinstance(read, AccessToken) and read.scope == ADMIN_SCOPE
     return Principal(tenant_id, principal_id, kind, request_id, may_administer=may_administer)
 
@@ -334,52 +303,6 @@ def _principal(standing: _Standing, request_id: str, read: AccessToken | Foreign
 def _public(secret: vault.SigningSecret) -> ECKey:
     public = ECKey.import_key(secret.secret).as_dict(private=False)
     return ECKey.import_key({**public, "kid": secret.id, "alg": ALGORITHM, "use": "sig"})
-
-
-def _key_id(token: bytes) -> str:
-    """The key that a token names, before anything of it is believed. Raises ValueError."""
-    head = token.partition(b".")[0]
-    header = json.loads(base64.urlsafe_b64decode(head + b"=" * (-len(head) % 4)))
-    kid = header.get("kid") if isinstance(header, dict) else None
-    if not isinstance(kid, str):
-        raise ValueError("no key is named")
-    return kid
-
-
-def _claims(issuer: str, token: bytes, key: ECKey) -> AccessToken:
-    """Raises JoseError or ValueError unless this is exactly such a token as `server` issues."""
-    read = jwt.decode(token, key, algorithms=[ALGORITHM])
-    if read.header != {"alg": ALGORITHM, "typ": TYPE, "kid": key.kid}:
-        raise ValueError("another header than ours")
-    claims, at = read.claims, time.time()
-    client_id, jti, issued, expires = (claims.get(name) for name in ("client_id", "jti", "iat", "exp"))
-    subject, login_id = claims.get("sub"), claims.get("sid")
-    if claims.get("iss") != issuer or claims.get("aud") != issuer:
-        raise ValueError("of or for somebody else")
-    if login_id is None and subject != client_id:
-        raise ValueError("of a client, for somebody else")
-    if login_id is not None and not (_is_like(_LOGIN_ID, login_id) and _is_like(_USER_ID, subject)):
-        raise ValueError("of a person, without a login")
-    if type(issued) is not int or type(expires) is not int or not isinstance(client_id, str):
-        raise ValueError("claims of another type")
-    if not isinstance(jti, str) or not 0 < len(jti) <= 64:
-        raise ValueError("a token without an id could not be revoked")
-    if expires <= at or issued > at + _CLOCKS_APART_S or expires - issued > LONGEST_LIFE_S:
-        raise ValueError("not of now")
-    bound = claims.get("cnf")
-    if bound is not None and (not isinstance(bound, dict) or not isinstance(bound.get("jkt"), str)):
-        raise ValueError("bound to something else")
-    jkt = bound["jkt"] if bound else None
-    scope = claims.get("scope") or ""
-    if scope not in ("", ADMIN_SCOPE):
-        raise ValueError("a scope of nobody's")
-    if scope == ADMIN_SCOPE and (client_id != ADMIN_CLIENT_ID or login_id is None or jkt is None):
-        raise ValueError("an operator's, and not by a login and bound to a key")
-    return AccessToken(client_id, str(subject), login_id, str(key.kid), jti, issued, expires, jkt, str(scope))
-
-
-def _is_like(pattern: re.Pattern[str], claim: object) -> bool:
-    return isinstance(claim, str) and pattern.fullmatch(claim) is not None
 
 
 def _given(service: Service, headers: Headers) -> tuple[bytes, bool]:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from cloister.wire._model import Body
 from cloister_server.errors import Invalid, Unauthenticated
 from cloister_server.oauth import signing_keys, tokens, verifier
-from cloister_server.oauth.verifier import AccessToken
+from cloister_server.oauth.access_tokens import AccessToken
 from cloister_server.operations.definition import Acting, Given, operation
 from cloister_server.service import Service
 from cloister_server.store.tables import SigningKey
