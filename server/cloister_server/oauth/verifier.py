@@ -13,11 +13,11 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from time import monotonic, time
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -181,12 +181,12 @@ class _Memory:
         read = self._remembered(digest)
         if read is None:
             read = self._verify_any(service, token)
-            self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
+            self._keep(self._tokens, digest, _Seen(read, monotonic() + _TOKEN_KEPT_S))
         with self._asking[digest[0] % _ASKING_AT_ONCE]:
             known, principal = self.recall(token, request_id)
             if known is not None and principal is not None:  # of many that came with one token one has asked by now
                 return known, principal
-            asked_at, forgotten = time.monotonic(), self._forgotten
+            asked_at, forgotten = monotonic(), self._forgotten
             with reading(service.engine, ALL_TENANTS) as session:
                 standing = _standing(session, read)
             if standing is None:
@@ -200,7 +200,7 @@ class _Memory:
         read = self._remembered(digest)
         with self._lock:
             standing, until = self._standing.get(digest, (("", ""), 0.0))
-        if read is None or until <= time.monotonic():
+        if read is None or until <= monotonic():
             return None, None
         return read, _principal(standing, request_id, read)
 
@@ -248,7 +248,7 @@ class _Memory:
     def _remembered(self, digest: bytes) -> AccessToken | ForeignToken | None:
         with self._lock:
             seen = self._tokens.get(digest)
-        if seen is None or seen.until <= time.monotonic() or seen.token.expires <= time.time():
+        if seen is None or seen.until <= monotonic() or seen.token.expires <= time():
             return None
         return seen.token
 
@@ -261,9 +261,9 @@ class _Memory:
 
     def _known_keys(self, service: Service, *, kept_s: float, within: Session | None) -> Mapping[str, ECKey]:
         with self._lock:
-            if time.monotonic() < self._keys_loaded + kept_s:
+            if monotonic() < self._keys_loaded + kept_s:
                 return self._keys
-        loaded_at = time.monotonic()
+        loaded_at = monotonic()
         load: Callable[[Session], list[vault.SigningSecret]] = lambda session: [  # noqa: E731 (its type)
             vault.open_signing_key(session, service.keys, row) for row in token_keys(session)
         ]
@@ -276,10 +276,10 @@ class _Memory:
 
     def _known_issuers(self, service: Service) -> Mapping[str, Rules]:
         with self._lock:
-            if time.monotonic() < self._issuers_loaded + _STANDING_KEPT_S:
+            if monotonic() < self._issuers_loaded + _STANDING_KEPT_S:
                 return self._issuers
             forgotten = self._forgotten
-        loaded_at = time.monotonic()
+        loaded_at = monotonic()
         with reading(service.engine, ALL_TENANTS) as session:
             listed = {row.url: Rules.of(row) for row in session.scalars(issuers())}
         self._issuer_keys.forget_all_but({each.id for each in listed.values()})
@@ -328,7 +328,7 @@ def _claims(issuer: str, token: bytes, key: ECKey) -> AccessToken:
     read = jwt.decode(token, key, algorithms=[ALGORITHM])
     if read.header != {"alg": ALGORITHM, "typ": TYPE, "kid": key.kid}:
         raise ValueError("another header than ours")
-    claims, at = read.claims, time.time()
+    claims, at = read.claims, time()
     client_id, jti, issued, expires = (claims.get(name) for name in ("client_id", "jti", "iat", "exp"))
     subject, login_id = claims.get("sub"), claims.get("sid")
     if claims.get("iss") != issuer or claims.get("aud") != issuer:
