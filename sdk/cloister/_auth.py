@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
-import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from time import monotonic
 from typing import Any
 
 import httpx2
@@ -89,7 +89,7 @@ class ClientCredentials(httpx2.Auth):
 
     def _must_renew(self, refused: SecretStr | None) -> bool:
         """True near expiry, or where nobody has yet replaced the token that was refused."""
-        return time.monotonic() >= self._renew_at or self._token == refused
+        return monotonic() >= self._renew_at or self._token == refused
 
     def _ask(self, request: httpx2.Request) -> httpx2.Request:
         """For a token; within the time limits of the request that needs it."""
@@ -137,7 +137,7 @@ class ClientCredentials(httpx2.Auth):
             token, life_s = _TEXT.validate_python(body["access_token"]), float(body["expires_in"])
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UnexpectedAnswer("the token endpoint gave no token; is this the URL of a Cloister server?") from None
-        self._token, self._renew_at = token, time.monotonic() + max(1.0, life_s - _RENEW_S)
+        self._token, self._renew_at = token, monotonic() + max(1.0, life_s - _RENEW_S)
         told: dict[str, Any] = body
         return told
 

@@ -15,10 +15,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from cloister_server.errors import StartRefused
@@ -103,17 +103,17 @@ def locked(path: Path, *, wait_s: float, what: str) -> Iterator[int]:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        deadline = time.monotonic() + wait_s
+        deadline = monotonic() + wait_s
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= deadline:
+                if monotonic() >= deadline:
                     raise StartRefused(
                         f"{what} is in use by another process, which holds {path.name}; stop that one first"
                     ) from None
-                time.sleep(0.05)
+                sleep(0.05)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -79,7 +79,7 @@ def test_a_token_is_renewed_before_it_expires_and_kept_until_then(
 ) -> None:
     server.on("/v1/sources", PAGE)
     now = 1000.0
-    monkeypatch.setattr("cloister._auth.time.monotonic", lambda: now)
+    monkeypatch.setattr("cloister._auth.monotonic", lambda: now)
     with server.client() as client:
         look(client)
         now += 569

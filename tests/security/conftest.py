@@ -76,6 +76,7 @@ def serving(service: Service) -> Iterator[None]:  # noqa: F811 (a service, not t
     finally:
         server.should_exit = True
         thread.join(60)
+        assert not thread.is_alive(), "it serves on"
 
 
 @pytest.fixture

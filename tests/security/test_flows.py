@@ -123,7 +123,7 @@ def test_a_refresh_token_is_good_once_and_a_copy_ends_the_login(
     assert refreshed(http, app.id, third["refresh_token"]).json()["error"] == "invalid_grant"
     assert [sources(http, each["access_token"]) for each in (first, second, third)] == [401] * 3
     later = time.monotonic() + 1.01
-    monkeypatch.setattr(verifier.time, "monotonic", lambda: later)
+    monkeypatch.setattr(verifier, "monotonic", lambda: later)
     with pytest.raises(Unauthenticated):
         authenticate(second_process, given, method="GET", path="/v1/sources")
 

@@ -384,7 +384,7 @@ def test_two_operators_do_not_rotate_at_once(acme: Sealed, service: Service, mon
         with keys.alone(service.settings):
             pytest.fail("two at once")
 
-    monkeypatch.setattr("cloister_server.processes.time.monotonic", iter(range(0, 10_000, 10)).__next__)
+    monkeypatch.setattr("cloister_server.processes.monotonic", iter(range(0, 10_000, 10)).__next__)
     with pytest.raises(StartRefused, match="in use by another process"):
         acme.rotate(on_progress=another)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
-import time
 from dataclasses import dataclass
+from time import time
 
 from joserfc import jwt
 from joserfc.jwk import ECKey
@@ -71,7 +71,7 @@ def read_token(issuer: str, token: bytes, key: ECKey) -> AccessToken:
     read = jwt.decode(token, key, algorithms=[ALGORITHM])
     if read.header != {"alg": ALGORITHM, "typ": TYPE, "kid": key.kid}:
         raise ValueError("another header than ours")
-    claims, at = read.claims, time.time()
+    claims, at = read.claims, time()
     client_id, jti, issued, expires = (claims.get(name) for name in ("client_id", "jti", "iat", "exp"))
     subject, login_id = claims.get("sub"), claims.get("sid")
     if claims.get("iss") != issuer or claims.get("aud") != issuer:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from time import monotonic, time
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -151,7 +151,7 @@ class _Memory:
         read = self._remembered(digest)
         if read is None:
             read = self._verify_any(service, token)
-            self._keep(self._tokens, digest, _Seen(read, time.monotonic() + _TOKEN_KEPT_S))
+            self._keep(self._tokens, digest, _Seen(read, monotonic() + _TOKEN_KEPT_S))
         with self._asking[digest[0] % _ASKING_AT_ONCE]:
             standing = self._known_standing(digest)  # of many that came with one token one has asked by now
             if standing is None:
@@ -169,7 +169,7 @@ class _Memory:
         """What was looked up within a second; where somebody renews it, to `authenticate` within half of one."""
         with self._lock:
             standing, asked_at = self._standing.get(digest, (None, 0.0))
-            age_s = time.monotonic() - asked_at
+            age_s = monotonic() - asked_at
             if standing is None or age_s >= _STANDING_KEPT_S:
                 return None
             if age_s >= _STANDING_KEPT_S / 2:
@@ -181,7 +181,7 @@ class _Memory:
             return standing
 
     def _look_up(self, service: Service, digest: bytes, read: AccessToken | ForeignToken) -> _Standing:
-        asked_at, forgotten = time.monotonic(), self._forgotten
+        asked_at, forgotten = monotonic(), self._forgotten
         try:
             with reading(service.engine, ALL_TENANTS) as session:
                 standing = _standing(session, read)
@@ -240,7 +240,7 @@ class _Memory:
     def _remembered(self, digest: bytes) -> AccessToken | ForeignToken | None:
         with self._lock:
             seen = self._tokens.get(digest)
-        if seen is None or seen.until <= time.monotonic() or seen.token.expires <= time.time():
+        if seen is None or seen.until <= monotonic() or seen.token.expires <= time():
             return None
         return seen.token
 
@@ -253,9 +253,9 @@ class _Memory:
 
     def _known_keys(self, service: Service, *, kept_s: float, within: Session | None) -> Mapping[str, ECKey]:
         with self._lock:
-            if time.monotonic() < self._keys_loaded + kept_s:
+            if monotonic() < self._keys_loaded + kept_s:
                 return self._keys
-        loaded_at = time.monotonic()
+        loaded_at = monotonic()
         load: Callable[[Session], list[vault.SigningSecret]] = lambda session: [  # noqa: E731 (its type)
             vault.open_signing_key(session, service.keys, row) for row in token_keys(session)
         ]
@@ -268,10 +268,10 @@ class _Memory:
 
     def _known_issuers(self, service: Service) -> Mapping[str, Rules]:
         with self._lock:
-            if time.monotonic() < self._issuers_loaded + _STANDING_KEPT_S:
+            if monotonic() < self._issuers_loaded + _STANDING_KEPT_S:
                 return self._issuers
             forgotten = self._forgotten
-        loaded_at = time.monotonic()
+        loaded_at = monotonic()
         with reading(service.engine, ALL_TENANTS) as session:
             listed = {row.url: Rules.of(row) for row in session.scalars(issuers())}
         self._issuer_keys.forget_all_but({each.id for each in listed.values()})
