@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from asked import asked_reading
 from cloister_server import vault
 from cloister_server.errors import Unauthenticated
-from cloister_server.oauth import client_secrets, verifier
+from cloister_server.oauth import access_tokens, client_secrets, verifier
 from cloister_server.oauth.verifier import authenticate
 from cloister_server.service import Service
 from cloister_server.store.session import writing
@@ -247,7 +247,8 @@ def test_a_remembered_token_expires_all_the_same(
 ) -> None:
     assert http.get("/v1/sources", headers=bearer).status_code == 200
     later = time.time() + 601
-    monkeypatch.setattr(verifier, "time", lambda: later)
+    for each in (verifier, access_tokens):
+        monkeypatch.setattr(each, "time", lambda: later)
     assert http.get("/v1/sources", headers=bearer).status_code == 401
 
 
@@ -255,8 +256,8 @@ def test_a_token_is_verified_once_a_minute_and_its_memory_is_bounded(
     service: Service, steward: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[bytes] = []
-    real = verifier._claims
-    monkeypatch.setattr(verifier, "_claims", lambda *given: (read.append(given[1]), real(*given))[1])
+    real = verifier.read_token
+    monkeypatch.setattr(verifier, "read_token", lambda *given: (read.append(given[1]), real(*given))[1])
     monkeypatch.setattr(verifier, "_MOST_KEPT", 2)
     tokens = [sign(service, {**good_claims(service, steward), "jti": str(each)}) for each in range(3)]
     for token in (tokens[0], tokens[0], *tokens, tokens[0]):
