@@ -27,7 +27,7 @@ A_co = TypeVar("A_co", covariant=True)
 
 
 class Question(Protocol[A_co]):
-    """What is asked, of a provider most often: a frozen value, the same in every run of one transaction, or it would be asked for ever."""
+    """What is asked, of a provider or not: a frozen value, the same in every run of one transaction, or it would be asked for ever."""
 
     def ask(self, keys: KeyRing) -> A_co: ...
 

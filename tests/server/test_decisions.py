@@ -492,6 +492,8 @@ def test_a_condition_that_nothing_would_keep_to_is_refused(
         {"verb": "model.predict", "conditions": Conditions(requests_per_minute=1), "effect": "deny"},
         {"verb": "model.predict", "network": "10.0.0.1/8"},
         {"verb": "model.predict", "network": "nowhere"},
+        {"verb": "model.predict", "expires": now() - timedelta(seconds=1)},
+        {"verb": "model.predict", "expires": now() - timedelta(seconds=1), "effect": "deny"},
     ]
     with writing(service.engine) as session:
         for each in refused:
@@ -520,8 +522,8 @@ def test_an_explanation_is_the_decision_with_the_grants_behind_it(
     assert (told()["allowed"], told()["grant"]) == (False, None)
     with writing(service.engine) as session:
         wide = grants.add(session, operator, to=partner.id, verb="model.predict", resource_id=ANY, network="10.0.0.0/8")
-        past = now() - timedelta(days=1)
-        old = grants.add(session, operator, to=partner.id, verb="model.predict", resource_id=model.id, expires=past)
+        old = grants.add(session, operator, to=partner.id, verb="model.predict", resource_id=model.id)
+        old.expires = now() - timedelta(days=1)
     answer = told(address="10.0.0.1")
     assert (
         answer["allowed"] and answer["grant"]["id"] == wide.id and answer["grant"]["last_address"] == "10.255.255.255"
@@ -588,4 +590,4 @@ def test_explanations_of_another_tenants_clients_are_of_those_with_grants_here(
         for who in (elsewhere.id, new_id("ap")):
             with pytest.raises(NotFound) as refusal:
                 explanations.explain(session, steward.principal, who=who, **asked)
-            assert str(refusal.value) == str(NotFound("client"))
+            assert str(refusal.value) == str(NotFound("client or user"))
