@@ -1,7 +1,8 @@
 """What a transaction must know of a key provider, asked for while there is none: it ends, the provider is asked, it runs again.
 
 Knows sessions and the key ring; nothing of what is asked for. A provider may be as slow as its network: asked in a transaction it
-would hold up, on SQLite, everybody who writes, and on any database a connection.
+would hold up, on SQLite, everybody who writes, and on any database a connection. What must be written whatever becomes of the
+transaction, as a grant's count is, is asked for likewise.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy.orm import Session
 
 from cloister_server.keyring import AskedInTransaction, KeyRing
-from cloister_server.store.rates import give_back
 from cloister_server.store.session import in_transaction
 
-__all__ = ["Question", "answered", "note", "run", "taken"]
+__all__ = ["Question", "answered", "is_answered", "note", "run", "taken"]
 
 _ANSWERS = "cloister_answers"
 
@@ -27,7 +27,7 @@ A_co = TypeVar("A_co", covariant=True)
 
 
 class Question(Protocol[A_co]):
-    """What is asked of a provider: a frozen value, the same in every run of one transaction, or it would be asked for ever."""
+    """What is asked, of a provider or not: a frozen value, the same in every run of one transaction, or it would be asked for ever."""
 
     def ask(self, keys: KeyRing) -> A_co: ...
 
@@ -49,7 +49,6 @@ def run(within: Callable[[], AbstractContextManager[Session]], keys: KeyRing, wo
                 return work(session)
         except _Unanswered as unanswered:
             known, fresh = unanswered.known, unanswered.fresh
-            give_back(session)
         answers.known.update((each, each.ask(keys)) for each in known)
         for each in fresh:
             answers.fresh.setdefault(each, []).append(each.ask(keys))
@@ -74,6 +73,11 @@ def taken(session: Session, question: Question[T]) -> T:
         raise _Unanswered(fresh=list(answers.takes.elements()))  # those that this run has taken are gone
     answer: T = fresh.pop()
     return answer
+
+
+def is_answered(session: Session, question: Question[Any]) -> bool:
+    """Whether nobody need be asked, in this run of the transaction."""
+    return question in _answers(session).known
 
 
 def note(session: Session, question: Question[T], answer: T) -> None:

@@ -7,7 +7,8 @@ ServerError                500  internal, weights_differ: what is stored is not 
 ├── NotFound               404  not_found: not there and not yours are the same
 ├── BadRequest             400  bad_request, body_truncated, digest_mismatch
 ├── Invalid                422  invalid_request, rows_refused, batch_too_large, plan_impossible, unit_not_supported,
-│                               sealed_part_refused, not_confirmed, roles_not_apart, role_expired, public_rows_needed, not_shared
+│                               sealed_part_refused, not_confirmed, roles_not_apart, role_expired, public_rows_needed, not_shared,
+│                               expiry_past
 │   └── IdempotencyMismatch 422 idempotency_mismatch
 ├── Conflict               409  conflict, dataset_not_ready, quota_exceeded, job_quota_exceeded, tenant_shredded, shredding_unfinished,
 │                               not_deployed_privately, secret_already_shown, operators_tenant, last_operator, local_only

@@ -129,7 +129,7 @@ def _principal_of(
         ids = [each for each, name in names.items() if given in (each, name)]
         found = (queries.app_of_id(session, ids[0]) or user_of_id(session, ids[0])) if ids else None
     if found is None:
-        raise NotFound("client")
+        raise NotFound("client or user")
     return Principal(found.tenant_id, found.id, "user" if isinstance(found, User) else "app", asker.request_id, address)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, Literal, get_args
@@ -18,7 +18,20 @@ from cloister_server.store import identities, queries
 from cloister_server.store.conditions import UNBOUND, Conditions, Outputs, address_range
 from cloister_server.store.identities import User
 from cloister_server.store.queries import ANY, VERBS
-from cloister_server.store.tables import App, Dataset, Grant, Group, Job, Model, Source, Table, Tenant, Weights, new_id
+from cloister_server.store.tables import (
+    App,
+    Dataset,
+    Grant,
+    Group,
+    Job,
+    Model,
+    Source,
+    Table,
+    Tenant,
+    Weights,
+    new_id,
+    now,
+)
 
 __all__ = [
     "ROLES",
@@ -63,12 +76,13 @@ _ID = re.compile(r"[a-z]{2,4}_[0-9a-f]{32}")
 
 
 class NoSuch(NotFound):
-    """What the operator named is not there; in the operator's words, from whom nothing is hidden."""
+    """What the operator named is not there, of the kind, or any of the kinds, that was meant; in the operator's words, from whom
+    nothing is hidden."""
 
-    def __init__(self, kind: str, given: str) -> None:
-        ServerError.__init__(
-            self, f"there is no {kind} {given!r} here; `cloister-admin {kind} list` shows what there is"
-        )
+    def __init__(self, kind: str, given: str, *others: str) -> None:
+        kinds = (kind, *others)
+        lists = _either(f"`cloister-admin {each} list`" for each in kinds)
+        ServerError.__init__(self, f"there is no {_either(kinds)} {given!r} here; {lists} shows what there is")
 
 
 def grant_to_creator(session: Session, principal: Principal, row: Source | Dataset | Job | Model | Weights) -> None:
@@ -109,9 +123,14 @@ def add(
     """Let an app, a person or a group, of any tenant, do one verb to one resource of this tenant (or to any, '*'); or deny it.
 
     `to` and `resource_id` may be names as well; `network` is where requests must come from ('10.0.0.0/8'). Raises NoSuch or Invalid
-    where the holder, the verb or the resource is not there, or a condition could not be kept to: a grant that never matches, or that
-    allows more than it says, would be a false comfort.
+    where the holder, the verb or the resource is not there, a condition could not be kept to, or it would have expired already: a
+    grant that never matches, or that allows more than it says, would be a false comfort.
     """
+    if expires is not None and expires <= now():
+        raise Invalid(
+            f"a grant until {expires:%Y-%m-%d %H:%M} would count for nothing: that is past; give a later moment, in UTC, or none",
+            code="expiry_past",
+        )
     authorized = policy.authorize_change(session, principal, "tenant.administer")
     tenant = authorized.resource
     _require_kept(verb, effect, conditions)
@@ -185,12 +204,7 @@ def remove_all(
 
 def find_app(session: Session, tenant: Tenant, given: str) -> App:
     """The app of this client id in any tenant, of this name in the tenant, or of `TENANT/NAME`. Raises NoSuch."""
-    if _ID.fullmatch(given):
-        app = queries.app_of_id(session, given)
-    else:
-        of, _, name = given.rpartition("/")
-        there = queries.tenant_of_id_or_name(session, of) if of else tenant
-        app = None if there is None else queries.app_of_name(session, there.id, name)
+    app = _app_of(session, tenant, given)
     if app is None:
         raise NoSuch("client", given)
     return app
@@ -198,26 +212,48 @@ def find_app(session: Session, tenant: Tenant, given: str) -> App:
 
 def find_principal(session: Session, tenant: Tenant, given: str) -> App | User:
     """The app or person of this id in any tenant, of this name in the tenant, or of `TENANT/NAME`. Raises NoSuch."""
-    if _ID.fullmatch(given):
-        user = identities.user_of_id(session, given)
-    else:
-        of, _, name = given.rpartition("/")
-        there = queries.tenant_of_id_or_name(session, of) if of else tenant
-        user = None if there is None else identities.user_of_name(session, there.id, name)
-    return user if user is not None else find_app(session, tenant, given)
+    principal = _user_of(session, tenant, given) or _app_of(session, tenant, given)
+    if principal is None:
+        raise NoSuch("client", given, "user")
+    return principal
 
 
 def find_holder(session: Session, tenant: Tenant, given: str) -> App | User | Group:
     """The same, or a group. Raises NoSuch."""
-    try:
-        return find_principal(session, tenant, given)
-    except NoSuch:
-        of, _, name = given.rpartition("/")
-        there = queries.tenant_of_id_or_name(session, of) if of else tenant
-        group = queries.group_of(session, None if there is None else there.id, name)
-        if group is None:
-            raise
-        return group
+    holder = _user_of(session, tenant, given) or _app_of(session, tenant, given) or _group_of(session, tenant, given)
+    if holder is None:
+        raise NoSuch("client", given, "user", "group")
+    return holder
+
+
+def _app_of(session: Session, tenant: Tenant, given: str) -> App | None:
+    if _ID.fullmatch(given):
+        return queries.app_of_id(session, given)
+    there, name = _place(session, tenant, given)
+    return None if there is None else queries.app_of_name(session, there.id, name)
+
+
+def _user_of(session: Session, tenant: Tenant, given: str) -> User | None:
+    if _ID.fullmatch(given):
+        return identities.user_of_id(session, given)
+    there, name = _place(session, tenant, given)
+    return None if there is None else identities.user_of_name(session, there.id, name)
+
+
+def _group_of(session: Session, tenant: Tenant, given: str) -> Group | None:
+    there, name = _place(session, tenant, given)
+    return queries.group_of(session, None if there is None else there.id, name)
+
+
+def _place(session: Session, tenant: Tenant, given: str) -> tuple[Tenant | None, str]:
+    """Of `TENANT/NAME`, or of a name in the tenant."""
+    of, _, name = given.rpartition("/")
+    return (queries.tenant_of_id_or_name(session, of) if of else tenant), name
+
+
+def _either(kinds: Iterable[str]) -> str:
+    *first, last = kinds
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _require_kept(verb: str, effect: str, conditions: Conditions) -> None:

@@ -61,7 +61,7 @@ def remove(session: Session, principal: Principal, group: str, member: str) -> G
     found, whom = _found(session, tenant, group, member)
     row = session.get(Member, (found.tenant_id, found.id, whom.id))
     if row is None:
-        raise NoSuch("client", f"{member} in group {group}")
+        raise NoSuch("client", f"{member} in group {group}", "user")
     session.delete(row)
     audit.allowed(session, authorized, "group.remove", f"{found.id}/{whom.id}")
     session.flush()  # as above

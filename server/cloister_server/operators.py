@@ -30,6 +30,7 @@ from cloister_server.store.tables import Tenant, now
 __all__ = [
     "TENANT",
     "FirstAdminRefused",
+    "accounts",
     "add",
     "first_admin_token",
     "is_operator",
@@ -120,26 +121,32 @@ def add(session: Session, service: Service, principal: Principal, *, name: str) 
 
 
 def remove(session: Session, service: Service, principal: Principal, name: str, *, may_be_last: bool) -> User:
-    """Delete an operator's account; their logins end. Raises NoSuch, or Conflict where nobody would be left."""
+    """Delete an operator's account; their logins end. Raises NoSuch, or Conflict where nobody would be left who can sign in."""
     policy.authorize_change(
         session, principal, "tenant.administer"
     )  # of two who remove each other at once, the other waits
     known = store.operators(session)
-    if not any(name in (each.id, each.name) for each in known):
+    gone = next((each for each in known if name in (each.id, each.name)), None)
+    if gone is None:
         raise NoSuch("operator", name)
-    if len(known) == 1 and not may_be_last:
+    if not may_be_last and not any(each.status == "active" for each in known if each is not gone):
         raise Conflict(
-            "this is the last operator, and nobody could administer from elsewhere; add another first, or remove this one at the "
-            "deployment itself",
+            "no other operator can sign in yet, and nobody could administer from elsewhere; let another take up an invitation first, "
+            "or remove this one at the deployment itself",
             code="last_operator",
         )
-    audit.told(session, principal, "operator.remove", next(each.id for each in known if name in (each.id, each.name)))
+    audit.told(session, principal, "operator.remove", gone.id)
     return people.remove(session, service, principal, name)
 
 
 def listed(session: Session) -> list[User]:
     """Every operator, oldest first."""
     return store.operators(session)
+
+
+def accounts(session: Session) -> dict[str, str]:
+    """Id -> account of every operator, as they sign in."""
+    return {each.id: f"{TENANT}/{each.name}" for each in store.operators(session)}
 
 
 def _mac(session: Session, service: Service, token: str) -> bytes:

@@ -5,7 +5,6 @@ A feature asks for `Authorized[Model]` and not for an id: only this module can m
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,12 +14,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from cloister_server import grant_rate
 from cloister_server.errors import Conflict, Forbidden, NotFound, RateLimited, ServerError, Unavailable
 from cloister_server.principal import Principal
 from cloister_server.store.conditions import UNBOUND, Conditions
 from cloister_server.store.decisions import decisive
 from cloister_server.store.queries import OPERATOR_VERBS, VERBS, visible_to
-from cloister_server.store.rates import take
 from cloister_server.store.serving import Served, Serving
 from cloister_server.store.tables import Model, Table, Tenant
 
@@ -273,7 +272,7 @@ def _allow(session: Session, principal: Principal, verb: str, tenant_id: str, re
     """Raises _NotThis, RateLimited or Unavailable."""
     decision = decide(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     if isinstance(decision, Allow):
-        _count(session, decision)
+        _count(session, decision, tenant_id)
         return decision
     if decision is _UNREACHABLE:
         raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment")
@@ -310,15 +309,15 @@ def _note(session: Session, decided: Decided) -> None:
         noted.append(decided)
 
 
-def _count(session: Session, allow: Allow) -> None:
+def _count(session: Session, allow: Allow, tenant_id: str) -> None:
     most = allow.conditions.requests_per_minute
     if most is None:
         return
-    wait_s = take(session, allow.by, per_minute=most)
-    if wait_s > 0:
+    wait_s = grant_rate.use(session, tenant_id=tenant_id, grant_id=allow.by)
+    if wait_s:
         raise RateLimited(
-            f"your grant allows this {most} times a minute; go on in {math.ceil(wait_s)} s, or ask the owner for another grant",
-            details={"requests_per_minute": most, "retry_after_s": math.ceil(wait_s)},
+            f"your grant allows this {most} times a minute; go on in {wait_s} s, or ask the owner for another grant",
+            details={"requests_per_minute": most, "retry_after_s": wait_s},
         )
 
 

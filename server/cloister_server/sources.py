@@ -66,10 +66,10 @@ def allow(
     try:
         holder = grants.find_principal(session, session.get_one(Tenant, source.tenant_id), client)
     except grants.NoSuch:
-        raise NotFound("client") from None
+        raise NotFound("client or user") from None
     # Who is elsewhere, and has nothing here, is nobody's to find out.
     if holder.tenant_id != source.tenant_id and not holds_something(session, holder, source.tenant_id):
-        raise NotFound("client")
+        raise NotFound("client or user")
     budgets.allow(
         session,
         source,

@@ -139,12 +139,15 @@ class World:
 
     def give(self, tenant_id: str, holder: str, verb: str, on: str, *, allows: bool, is_over: bool) -> None:
         effect: Any = "allow" if allows else "deny"
-        expires = now() + timedelta(hours=-1 if is_over else 1)
+        expires = now() + timedelta(hours=1)
         with asked_writing(self.service) as session:
             made = grants.add(
                 session, self.operator(tenant_id), to=holder, verb=verb, resource_id=on, effect=effect, expires=expires
             ).id
-        self.oracle.permits.append(Permit(tenant_id, made, holder, verb, on, allows, is_over))
+        permit = Permit(tenant_id, made, holder, verb, on, allows, is_over=False)
+        self.oracle.permits.append(permit)
+        if is_over:
+            self.expire(permit)
 
     def withdraw(self, permit: Permit) -> None:
         with asked_writing(self.service) as session:

@@ -15,11 +15,12 @@ from sqlalchemy import select, update
 from starlette.testclient import TestClient
 
 from asked import asked_writing
-from cloister_server import operators, shredding, tenants, vault
+from cloister_server import audit, operators, shredding, tenants, vault
 from cloister_server.errors import Conflict
 from cloister_server.oauth import authorizations
 from cloister_server.oauth.foreign import ForeignToken
 from cloister_server.oauth.verifier import _principal
+from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.operators import FirstAdminToken
 from cloister_server.store.session import reading, writing
@@ -146,8 +147,14 @@ def test_an_operator_who_is_removed_is_refused_on_the_next_request(
     http: TestClient, operator: Human, operating: Operating, service: Service, second_process: Service
 ) -> None:
     assert operating.ask("operator.remove", {"name": "ada"}, confirm="ada").json()["code"] == "last_operator"
-    assert operating.ask("operator.add", {"name": "eve"}).status_code == 200
+    eve = operating.ask("operator.add", {"name": "eve"}).json()["answer"]
     assert [each["name"] for each in operating.ask("operator.list").json()["answer"]] == ["ada", "eve"]
+    refused = operating.ask("operator.remove", {"name": "ada"}, confirm="ada").json()
+    assert refused["code"] == "last_operator" and "take up an invitation" in refused["error"], "eve cannot sign in yet"
+    assert operating.ask("operator.add", {"name": "bob"}).status_code == 200
+    assert operating.ask("operator.remove", {"name": "bob"}, confirm="bob").status_code == 200, "nor could bob"
+    http.cookies.clear()
+    Human(service, http, eve["account"], eve["id"], eve["invitation"]).enrol()
     with writing(second_process.engine) as session:  # another process, of whose deeds this one hears within a second
         session.execute(
             update(authorizations.logins.User)
@@ -168,6 +175,20 @@ def test_an_operator_who_is_removed_is_refused_on_the_next_request(
     assert operating.ask("operator.remove", {"name": "ada"}, confirm="ada").status_code == 200
     assert operating.ask("tenant.list").status_code == 401
     assert operating.redeem(**refresh).json()["error"] == "invalid_grant"
+
+
+def test_the_audit_log_is_read_with_the_accounts_of_operators(
+    operator: Human, operating: Operating, service: Service
+) -> None:
+    assert operating.ask("tenant.create", {"name": "acme"}).status_code == 200
+    with writing(service.engine) as session:
+        tenant = tenants.find_tenant(session, "acme")
+        audit.told(session, Principal(tenant.id, "us_" + "0" * 32, "user", "request-of-a-test"), "something", "x")
+    rows = operating.ask("audit.tail", {"tenant": "acme"}).json()["answer"]
+    assert {(each["principal"], each["principal_name"]) for each in rows} == {
+        (operator.id, "operators/ada"),
+        ("us_" + "0" * 32, None),
+    }
 
 
 def test_a_first_admin_token_is_good_once_and_for_an_hour(http: TestClient, service: Service, quick: None) -> None:

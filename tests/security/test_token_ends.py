@@ -20,6 +20,7 @@ from cloister_server.oauth.verifier import authenticate
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
+from cloister_server.store.identities import User
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import RevokedToken, SigningKey, now
 
@@ -275,6 +276,8 @@ def test_of_two_operators_who_remove_each_other_at_once_one_is_left(
             refusals.append(refusal.code)
 
     service.write(ALL_TENANTS, lambda session: operators.add(session, service, of(session), name="bob"))
+    with writing(service.engine) as session:
+        session.execute(update(User).values(status="active"))  # as if they had taken up their invitations
     thread = threading.Thread(target=other)
     with writing(service.engine) as session:
         removed(session, "bob")

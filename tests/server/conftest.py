@@ -21,6 +21,7 @@ from cloister_server.grants import Role
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.settings import Settings
+from cloister_server.store import shares
 from databases import DatabaseURLs, new_postgres_database, postgres_copy
 
 
@@ -35,6 +36,27 @@ class Client:
     @property
     def principal(self) -> Principal:
         return Principal(self.tenant_id, self.id, "app", "request-of-a-test")
+
+
+MINUTE = 30_000_000
+"""Some minute, counted from 1970."""
+
+
+class MinuteClock:
+    """The clock that minutes are counted by, which stands where it is put."""
+
+    def __init__(self) -> None:
+        self.at = MINUTE * 60.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> MinuteClock:
+    clock = MinuteClock()
+    monkeypatch.setattr(shares, "_now", clock)
+    return clock
 
 
 def new_service(root: Path, urls: DatabaseURLs | None = None, **more: Any) -> Service:
@@ -90,8 +112,8 @@ def _template(root: Path, urls: DatabaseURLs | None) -> Path:
 
 
 _ON_BOTH = {
-    "test_chain", "test_collection", "test_decisions", "test_idempotency", "test_isolation", "test_oauth", "test_policy",
-    "test_quotas", "test_shredding", "test_units",
+    "test_chain", "test_collection", "test_decisions", "test_grant_rate", "test_idempotency", "test_isolation", "test_oauth",
+    "test_policy", "test_quotas", "test_shredding", "test_units",
 }  # fmt: skip
 """The tests whose answer is a database's; each costs a database on PostgreSQL, and the others run on SQLite alone."""
 

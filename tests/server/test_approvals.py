@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -130,7 +130,11 @@ def test_the_commands_ask_show_and_do_it_for_the_users_of_the_machine(
     (listed,) = admin("list")
     assert listed["two_person"] and listed["requests"] == [asked] == admin("approvals", "acme")["requests"]
     assert admin("approvals", "acme", "--withdraw", "--dry-run")["requests"] == []
-    assert "acme" in CliRunner().invoke(cli, ["tenant", "list"]).output
+    until = datetime.fromisoformat(asked["until"])
+    for shown in (["tenant", "list"], ["tenant", "approvals", "acme"]):
+        told = CliRunner().invoke(cli, shown).output
+        assert f"{asked['deed']} by {asked['by']} until {until:%Y-%m-%d %H:%M}" in told
+        assert "asked_for" in told and "{" not in told and "requests" not in told
     assert admin("approvals", "acme", "--withdraw")["requests"] == []
     elsewhere = Acting("us_1", "request-of-a-test", is_local=False)
     with asked_writing(service) as session:

@@ -21,10 +21,12 @@ from typer.testing import CliRunner, Result
 from accounts import Person
 from cloister.wire.columns import Schema
 from cloister.wire.rows import encode_rows
+from cloister_server import audit, operators, tenants
 from cloister_server.audit_lines import syslog_line
 from cloister_server.cli.admin import cli
 from cloister_server.service import Service
 from cloister_server.store.audit_log import Entry
+from cloister_server.store.session import writing
 
 _SYSLOG = re.compile(
     r"<(?P<pri>10[89])>1 (?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z) - cloister - (?P<msgid>[!-~]{1,32}) "
@@ -121,10 +123,14 @@ def test_the_tail_is_the_newest_rows_and_follows_with_each_one_once(
     admin: Callable[..., Result], deeds: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exported = lines(admin("audit", "export"))
-    assert lines(admin("audit", "tail", "--json", "-n", "5")) == exported[-5:]
-    assert lines(admin("audit", "tail", "--json", "--tenant", "other", "-n", "1")) == [
-        [line for line in exported if '"other"' in line][-1]
-    ]
+
+    def as_exported(*arguments: str) -> list[str]:
+        rows = [json.loads(line) for line in lines(admin("audit", "tail", "--json", *arguments))]
+        assert {row.pop("principal_name") for row in rows} == {None}, "none of them is an operator's by a login"
+        return [json.dumps(row) for row in rows]
+
+    assert as_exported("-n", "5") == exported[-5:]
+    assert as_exported("--tenant", "other", "-n", "1") == [[line for line in exported if '"other"' in line][-1]]
     acts = [
         ("tenant", "suspend", "acme"),
         ("tenant", "create", "new"),
@@ -143,3 +149,18 @@ def test_the_tail_is_the_newest_rows_and_follows_with_each_one_once(
     assert [json.dumps(each) for each in followed] == lines(admin("audit", "tail", "--json", "-n", "5"))
     told = lines(admin("audit", "tail", "-n", "1"))[0]
     assert "acme  local:" in told and "  tenant.resume  " in told and "allowed  by operator  (cli_" in told
+
+
+def test_an_operators_rows_are_shown_with_the_account_beside_the_id(
+    admin: Callable[..., Result], service: Service
+) -> None:
+    token = operators.first_admin_token(service)
+    assert token is not None
+    ada = operators.redeem(service, token.get_secret_value(), name="ada", request_id="request-of-a-test").user_id
+    with writing(service.engine) as session:
+        own = tenants.find_tenant(session, "operators")
+        by_ada = tenants.operator_of(own, request_id="request-of-a-test", by=ada)
+        audit.told(session, by_ada, "something", "x")
+    before, last = lines(admin("audit", "tail", "-n", "2"))
+    assert f"  operators  {ada} (operators/ada)  something  x  " in last
+    assert "  operators  first-admin  operator.add  " in before

@@ -25,10 +25,9 @@ from cloister_server.store import decisions
 from cloister_server.store.acting import ALL_TENANTS, for_principal
 from cloister_server.store.conditions import Conditions, address_key, address_range
 from cloister_server.store.queries import ANY, visible_to
-from cloister_server.store.rates import Rates
 from cloister_server.store.session import new_engine, reading, writing
 from cloister_server.store.tables import AuditRow, Grant, Group, Member, Model, PolicyRevision, Tenant, new_id, now
-from server.conftest import Client
+from server.conftest import Client, MinuteClock
 from server.test_policy import put, resource
 
 HERE, THERE = "tn_" + "1" * 32, "tn_" + "2" * 32
@@ -435,24 +434,9 @@ def let_ann_read(world: Service, model_id: str, *, per_minute: int) -> None:
         session.add_all(rows_of([bound], set(), {(HERE, "one"): model_id}))
 
 
-def test_a_grant_is_used_as_often_as_it_says_and_then_asks_to_wait(world: Service) -> None:
-    ann, model_id = APPS["ann"], models_of(world)[HERE, "one"]
-    let_ann_read(world, model_id, per_minute=3)
-    with reading(world.engine, for_principal(ann)) as session:
-        for _ in range(3):
-            policy.find(session, ann, "model.read", Model, model_id)
-        with pytest.raises(RateLimited) as refusal:
-            policy.find(session, ann, "model.read", Model, model_id)
-    assert refusal.value.details["requests_per_minute"] == 3 and 1 <= refusal.value.details["retry_after_s"] <= 60
-
-
-def test_a_rate_is_of_any_minute_and_of_each_grant() -> None:
-    rates = Rates()
-    uses = (("g", 0.0), ("g", 10.0), ("g", 20.0), ("other", 20.0), ("g", 60.0), ("g", 60.5))
-    assert [rates.take(grant, per_minute=2, at=at) for grant, at in uses] == [0.0, 0.0, 40.0, 0.0, 0.0, 9.5]
-
-
-def test_a_request_that_asks_a_key_provider_and_so_runs_again_is_counted_once(world: Service) -> None:
+def test_a_request_that_asks_a_key_provider_and_so_runs_again_is_counted_once(
+    world: Service, clock: MinuteClock
+) -> None:
     ann, model_id = APPS["ann"], models_of(world)[HERE, "one"]
     let_ann_read(world, model_id, per_minute=2)
     runs = []
@@ -508,6 +492,8 @@ def test_a_condition_that_nothing_would_keep_to_is_refused(
         {"verb": "model.predict", "conditions": Conditions(requests_per_minute=1), "effect": "deny"},
         {"verb": "model.predict", "network": "10.0.0.1/8"},
         {"verb": "model.predict", "network": "nowhere"},
+        {"verb": "model.predict", "expires": now() - timedelta(seconds=1)},
+        {"verb": "model.predict", "expires": now() - timedelta(seconds=1), "effect": "deny"},
     ]
     with writing(service.engine) as session:
         for each in refused:
@@ -536,8 +522,8 @@ def test_an_explanation_is_the_decision_with_the_grants_behind_it(
     assert (told()["allowed"], told()["grant"]) == (False, None)
     with writing(service.engine) as session:
         wide = grants.add(session, operator, to=partner.id, verb="model.predict", resource_id=ANY, network="10.0.0.0/8")
-        past = now() - timedelta(days=1)
-        old = grants.add(session, operator, to=partner.id, verb="model.predict", resource_id=model.id, expires=past)
+        old = grants.add(session, operator, to=partner.id, verb="model.predict", resource_id=model.id)
+        old.expires = now() - timedelta(days=1)
     answer = told(address="10.0.0.1")
     assert (
         answer["allowed"] and answer["grant"]["id"] == wide.id and answer["grant"]["last_address"] == "10.255.255.255"
@@ -604,4 +590,4 @@ def test_explanations_of_another_tenants_clients_are_of_those_with_grants_here(
         for who in (elsewhere.id, new_id("ap")):
             with pytest.raises(NotFound) as refusal:
                 explanations.explain(session, steward.principal, who=who, **asked)
-            assert str(refusal.value) == str(NotFound("client"))
+            assert str(refusal.value) == str(NotFound("client or user"))

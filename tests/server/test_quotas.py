@@ -25,11 +25,12 @@ from cloister.wire.rows import arrays_of, encode_rows
 from cloister.wire.sources import CreateDataset
 from cloister.wire.weights import WEIGHTS_TYPE
 from cloister_privacy.queries import QueryPlan, release
-from cloister_server import answers, datasets, deployment, jobs, quotas, request_rate
+from cloister_server import answers, datasets, deployment, jobs, quotas
 from cloister_server.errors import Conflict, Invalid
 from cloister_server.policy import Denied
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store import shares
 from cloister_server.store.acting import for_principal
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Dataset, Job, LedgerEntry, SealedObject
@@ -255,7 +256,7 @@ def test_jobs_started_at_the_same_moment_never_exceed_a_quota(
 def test_processes_that_ask_at_once_pass_just_as_many_requests_as_are_allowed(
     service: Service, steward: Any, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
-    monkeypatch.setattr(request_rate, "_now", lambda: 1.8e9)  # within one minute
+    monkeypatch.setattr(shares, "_now", lambda: 1.8e9)  # within one minute
     tenant_id, barrier = steward.tenant_id, Barrier(6)
     bound(service, tenant_id, {"requests_per_minute": allowed})
     others = [deployment.open_service(service.settings) for _ in range(2)]

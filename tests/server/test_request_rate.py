@@ -19,26 +19,7 @@ from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store.session import writing
 from cloister_server.store.tables import RequestCount
-
-MINUTE = 30_000_000
-"""Some minute, counted from 1970."""
-
-
-class Clock:
-    """The server's clock, which stands where it is put."""
-
-    def __init__(self) -> None:
-        self.at = MINUTE * 60.0
-
-    def __call__(self) -> float:
-        return self.at
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(request_rate, "_now", clock)
-    return clock
+from server.conftest import MINUTE, MinuteClock
 
 
 def bound(service: Service, tenant_id: str, allowed: int | None) -> None:
@@ -52,7 +33,7 @@ def test_a_tenant_is_refused_with_the_time_to_wait_and_others_are_not(
     http: TestClient,
     make_client: Callable[..., Any],
     bearer_of: Callable[..., dict[str, str]],
-    clock: Clock,
+    clock: MinuteClock,
 ) -> None:
     first, second, other = make_client(), make_client(), make_client("other")
     bearers = [bearer_of(each) for each in (first, second, other)]
@@ -85,7 +66,7 @@ def test_a_tenant_is_refused_with_the_time_to_wait_and_others_are_not(
 
 
 def test_counting_writes_seldom_and_a_tenant_without_a_quota_never(
-    service: Service, make_client: Callable[..., Any], clock: Clock
+    service: Service, make_client: Callable[..., Any], clock: MinuteClock
 ) -> None:
     bounded, free = make_client().tenant_id, make_client("other").tenant_id
     bound(service, bounded, 1000)
@@ -107,7 +88,7 @@ def test_counting_writes_seldom_and_a_tenant_without_a_quota_never(
 
 
 def test_a_tenant_without_a_quota_is_looked_up_once_a_second_however_long_it_goes_on(
-    service: Service, make_client: Callable[..., Any], clock: Clock
+    service: Service, make_client: Callable[..., Any], clock: MinuteClock
 ) -> None:
     free = make_client().tenant_id
     looked_up: list[int] = []
@@ -121,7 +102,7 @@ def test_a_tenant_without_a_quota_is_looked_up_once_a_second_however_long_it_goe
 
 
 def test_what_an_idle_process_has_taken_is_a_small_part_and_comes_back_with_the_next_minute(
-    service: Service, make_client: Callable[..., Any], clock: Clock
+    service: Service, make_client: Callable[..., Any], clock: MinuteClock
 ) -> None:
     tenant_id = make_client().tenant_id
     bound(service, tenant_id, 160)
@@ -136,7 +117,7 @@ def test_what_an_idle_process_has_taken_is_a_small_part_and_comes_back_with_the_
 
 
 def test_clocks_that_are_apart_count_one_minute_and_one_that_was_wrong_blocks_nobody(
-    service: Service, make_client: Callable[..., Any], clock: Clock
+    service: Service, make_client: Callable[..., Any], clock: MinuteClock
 ) -> None:
     tenant_id = make_client().tenant_id
     bound(service, tenant_id, 3)

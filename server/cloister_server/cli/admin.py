@@ -218,7 +218,9 @@ def grant_add(
         str | None, typer.Option("--from", help="Where requests must come from: 10.0.0.0/8, or one address.")
     ] = None,
     max_epsilon: Annotated[float | None, typer.Option(help="Of one job; with dataset.train.")] = None,
-    per_minute: Annotated[int | None, typer.Option(help="Requests a minute, of each API process.")] = None,
+    per_minute: Annotated[
+        int | None, typer.Option(help="Requests a minute, by the clock, all API processes together.")
+    ] = None,
     outputs: Annotated[
         str | None, typer.Option(help="labels alone, or rounded to two digits; with model.predict.")
     ] = None,

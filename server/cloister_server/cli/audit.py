@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from cloister_server import audit_lines
 from cloister_server.audit_lines import Format
 from cloister_server.cli.terminal import JSON, at_work, refusals, settings_here, show, told, write_file
 from cloister_server.operations import audit
@@ -95,8 +94,8 @@ def _follow(asked: audit.Tail, as_json: bool) -> None:
         with snapshot(service.engine, ALL_TENANTS) as session:
             tenant_id = None if asked.tenant is None else find_tenant(session, asked.tenant).id
             seen = audit_log.heads(session, tenant_id)
-            begin_with = audit_log.newest(session, tenant_id, count=asked.lines)
-        _print([audit_lines.told(each) for each in begin_with], as_json)
+            begin_with = audit.named(session, audit_log.newest(session, tenant_id, count=asked.lines))
+        _print(begin_with, as_json)
         while True:
             try:
                 time.sleep(_LOOK_S)
@@ -104,8 +103,8 @@ def _follow(asked: audit.Tail, as_json: bool) -> None:
                 return
             with snapshot(service.engine, ALL_TENANTS) as session:
                 heads = audit_log.heads(session, tenant_id)
-                later = audit_log.later(session, seen, heads)
-            _print([audit_lines.told(each) for each in later], as_json)
+                later = audit.named(session, audit_log.later(session, seen, heads))
+            _print(later, as_json)
             seen = heads
 
 
@@ -117,5 +116,6 @@ def _print(entries: Iterable[dict[str, Any]], as_json: bool) -> None:
 def _for_people(entry: dict[str, Any]) -> str:
     by = f"  by {entry['grant']}" if entry["grant"] else ""
     outcome = entry["outcome"] + (f": {entry['reason']}" if entry["reason"] else "")
-    who = f"{entry['tenant_name']}  {entry['principal']}  {entry['verb']}  {entry['resource']}"
-    return f"{entry['time'][:19]}Z  {who}  {outcome}{by}  ({entry['request_id']})"
+    who = entry["principal"] + (f" ({entry['principal_name']})" if entry["principal_name"] else "")
+    deed = f"{entry['tenant_name']}  {who}  {entry['verb']}  {entry['resource']}"
+    return f"{entry['time'][:19]}Z  {deed}  {outcome}{by}  ({entry['request_id']})"

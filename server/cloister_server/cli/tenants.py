@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from datetime import datetime
+from typing import Annotated, Any
 
 import typer
 
@@ -55,7 +56,7 @@ def create(
 @tenant_cli.command("list")
 def listed(as_json: JSON = False) -> None:
     """List the tenants."""
-    operate(tenants.listed, Body(), as_json)
+    operate(tenants.listed, Body(), as_json, in_words=lambda rows: [_in_words(each) for each in rows])
 
 
 @tenant_cli.command("suspend")
@@ -94,7 +95,16 @@ def approvals_(
     """
     with refusals(as_json):
         request = tenants.Approve(tenant=name, two_person=two_person, shred=shred, withdraw=withdraw)
-        operate(tenants.approve, request, as_json, dry_run=dry_run)
+        operate(tenants.approve, request, as_json, dry_run=dry_run, in_words=_in_words)
+
+
+def _in_words(row: dict[str, Any]) -> dict[str, Any]:
+    """With what is asked for of operators in a line each, under a name that is not that of requests a minute."""
+    asked = [
+        f"{each['deed']} by {each['by']} until {datetime.fromisoformat(each['until']):%Y-%m-%d %H:%M}"
+        for each in row["requests"]
+    ]
+    return {**{name: value for name, value in row.items() if name != "requests"}, "asked_for": asked}
 
 
 @tenant_cli.command("quota")

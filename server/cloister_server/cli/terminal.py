@@ -323,7 +323,7 @@ def _text(value: Any) -> str:
         case [str(), *_]:
             return ", ".join(value)
         case list():
-            return json.dumps(value)
+            return "; ".join(map(_text, value))
         case dict():
             return "  ".join(f"{name}={_text(each)}" for name, each in value.items())
         case _:

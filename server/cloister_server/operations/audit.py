@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -9,16 +10,17 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from cloister.wire._model import Body
-from cloister_server import deployment, evidence, tenants
+from cloister_server import deployment, evidence, operators, tenants
 from cloister_server.audit_lines import FORMATS, Format, told
 from cloister_server.errors import Invalid, LedgerRolledBack
 from cloister_server.operations.definition import Acting, Given, Moment, in_utc, operation
 from cloister_server.service import Service
 from cloister_server.store import audit_log
+from cloister_server.store.audit_log import Entry
 from cloister_server.store.chain import ChainBroken
 from cloister_server.store.tables import Tenant, now
 
-__all__ = ["HOW_TO_MEND", "Export", "MaybeTenant", "Tail", "export", "tail", "verify"]
+__all__ = ["HOW_TO_MEND", "Export", "MaybeTenant", "Tail", "export", "named", "tail", "verify"]
 
 HOW_TO_MEND = (
     "restore the newest database, or run `cloister-admin ledger replay` with an export of its ledger; where what was charged is "
@@ -51,8 +53,13 @@ class Export(MaybeTenant):
 
 @operation("audit.tail", Tail)
 def tail(session: Session, _: Service, __: Acting, request: Tail) -> list[dict[str, Any]]:
-    entries = audit_log.newest(session, _id(session, request.tenant), count=request.lines)
-    return [told(each) for each in entries]
+    return named(session, audit_log.newest(session, _id(session, request.tenant), count=request.lines))
+
+
+def named(session: Session, entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """What is said of rows, with the accounts of the operators among their principals."""
+    accounts = operators.accounts(session)
+    return [{**told(each), "principal_name": accounts.get(each.principal)} for each in entries]
 
 
 @operation("audit.export", Export)

@@ -18,7 +18,7 @@ from cloister_server.store.acting import Acting
 from cloister_server.store.anchors import Anchors, Draft
 from cloister_server.store.decisions import SNAPSHOTS, Snapshots
 from cloister_server.store.isolation import acting_for, gated
-from cloister_server.store.rates import RATES, Rates
+from cloister_server.store.shares import SHARES, Shares
 
 __all__ = [
     "anchors_of",
@@ -63,7 +63,7 @@ def new_engine(url: str, *, anchors: Anchors | None = None) -> Engine:
 
     What is written through it is held to `anchors`, and moves them; without them, chains are linked and anchored nowhere.
     """
-    options = {_ANCHORS: anchors, SNAPSHOTS: Snapshots(), RATES: Rates()}
+    options = {_ANCHORS: anchors, SNAPSHOTS: Snapshots(), SHARES: Shares()}
     if not url.startswith("sqlite"):
         of_psycopg = url.replace("postgresql://", "postgresql+psycopg://", 1)
         engine = create_engine(of_psycopg, pool_pre_ping=True, execution_options=options)
@@ -104,7 +104,7 @@ def in_transaction() -> bool:
 @contextmanager
 def reading(engine: Engine, acting: Acting) -> Iterator[Session]:
     """A transaction that only reads, for whom it says; rolled back at the end."""
-    known = {name: engine.get_execution_options().get(name) for name in (SNAPSHOTS, RATES)}
+    known = {SNAPSHOTS: engine.get_execution_options().get(SNAPSHOTS)}
     with _Reading(engine, expire_on_commit=False, info=acting_for(acting) | known) as session:
         yield session
 
@@ -125,8 +125,7 @@ def writing(engine: Engine, acting: Acting) -> Iterator[Session]:
     """
     drafts: list[Draft] = []
     bound = engine.execution_options(**{_WRITES: True})
-    known = {RATES: engine.get_execution_options().get(RATES)}
-    with _Writing(bound, expire_on_commit=False, info=acting_for(acting) | known) as session:
+    with _Writing(bound, expire_on_commit=False, info=acting_for(acting)) as session:
         try:
             with session.begin():
                 yield session

@@ -29,8 +29,10 @@ __all__ = [
     "AuditRow",
     "Balance",
     "Block",
+    "Count",
     "Dataset",
     "Grant",
+    "GrantCount",
     "Group",
     "IdempotencyKey",
     "Job",
@@ -128,13 +130,18 @@ class Tenant(Table):
     """What was signed of its shredding; while that is under way, what is to be said of the steps that are done."""
 
 
-class RequestCount(Owned, Table):
-    """How many requests of a minute are taken by processes, of a tenant that has a quota of them or once had."""
+class Count:
+    """A mixin: how many uses of a minute are taken by processes (`shares`)."""
 
-    __tablename__ = "request_counts"
     minute: Mapped[int]
     """The newest that any was taken of, by the clock: whole minutes since 1970."""
     taken: Mapped[int]
+
+
+class RequestCount(Count, Owned, Table):
+    """Of the requests of a tenant that has a quota of them or once had."""
+
+    __tablename__ = "request_counts"
 
 
 class TenantKey(Owned, Table):
@@ -192,6 +199,16 @@ class Grant(Owned, Table):
     requests_per_minute: Mapped[int | None]
     outputs: Mapped[str | None] = mapped_column(String(16))
     """These three as in `conditions.Conditions`; null is without a bound."""
+
+
+class GrantCount(Count, Owned, Table):
+    """Of what is decided by a grant with `requests_per_minute`, once it was; it goes with the grant."""
+
+    __tablename__ = "grant_counts"
+    __table_args__ = (
+        ForeignKeyConstraint(["tenant_id", "grant_id"], ["grants.tenant_id", "grants.id"], ondelete="CASCADE"),
+    )
+    grant_id: Mapped[str] = _id()
 
 
 class Group(Owned, Table):
