@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from starlette.testclient import TestClient
 
 from asked import asked_writing
@@ -22,7 +22,7 @@ from cloister_server.service import Service
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.identities import User
 from cloister_server.store.session import reading, writing
-from cloister_server.store.tables import RevokedToken, SigningKey, now
+from cloister_server.store.tables import App, RevokedToken, SigningKey, now
 
 OUT = 401
 
@@ -112,6 +112,30 @@ def test_a_retiring_key_is_shown_and_believed_until_its_last_token_is_expired(
     later = time.monotonic() + 1.01
     monkeypatch.setattr(verifier, "monotonic", lambda: later)
     assert http.get("/v1/sources", headers=bearer).status_code == OUT
+
+
+def test_one_request_looks_a_token_up_again_in_time_for_all_who_come_meanwhile(
+    service: Service, steward: Any, bearer: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = [(b"authorization", bearer["Authorization"].encode())]
+    at = time.monotonic()
+    monkeypatch.setattr(verifier, "monotonic", lambda: at)
+    assert asks(service, bearer) == steward.id
+    at += 0.45
+    assert all(verifier.recall(service, headers) for _ in range(3))
+    at += 0.1
+    assert [verifier.recall(service, headers) is None for _ in range(3)] == [True, False, False]
+    assert asks(service, bearer) == steward.id
+    at += 0.49  # over a second after it was first looked up
+    assert all(verifier.recall(service, headers) for _ in range(3))
+    at += 0.1
+    assert verifier.recall(service, headers) is None
+    with writing(service.engine) as session:
+        session.execute(delete(App).where(App.id == steward.id))
+    assert verifier.recall(service, headers), "who looks it up has not come to it yet"
+    with pytest.raises(Unauthenticated):
+        asks(service, bearer)
+    assert verifier.recall(service, headers) is None, "nor is it believed until its second is over"
 
 
 def test_a_revoked_key_is_out_at_once_here_and_within_a_second_elsewhere(
