@@ -52,7 +52,6 @@ class PredictRoute:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: _Receive, send: _Send) -> None:
         method, path = scope["method"], scope["path"].rstrip("/")
-        headers = {name.lower(): value for name, value in scope["headers"]}
         if method == "GET" and path in ("/v2", "/v2/health/live", "/v2/health/ready"):
             about = {"name": "cloister", "version": "2", "extensions": []} if path == "/v2" else {}
             await _answer(send, about)
@@ -60,7 +59,7 @@ class PredictRoute:
         match = _MODEL_PATH.match(path)
         if match is None or (method == "POST") != (match["verb"] == "/infer") or method not in ("GET", "POST"):
             raise NotFound("route")
-        body = await _body(receive, headers, self._service.settings.max_body_bytes) if method == "POST" else b""
+        body = await _body(scope, receive, self._service.settings.max_body_bytes) if method == "POST" else b""
         recalled = self._recalled(scope["state"], match, body)
         if recalled is not None:
             # To predict takes a thread, lest others wait for it; to say that the model is there does not.
@@ -214,7 +213,7 @@ def _input_metadata(name: str, column: InputColumn) -> dict[str, Any]:
             assert_never(column)
 
 
-async def _body(receive: _Receive, headers: dict[bytes, bytes], limit: int) -> bytes:
+async def _body(scope: MutableMapping[str, Any], receive: _Receive, limit: int) -> bytes:
     body = bytearray()
     while True:
         message = await receive()
@@ -223,9 +222,10 @@ async def _body(receive: _Receive, headers: dict[bytes, bytes], limit: int) -> b
         body += message.get("body", b"")
         if not message.get("more_body", False):
             break
-    if headers.get(b"content-encoding", b"identity") == b"identity":
+    encoding = next((value for name, value in scope["headers"] if name.lower() == b"content-encoding"), b"identity")
+    if encoding == b"identity":
         return bytes(body)
-    if headers[b"content-encoding"] not in (b"gzip", b"deflate"):
+    if encoding not in (b"gzip", b"deflate"):
         raise BadRequest("this content encoding is not spoken here; send gzip, deflate or no encoding")
     return _inflate(bytes(body), limit)
 

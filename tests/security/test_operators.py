@@ -67,7 +67,7 @@ def test_only_an_operators_bound_token_with_its_key_opens(
         assert status({"Authorization": f"Bearer {token}"}) == (403, "admin_scope_needed")
         http.cookies.clear()
     foreign = ForeignToken("is_1", operator.id, 2**40, operating.signer.thumbprint)
-    assert not _principal(("tn_1", operator.id), "r", foreign).may_administer
+    assert not _principal(foreign, ("tn_1", operator.id), "r").may_administer
 
 
 def test_the_scope_is_believed_in_no_other_token_even_one_that_we_signed(

@@ -13,7 +13,6 @@ import re
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import replace
 from typing import Any, NoReturn
 
 from starlette.concurrency import run_in_threadpool
@@ -181,12 +180,14 @@ class Guard:
         if scope["type"] == "http" and ("\x00" in scope["path"] or len(scope["path"]) > _LONGEST_PATH):
             raise NotFound("route")
         if scope["type"] == "http" and scope["path"] not in PUBLIC:
-            principal = recall(self._service, scope["headers"])
+            client = scope.get("client")
+            address = client[0] if client else None
+            principal = recall(self._service, scope["headers"], address=address)
             if principal is None:
                 place = {"method": scope["method"], "path": scope["path"]}  # what a proof of possession is for
-                principal = await run_in_threadpool(authenticate, self._service, scope["headers"], **place)
-            client = scope.get("client")
-            principal = replace(principal, address=client[0] if client else None)
+                principal = await run_in_threadpool(
+                    authenticate, self._service, scope["headers"], **place, address=address
+                )
             scope["state"].update(principal=principal, principal_id=principal.id)
             if not request_rate.admit_from_memory(self._service, principal.tenant_id):
                 await run_in_threadpool(request_rate.admit, self._service, principal.tenant_id)

@@ -67,13 +67,15 @@ _ASKING_AT_ONCE = 16
 _MOST_KEPT = 4096
 
 
-def authenticate(service: Service, headers: Headers, *, method: str, path: str) -> Principal:
+def authenticate(
+    service: Service, headers: Headers, *, method: str, path: str, address: str | None = None
+) -> Principal:
     """Who sends this request, by its token, and by its proof where the token is bound to a key.
 
     Raises Unauthenticated, in one sentence whatever is wrong with the token and in another whatever is with the proof.
     """
     token, is_bound = _given(service, headers)
-    read, principal = _memory(service).authenticate(service, token, request_id_of(headers))
+    read, standing = _memory(service).authenticate(service, token)
     if is_bound != (read.jkt is not None):
         raise _refusal(service)  # a bound token as if it were a bearer's, or the other way round
     if is_bound:
@@ -82,17 +84,19 @@ def authenticate(service: Service, headers: Headers, *, method: str, path: str) 
                 raise InvalidProof("another key than the token's")
         except InvalidProof:
             raise _no_proof(service) from None
-    return principal
+    return _principal(read, standing, request_id_of(headers), address)
 
 
-def recall(service: Service, headers: Headers) -> Principal | None:
+def recall(service: Service, headers: Headers, *, address: str | None = None) -> Principal | None:
     """The same from memory alone, where that is fresh enough; None where something must be verified, as a proof always must.
 
     None, too, to one who asks in good time before it is not fresh any more: `authenticate` looks it up for all who ask meanwhile.
     """
     token, is_bound = _given(service, headers)
-    read, principal = (None, None) if is_bound else _memory(service).recall(token, request_id_of(headers))
-    return principal if read is not None and read.jkt is None else None
+    read, standing = (None, None) if is_bound else _memory(service).recall(token)
+    if read is None or standing is None or read.jkt is not None:
+        return None
+    return _principal(read, standing, request_id_of(headers), address)
 
 
 def inspect(service: Service, token: str, *, within: Session | None = None) -> tuple[AccessToken, str]:
@@ -144,9 +148,7 @@ class _Memory:
         self._issuers_loaded = -_STANDING_KEPT_S
         self._issuer_keys = IssuerKeys()
 
-    def authenticate(
-        self, service: Service, token: bytes, request_id: str
-    ) -> tuple[AccessToken | ForeignToken, Principal]:
+    def authenticate(self, service: Service, token: bytes) -> tuple[AccessToken | ForeignToken, _Standing]:
         digest = hashlib.sha256(token).digest()
         read = self._remembered(digest)
         if read is None:
@@ -154,16 +156,11 @@ class _Memory:
             self._keep(self._tokens, digest, _Seen(read, monotonic() + _TOKEN_KEPT_S))
         with self._asking[digest[0] % _ASKING_AT_ONCE]:
             standing = self._known_standing(digest)  # of many that came with one token one has asked by now
-            if standing is None:
-                standing = self._look_up(service, digest, read)
-        return read, _principal(standing, request_id, read)
+            return read, standing or self._look_up(service, digest, read)
 
-    def recall(self, token: bytes, request_id: str) -> tuple[AccessToken | ForeignToken, Principal] | tuple[None, None]:
+    def recall(self, token: bytes) -> tuple[AccessToken | ForeignToken | None, _Standing | None]:
         digest = hashlib.sha256(token).digest()
-        read, standing = self._remembered(digest), self._known_standing(digest, may_renew=True)
-        if read is None or standing is None:
-            return None, None
-        return read, _principal(standing, request_id, read)
+        return self._remembered(digest), self._known_standing(digest, may_renew=True)
 
     def _known_standing(self, digest: bytes, *, may_renew: bool = False) -> _Standing | None:
         """What was looked up within a second; where somebody renews it, to `authenticate` within half of one."""
@@ -293,11 +290,13 @@ def _standing(session: Session, read: AccessToken | ForeignToken) -> _Standing |
     return None if tenant_id is None else (tenant_id, read.subject)
 
 
-def _principal(standing: _Standing, request_id: str, read: AccessToken | ForeignToken) -> Principal:
+def _principal(
+    read: AccessToken | ForeignToken, standing: _Standing, request_id: str, address: str | None = None
+) -> Principal:
     tenant_id, principal_id = standing
     kind: Literal["app", "user"] = "user" if USER_ID.fullmatch(principal_id) else "app"
     may_administer = isinstance(read, AccessToken) and read.scope == ADMIN_SCOPE
-    return Principal(tenant_id, principal_id, kind, request_id, may_administer=may_administer)
+    return Principal(tenant_id, principal_id, kind, request_id, address, may_administer)
 
 
 def _public(secret: vault.SigningSecret) -> ECKey:
