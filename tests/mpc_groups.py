@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, TensorColumn
 from cloister.wire.layers import Flatten, Layer, Linear, ReLU
+from cloister.wire.private_deployments import LayerBits
 from cloister.wire.shares import Shares, decode, encode, join, split
 from cloister_privacy.architecture import Network, build
 from cloister_privacy.mpc import Dealer, Deployment, Identity, Limits, Party, SharedNetwork, split_weights
@@ -36,13 +37,19 @@ class Group:
 
     @classmethod
     def create(
-        cls, directory: Path, network: Network, *, days: int = 1, addresses: Sequence[tuple[str, int]] = ()
+        cls,
+        directory: Path,
+        network: Network,
+        *,
+        days: int = 1,
+        addresses: Sequence[tuple[str, int]] = (),
+        layer_bits: Sequence[LayerBits] = (),
     ) -> Group:
         """Each role at its address; without any on loopback, at ports that are free."""
         identities = {name: Identity.create(directory, name, days=days) for name in ROLES}
         addresses = addresses or [("127.0.0.1", free_port()) for _ in ROLES]
         peers = [identities[name].peer(name, *address) for name, address in zip(ROLES, addresses, strict=True)]
-        shared = SharedNetwork(network.architecture)
+        shared = SharedNetwork(network.architecture, layer_bits=layer_bits)
         deployment = Deployment("dep_" + "0" * 32, (peers[0], peers[1]), peers[2])
         return cls(deployment, identities, shared, split_weights(shared, network.state_dict()))
 
