@@ -17,7 +17,7 @@ from pydantic import AwareDatetime, Field, StringConstraints, field_validator
 
 from cloister.wire._hpke import is_public_key
 from cloister.wire._model import Body, Identifier, Request, Response
-from cloister.wire.architecture import Architecture
+from cloister.wire.architecture import LAYER_LIMIT, Architecture
 from cloister.wire.dsse import Digest, Envelope, Keys, sign_statement, verify_statement
 from cloister.wire.oip import TensorJSON
 from cloister.wire.shares import FRACTION_BITS, limit
@@ -122,7 +122,7 @@ class PrivateDeployment(Response):
     """`network_digest` of the architecture and the fraction bits."""
     fraction_bits: Annotated[int, Field(ge=8, le=FRACTION_BITS)]
     """Of the inputs, and of everything where `layer_bits` is empty."""
-    layer_bits: Annotated[tuple[LayerBits, ...], Field(max_length=1024)] = ()
+    layer_bits: Annotated[tuple[LayerBits, ...], Field(max_length=LAYER_LIMIT)] = ()
     """Of each layer, where numbers are so large that one scale does not fit all."""
     rows_at_once: Annotated[int, Field(ge=1, le=256)]
     """The most rows of one request."""
