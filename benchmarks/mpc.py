@@ -1,12 +1,14 @@
-"""Private inference beside CrypTen, sustained at batch 1: the same networks, each side in processes of its own on loopback.
+"""Private inference beside CrypTen and SPU, sustained at batch 1: the same networks, each side in processes of its own.
 
 make bench NAME=mpc [ARGS="--quick"]
 
-CrypTen runs as it is: by its insecure provider (TFP, where party 0 knows every mask) and by its third party (TTP), over plain gloo.
-Ours runs two parties and the dealer over TLS, with the dealer's work and bytes and the burning of indices included; material for
-one request alone is dealt ahead, so that none of the work hides in the others' turns. Input and weights are shared before, and
-outputs stay shared, on all sides. Blocks of requests take turns; a ratio is of the medians of a request's time. Bytes are those
-that one party sends, and for ours all that the dealer sends too; CrypTen's are by its own count.
+The sides are in `mpc_sides`: ours; CrypTen by its insecure provider (TFP) and by its third party (TTP); SPU by SEMI2K. Ours runs
+over TLS, with the dealer's work and bytes and the burning of indices included; the links of the others are plain. Input and weights
+are shared before, and outputs stay shared, on all sides; after each block they are opened, and compared with the network in the
+clear. Blocks of requests take turns; a ratio is of the medians of a request's time. Bytes are those that one party sends, and for
+ours all that the dealer sends too. All of it on loopback, and again (`_20ms`) with a round trip of 20 ms between any two processes.
+
+SPU has a virtual environment of its own, `.venv-bench-mpc`, made at the first run out of the dependency group `bench-mpc`.
 """
 
 from __future__ import annotations
@@ -19,279 +21,196 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import warnings
+import tomllib
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from cloister.wire import layers as wire
-from cloister.wire.shares import Shares, decode, join
-from cloister_privacy.architecture import Network
-from cloister_privacy.mpc import Dealer, Limits, Party
-from cloister_privacy.mpc.crypten_compat import load_crypten
-from mpc_groups import ROLES, Group, network_of, shares_of
+from mpc_sides import ours
+from mpc_sides.latency import LOOPBACK, Link, NoLatency, delayed
+from mpc_sides.networks import NETWORKS, outputs_in_the_clear, write_case
 
-NETWORKS: dict[str, tuple[tuple[int, ...], tuple[wire.Layer, ...]]] = {
-    "mlp": (
-        (784,),
-        (
-            wire.Linear(in_features=784, out_features=128),
-            wire.ReLU(),
-            wire.Linear(in_features=128, out_features=10),
-        ),
-    ),
-    "cnn": (
-        (1, 28, 28),
-        (
-            wire.Conv2d(in_channels=1, out_channels=16, kernel_size=(3, 3), padding=(1, 1)),
-            wire.ReLU(),
-            wire.MaxPool(kernel_size=(2, 2)),
-            wire.Conv2d(in_channels=16, out_channels=32, kernel_size=(3, 3), padding=(1, 1)),
-            wire.ReLU(),
-            wire.MaxPool(kernel_size=(2, 2)),
-            wire.Flatten(),
-            wire.Linear(in_features=1568, out_features=10),
-        ),
-    ),
-}
-SIDES = {"ours": 3, "tfp": 2, "ttp": 3}
-"""How many processes each takes."""
+from ports import free_port
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS_VENV = ROOT / ".venv-bench-mpc"
+SIDES = {"ours": ("ours", 3), "tfp": ("crypten_peer", 2), "ttp": ("crypten_peer", 3), "spu": ("spu_peer", 2)}
+"""The module of each, and how many processes it takes."""
+PEERS = {"tfp": "crypten_tfp", "ttp": "crypten_ttp", "spu": "spu_semi2k"}
+TOLERANCE = 1e-2
+ROUND_TRIP_S = 0.02
 
 
-def network(name: str) -> Network:
-    """The same at each process: its weights are drawn from a fixed seed."""
-    shape, layers = NETWORKS[name]
-    made = network_of(shape, *layers)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return made
+class SPUMissing(Exception):
+    """Why it cannot be measured here."""
 
 
-def image(name: str) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(3).uniform(0, 1, (1, *NETWORKS[name][0])).astype(np.float32)
+def install_spu() -> Path:
+    """Its interpreter. Raises SPUMissing, in the words of pip or of the import."""
+    python = PEERS_VENV / "bin" / "python"
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["bench-mpc"]
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(PEERS_VENV)], check=True)
+    for command in ("-m", "pip", "install", "--quiet", *wanted), ("-c", "import spu"):
+        done = subprocess.run([str(python), *command], check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SPUMissing((done.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+    return python
 
 
 class Side:
-    """The processes of one side; the first tells times."""
+    """The processes of one side."""
 
-    def __init__(self, side: str, name: str, directory: Path) -> None:
-        self.processes = []
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "DISTRIBUTED_BACKEND": "gloo"}
-        common["RENDEZVOUS"] = f"file://{directory / side}-{name}"
-        for rank in range(SIDES[side]):
-            command = [
-                sys.executable,
-                __file__,
-                "--role",
-                side,
-                "--rank",
-                str(rank),
-                "--network",
-                name,
-                "--directory",
-                str(directory),
-            ]
-            self.processes.append(
-                subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**common, "RANK": str(rank)}
+    def __init__(self, side: str, python: Path, directory: Path, *, link: Link) -> None:
+        """Started; `directory` is the network's, and has its name."""
+        module, count = SIDES[side]
+        here = directory / side
+        here.mkdir()
+        self._name, self._logs = f"{side} ({directory.name})", [here / f"{rank}.log" for rank in range(count)]
+        addresses = [(host, free_port()) for host in link.hosts[:count]]
+        if side == "ours":
+            ours.prepare(directory.name, here, addresses)
+        paths = [str(ROOT / "benchmarks"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "WORLD_SIZE": "2",
+            "DISTRIBUTED_BACKEND": "gloo", "RENDEZVOUS": f"file://{here / 'rendezvous'}",
+        }  # fmt: skip
+        if link.device:
+            environment["GLOO_SOCKET_IFNAME"] = link.device
+        self._processes = []
+        for rank, log in enumerate(self._logs):
+            command = [*link.prefixes[rank], str(python), "-m", f"mpc_sides.{module}", str(rank), str(here)]
+            command += [f"{host}:{port}" for host, port in addresses]
+            with log.open("w") as errors:
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        text=True,
+                        cwd=here,
+                        env={**environment, "RANK": str(rank)},
+                    )
                 )
-            )
-        self._told()
 
-    def run(self, count: int) -> dict[str, Any]:
+    def wait(self) -> dict[str, Any]:
+        """What the first process tells, when all have told."""
+        told = [process.stdout.readline() for process in self._processes if process.stdout is not None]
+        for said, log in zip(told, self._logs, strict=True):
+            if not said:
+                raise RuntimeError(f"a process of {self._name} died: {log.read_text()[-2000:]}")
+        return dict(json.loads(told[0]))
+
+    def ask(self, count: int) -> dict[str, Any]:
         """So many requests, one after the other."""
-        for process in self.processes:
+        for process in self._processes:
             assert process.stdin is not None
             process.stdin.write(f"{count}\n")
             process.stdin.flush()
-        return self._told()
-
-    def _told(self) -> dict[str, Any]:
-        told = [json.loads(process.stdout.readline()) for process in self.processes if process.stdout is not None]
-        return dict(told[0])
+        return self.wait()
 
     def close(self) -> None:
-        for process in self.processes:
+        for process in self._processes:
             process.kill()
             process.wait()
 
 
-def tell(**said: Any) -> None:
-    print(json.dumps(said), flush=True)
-
-
-def run_crypten(side: str, name: str, rank: int) -> None:
-    warnings.simplefilter("ignore")
-    crypten = load_crypten()
-    crypten.cfg.mpc.provider = side.upper()
-    if rank == 2:
-        import threading
-
-        threading.Thread(target=crypten.mpc.provider.TTPServer, daemon=True).start()
-        tell()
-        for _ in sys.stdin:
-            tell()
-        return
-    crypten.init()
-    model = crypten.nn.Sequential(*crypten_layers(crypten, network(name)))
-    model.eval()
-    for module in model.modules():
-        module.encrypted = True
-    model.encrypted = True
-    x = crypten.cryptensor(torch.from_numpy(image(name)), src=0)
-    with crypten.no_grad(), torch.inference_mode():
-        found = model(x).get_plain_text()
-        error = float((found - network(name)({"x": torch.from_numpy(image(name))})).abs().max())
-        crypten.cfg.communicator.verbose = True
-        crypten.reset_communication_stats()
-        model(x)
-        sent = crypten.comm.get().get_communication_stats()["bytes"]
-        crypten.cfg.communicator.verbose = False
-        tell()
-        for line in sys.stdin:
-            times = []
-            for _ in range(int(line)):
-                started = time.perf_counter()
-                model(x)
-                times.append(time.perf_counter() - started)
-            tell(times=times, bytes=sent, error=error)
-
-
-def crypten_layers(crypten: Any, made: Network) -> list[Any]:
-    found = []
-    for layer, module in zip(made.architecture.layers, made.layers, strict=True):
-        match layer:
-            case wire.Linear():
-                found.append(crypten.nn.Linear(layer.in_features, layer.out_features))
-            case wire.Conv2d():
-                found.append(
-                    crypten.nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
-                )
-            case wire.MaxPool():
-                found.append(crypten.nn.MaxPool2d(layer.kernel_size[0], stride=layer.kernel_size[0]))
-            case wire.ReLU():
-                found.append(crypten.nn.ReLU())
-            case _:
-                found.append(crypten.nn.Flatten())
-        for key, weight in module.state_dict().items():
-            found[-1].set_parameter(key, crypten.cryptensor(weight, src=0))
+def measure(name: str, pythons: dict[str, Path], *, link: Link, blocks: int, count: int) -> dict[str, dict[str, Any]]:
+    """Of each side the median time of a request, its bytes and its largest error. Raises AssertionError for a wrong answer."""
+    clear = outputs_in_the_clear(name)
+    found: dict[str, dict[str, Any]] = {side: {"times": [], "max_error": 0.0} for side in pythons}
+    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
+        directory = Path(made) / name
+        directory.mkdir()
+        write_case(name, directory)
+        sides = {}
+        for key, python in pythons.items():
+            sides[key] = Side(key, python, directory, link=link)
+            stack.callback(sides[key].close)
+        for side in sides.values():
+            side.wait()
+            side.ask(2)  # warm
+        for _ in range(blocks):
+            for key, side in sides.items():
+                told, so_far = side.ask(count), found[key]
+                error = float(np.abs(np.array(told["outputs"]) - clear).max())
+                assert error < TOLERANCE, f"{key} is off by {error} on the {name}"
+                so_far["times"] += told["times"]
+                so_far["max_error"] = max(so_far["max_error"], error)
+                so_far["bytes"] = told.get("bytes")
+    for each in found.values():
+        each["median_ms"] = statistics.median(each.pop("times")) * 1e3
     return found
 
 
-def run_ours(name: str, rank: int, directory: Path) -> None:
-    made, limits = network(name), Limits(form_s=120, request_s=120, ahead=1)
-    group = _group(made, directory, name, rank)
-    role = ROLES[rank]
-    if rank == 2:
-        Dealer(group.identities[role], group.deployment, group.network, limits=limits)
-        tell()
-        for _ in sys.stdin:
-            tell()
-        return
-    party = Party(
-        rank,
-        group.identities[role],
-        group.deployment,
-        group.network,
-        group.weights[rank],
-        directory / name / role,
-        limits=limits,
-    )
-    party.form()
-    tell()
-    share = Shares.from_bytes((directory / name / f"{rank}.shares").read_bytes())
-    for line in sys.stdin:
-        times, before = [], party.bytes_sent
-        for _ in range(int(line)):
-            started = time.perf_counter()
-            found = party.lead(share) if rank == 0 else party.follow(lambda request: share, wait_s=120)
-            times.append(time.perf_counter() - started)
-        assert found is not None
-        (directory / name / f"{rank}.out").write_bytes(found.to_bytes())
-        dealt = sum(part.nbytes for kind in group.network.program(1) for part in kind.derived)
-        tell(times=times, bytes=(party.bytes_sent - before) / int(line) + dealt)
+def ratios_of(name: str, found: dict[str, dict[str, Any]], *, suffix: str) -> dict[str, float]:
+    ratios = {
+        f"{PEERS[side]}_over_ours_{name}{suffix}": round(each["median_ms"] / found["ours"]["median_ms"], 3)
+        for side, each in found.items()
+        if side in PEERS
+    }
+    if not suffix:
+        ratios[f"bytes_ours_over_tfp_{name}"] = round(found["ours"]["bytes"] / found["tfp"]["bytes"], 4)
+    return ratios
 
 
-def _group(made: Network, directory: Path, name: str, rank: int) -> Group:
-    """Made by the first process, and read by the others: identities, peers and shares of the weights."""
-    here, done = directory / name, directory / name / "done"
-    if rank == 0:
-        here.mkdir()
-        group = Group.create(here, made)
-        for number, share in enumerate(shares_of(group, image(name))):
-            (here / f"{number}.shares").write_bytes(share.to_bytes())
-            weights = Shares("bench", bytes(16), number, group.weights[number])
-            (here / f"{number}.weights").write_bytes(weights.to_bytes())
-        ports = [peer.port for peer in (*group.deployment.parties, group.deployment.dealer)]
-        (here / "ports").write_text(json.dumps(ports))
-        done.touch()
-        return group
-    while not done.exists():
-        time.sleep(0.05)
-    return Group.read(here, made, json.loads((here / "ports").read_text()))
-
-
-def error_of_ours(name: str, directory: Path) -> float:
-    found = [Shares.from_bytes((directory / name / f"{rank}.out").read_bytes()) for rank in (0, 1)]
-    outputs = decode(join([each.tensors["outputs"] for each in found]), fraction_bits=found[0].fraction_bits)
-    with torch.inference_mode():
-        clear = network(name)({"x": torch.from_numpy(image(name))}).numpy()
-    return float(np.abs(outputs - clear).max())
+def conditions_of(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        side: {key: float(f"{value:.4g}") for key, value in sorted(each.items()) if value is not None}
+        for side, each in found.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
-    parser.add_argument("--role")
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--network")
-    parser.add_argument("--directory", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    if given.role == "ours":
-        return run_ours(given.network, given.rank, given.directory)
-    if given.role:
-        return run_crypten(given.role, given.network, given.rank)
-    ratios: dict[str, float] = {}
-    measured: dict[str, Any] = {}
-    blocks, count = (2, 5) if given.quick else (10, 10)
-    with tempfile.TemporaryDirectory() as made:
-        directory = Path(made)
-        for name in NETWORKS:
-            sides = {side: Side(side, name, directory) for side in SIDES}
-            times: dict[str, list[float]] = {side: [] for side in SIDES}
-            last: dict[str, dict[str, Any]] = {}
-            for side in sides.values():
-                side.run(2)  # warm
-            for _ in range(blocks):
-                for key, side in sides.items():
-                    last[key] = side.run(count)
-                    times[key] += last[key]["times"]
-            for side in sides.values():
-                side.close()
-            median = {key: statistics.median(each) for key, each in times.items()}
-            errors = {key: last[key].get("error", 0.0) for key in ("tfp", "ttp")}
-            errors["ours"] = error_of_ours(name, directory)
-            measured[name] = {"median_ms": {k: round(v * 1e3, 2) for k, v in median.items()}, "max_error": errors}
-            measured[name]["bytes"] = {key: each["bytes"] for key, each in last.items()}
-            for peer in ("tfp", "ttp"):
-                ratios[f"crypten_{peer}_over_ours_{name}"] = round(median[peer] / median["ours"], 3)
-            ratios[f"bytes_ours_over_tfp_{name}"] = round(last["ours"]["bytes"] / last["tfp"]["bytes"], 4)
-            print(name, measured[name])
-    conditions = {
-        "crypten": version("crypten"), "torch": torch.__version__, "requests": blocks * count, "cores": os.cpu_count(),
-        "threads_each": 1, "machine": platform.machine(), "python": platform.python_version(), "link": "loopback",
-        "measured": measured,
+    quick = parser.parse_args().quick
+    pythons = dict.fromkeys(("ours", "tfp", "ttp"), Path(sys.executable))
+    conditions: dict[str, Any] = {
+        "device": "cpu", "cores": os.cpu_count(), "threads_each": 1, "machine": platform.machine(),
+        "python": platform.python_version(), "torch": version("torch"), "crypten": version("crypten"),
     }  # fmt: skip
+    try:
+        pythons["spu"] = install_spu()
+    except SPUMissing as exc:
+        conditions["spu"] = f"not measured: {exc}"
+    else:
+        conditions["spu"] = subprocess.check_output(
+            [str(pythons["spu"]), "-c", "import spu; print(spu.__version__)"], text=True
+        ).strip()
+        conditions["spu_settings"] = (
+            "SEMI2K, FM64, 20 fraction bits, trusted first party (it knows every mask), truncation that leaves the high bits right, "
+            "masks of the weights opened once"
+        )
+    ratios: dict[str, float] = {}
+    blocks, count = (2, 5) if quick else (10, 10)
+    conditions["requests"] = blocks * count
+    for name in NETWORKS:
+        found = measure(name, pythons, link=LOOPBACK, blocks=blocks, count=count)
+        ratios |= ratios_of(name, found, suffix="")
+        conditions[name] = conditions_of(found)
+        print(name, conditions[name])
+    blocks, count = (1, 2) if quick else (4, 5)
+    suffix = f"_{ROUND_TRIP_S * 1e3:.0f}ms"
+    try:
+        with delayed(round_trip_s=ROUND_TRIP_S) as link:
+            conditions[f"requests{suffix}"] = blocks * count
+            conditions[f"link{suffix}"] = (
+                "network namespaces; a relay in user space holds each packet for half the round trip"
+            )
+            for name in NETWORKS:
+                found = measure(name, pythons, link=link, blocks=blocks, count=count)
+                ratios |= ratios_of(name, found, suffix=suffix)
+                conditions[f"{name}{suffix}"] = conditions_of(found)
+                print(name + suffix, conditions[f"{name}{suffix}"])
+    except NoLatency as exc:
+        conditions[f"link{suffix}"] = f"not measured: {exc}"
     print(json.dumps({"name": "mpc", "ratios": ratios, "conditions": conditions}))
 
 

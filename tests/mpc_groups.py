@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, TensorColumn
 from cloister.wire.layers import Flatten, Layer, Linear, ReLU
+from cloister.wire.private_deployments import LayerBits
 from cloister.wire.shares import Shares, decode, encode, join, split
 from cloister_privacy.architecture import Network, build
-from cloister_privacy.mpc import Dealer, Deployment, Identity, Limits, Party, Peer, SharedNetwork, split_weights
+from cloister_privacy.mpc import Dealer, Deployment, Identity, Limits, Party, SharedNetwork, split_weights
 from ports import free_port
 
 __all__ = ["Group", "Running", "network_of", "shares_of", "small_network"]
@@ -34,18 +36,28 @@ class Group:
     weights: tuple[dict[str, NDArray[np.uint64]], ...]
 
     @classmethod
-    def create(cls, directory: Path, network: Network, *, days: int = 1) -> Group:
+    def create(
+        cls,
+        directory: Path,
+        network: Network,
+        *,
+        days: int = 1,
+        addresses: Sequence[tuple[str, int]] = (),
+        layer_bits: Sequence[LayerBits] = (),
+    ) -> Group:
+        """Each role at its address; without any on loopback, at ports that are free."""
         identities = {name: Identity.create(directory, name, days=days) for name in ROLES}
-        peers: list[Peer] = [identities[name].peer(name, "127.0.0.1", free_port()) for name in ROLES]
-        shared = SharedNetwork(network.architecture)
+        addresses = addresses or [("127.0.0.1", free_port()) for _ in ROLES]
+        peers = [identities[name].peer(name, *address) for name, address in zip(ROLES, addresses, strict=True)]
+        shared = SharedNetwork(network.architecture, layer_bits=layer_bits)
         deployment = Deployment("dep_" + "0" * 32, (peers[0], peers[1]), peers[2])
         return cls(deployment, identities, shared, split_weights(shared, network.state_dict()))
 
     @classmethod
-    def read(cls, directory: Path, network: Network, ports: list[int]) -> Group:
+    def read(cls, directory: Path, network: Network, addresses: Sequence[tuple[str, int]]) -> Group:
         """What `create` made, in another process; with the shares of the weights that were written beside it."""
         identities = {name: Identity(directory / f"{name}.crt", directory / f"{name}.key") for name in ROLES}
-        peers = [identities[name].peer(name, "127.0.0.1", port) for name, port in zip(ROLES, ports, strict=True)]
+        peers = [identities[name].peer(name, *address) for name, address in zip(ROLES, addresses, strict=True)]
         weights = [Shares.from_bytes((directory / f"{number}.weights").read_bytes()).tensors for number in (0, 1)]
         deployment = Deployment("dep_" + "0" * 32, (peers[0], peers[1]), peers[2])
         return cls(deployment, identities, SharedNetwork(network.architecture), tuple(dict(each) for each in weights))

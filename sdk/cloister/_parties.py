@@ -28,7 +28,7 @@ from cloister._errors import (
 )
 from cloister.wire.private_deployments import PrivateDeployment, Role
 from cloister.wire.private_requests import ANSWERED, HEAD_BYTES, LENGTH, TAKEN, PartyRefusal, PrivateRequest
-from cloister.wire.shares import Shares, SharesRefused, decode, encode, join, limit, split
+from cloister.wire.shares import Shares, SharesRefused, decode, encode, join, split
 
 __all__ = ["Parties"]
 
@@ -140,7 +140,7 @@ class Parties:
                 )
         (scale,) = bits
         numbers = decode(join([each.tensors["outputs"] for each in answers]), fraction_bits=scale)
-        if np.abs(numbers).max() > limit(self._deployment.fraction_bits):
+        if np.abs(numbers).max() > self._deployment.largest_output:
             raise PartyAnswerRefused(
                 "the two shares make no answer: one of them is garbage; ask the parties' operators"
             )

@@ -214,7 +214,7 @@ def private_model(
         raise InvalidCertificate("the statement or the certificate is of another version than was asked for")
     if digest_of(terms.certificate) != stated.certificate_digest:
         raise InvalidCertificate("the statement names another certificate than the version has")
-    if network_digest(terms.architecture, stated.fraction_bits) != stated.network_digest:
+    if network_digest(terms.architecture, stated.fraction_bits, stated.layer_bits) != stated.network_digest:
         raise UnexpectedAnswer("the architecture is not the one that the parties were given; nothing was sent")
     what = shared_by((*stated.parties, stated.dealer))
     if what is not None and not development:

@@ -67,6 +67,7 @@ def deploy(
         certificate_digest=digest_of(row.certificate),
         network_digest=made.network_digest,
         fraction_bits=made.fraction_bits,
+        layer_bits=made.layer_bits,
         rows_at_once=max(1, min(256, _BYTES_AT_ONCE * made.rows // max(1, made.measured.bytes_dealt))),
         rows_measured=made.rows,
         max_error=made.measured.max_error,

@@ -18,7 +18,7 @@ from cloister.wire._errors import InvalidArgument
 from cloister.wire.architecture import Architecture
 from cloister.wire.certificate import Certificate
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs
-from cloister.wire.private_deployments import DeployPrivately, shared_by
+from cloister.wire.private_deployments import DeployPrivately, LayerBits, shared_by
 from cloister_privacy.sealing import Arena
 from cloister_server import models, vault
 from cloister_server.errors import Invalid, Unavailable
@@ -64,6 +64,7 @@ class Shared:
     architecture: Architecture
     network_digest: str
     fraction_bits: int
+    layer_bits: tuple[LayerBits, ...]
     rows: int
     measured: MeasuredError
     sealed: tuple[bytes, bytes] = field(repr=False)
@@ -120,7 +121,7 @@ def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     """The weights as two shares, each sealed for its party, with the error on the public rows. Slow: in no transaction."""
     from cloister_privacy.architecture.inputs import validate_inputs
     from cloister_privacy.errors import ArchitectureRefused, InputRefused
-    from cloister_privacy.mpc import PrivateInferenceError, SharedNetwork, choose_fraction_bits, measure_error
+    from cloister_privacy.mpc import PrivateInferenceError, SharedNetwork, choose_scale, measure_error
 
     sealed = service.blobs.sealed(version.tenant_id, version.weights_id)
     network = models.open_network(
@@ -128,20 +129,22 @@ def shared(service: Service, version: Opened, body: DeployPrivately) -> Shared:
     )
     try:
         rows = validate_inputs(network.architecture, decode_inputs(InferRequest(inputs=list(body.public_rows))))
-        bits = choose_fraction_bits(network, rows)
-        shape = SharedNetwork(network.architecture, fraction_bits=bits)
+        bits, layer_bits = choose_scale(network, rows)
+        shape = SharedNetwork(network.architecture, fraction_bits=bits, layer_bits=layer_bits)
         count = len(next(iter(rows.values())))
         most = _most_rows_measured(shape.material_bytes(1))
         if count > most:
             raise Invalid(f"there are {count} public rows; {most} are the most", code="public_rows_needed")
-        measured = measure_error(network, rows, fraction_bits=bits)
+        measured = measure_error(network, rows, fraction_bits=bits, layer_bits=layer_bits)
         deployment_id = new_id("pd")
         parts = _sealed_shares(shape, network, body, deployment_id)
     except (PrivateInferenceError, ArchitectureRefused) as error:
         raise Invalid(str(error), code="not_shared") from None
     except (InputRefused, MalformedTensor, InvalidArgument) as error:
         raise Invalid(f"this cannot be shared: {error}") from None
-    return Shared(deployment_id, version.version, network.architecture, shape.digest, bits, count, measured, parts)
+    return Shared(
+        deployment_id, version.version, network.architecture, shape.digest, bits, layer_bits, count, measured, parts
+    )
 
 
 def _most_rows_measured(row_bytes: int) -> int:

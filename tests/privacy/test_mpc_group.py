@@ -28,6 +28,7 @@ from cloister_privacy.mpc import (
     PeerRefused,
     RequestDropped,
     SharesOfAnother,
+    choose_scale,
 )
 from cloister_privacy.mpc.links import Deadline, Link, Listener, connect
 from cloister_privacy.mpc.places import Places
@@ -61,6 +62,17 @@ def test_outputs_are_those_in_the_clear(running: Running) -> None:
     for rows in (1, 2, 1, 5, 2, 1):
         x = _images(rows)
         assert np.abs(running.ask(x) - _clear(NETWORK, x)).max() < 1e-5
+
+
+def test_a_scale_for_each_layer_is_everybodys(tmp_path: Path) -> None:
+    network, x = small_network(), _images(3)
+    with torch.no_grad():
+        for position, factor in ((1, 1e6), (3, 1e-6)):
+            network.layers[position].weight.mul_(factor)
+    bits, layer_bits = choose_scale(network, {"x": x})
+    assert bits == 20 and layer_bits[3][1] > 30
+    with Running(Group.create(tmp_path, network, layer_bits=layer_bits), tmp_path) as running:
+        assert np.abs(running.ask(x) - _clear(network, x)).max() < 1e-4
 
 
 def test_nothing_is_spent_on_shares_that_do_not_fit(running: Running) -> None:

@@ -17,7 +17,7 @@ from cloister_privacy.mpc import (
     ScaleRefused,
     SharedNetwork,
     SharesOfAnother,
-    choose_fraction_bits,
+    choose_scale,
     measure_error,
     split_weights,
 )
@@ -46,6 +46,8 @@ def test_each_family_gives_the_same_answers_on_shares(name: str) -> None:
 def test_a_layer_that_cannot_be_shared_is_refused_with_the_alternative(name: str) -> None:
     with pytest.raises(LayerNotShared, match=NOT_SHARED[name]):
         SharedNetwork(FAMILIES[name].architecture)
+    with pytest.raises(LayerNotShared, match=NOT_SHARED[name]):
+        choose_scale(build(FAMILIES[name].architecture).eval(), _rows(name, 2))
 
 
 def test_every_layer_of_the_language_is_shared_or_refused_by_name() -> None:
@@ -197,17 +199,76 @@ def test_a_layer_on_shares_is_the_layer(name: str) -> None:
     assert measure_error(network, rows).max_error < 2e-4
 
 
-def test_fraction_bits_follow_from_the_range_on_public_inputs() -> None:
-    network = _network((3,), _linear(3))
-    rows = {"x": np.ones((4, 3), np.float32)}
-    assert choose_fraction_bits(network, rows) == 20
+def _grown(*layers: wire.Layer, by: dict[int, float]) -> tuple[Any, dict[str, Any]]:
+    """A network whose weights are multiplied, of some layers, and rows for it."""
+    network = _network((16,), *layers)
     with torch.no_grad():
-        network.layers[0].weight.fill_(2.0**19)
-    assert 12 <= choose_fraction_bits(network, rows) < 20
-    with torch.no_grad():
-        network.layers[0].weight.fill_(2.0**40)
-    with pytest.raises(ScaleRefused, match="put a norm before it"):
-        choose_fraction_bits(network, rows)
+        for position, factor in by.items():
+            for parameter in network.layers[position].parameters():
+                parameter.mul_(factor)
+    return network, {"x": np.random.default_rng(1).uniform(0, 1, (32, 16)).astype(np.float32)}
+
+
+def _linear_16() -> wire.Linear:
+    return wire.Linear(in_features=16, out_features=16)
+
+
+def _measured(network: Any, rows: dict[str, Any]) -> Any:
+    bits, layer_bits = choose_scale(network, rows)
+    return measure_error(network, rows, fraction_bits=bits, layer_bits=layer_bits)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_SHARED])
+def test_ordinary_numbers_take_one_scale(name: str) -> None:
+    assert choose_scale(build(FAMILIES[name].architecture).eval(), _rows(name, 6)) == (20, ())
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e6, 1e8])
+@pytest.mark.parametrize("active", [wire.ReLU(), wire.LeakyReLU(slope=0.1), wire.GELU()])
+def test_a_layer_of_large_numbers_has_a_scale_of_its_own(active: wire.Layer, factor: float) -> None:
+    layers = (_linear_16(), active, _linear_16(), active, _linear(16))
+    network, rows = _grown(*layers, by={2: factor, 4: 1 / factor})
+    bits, layer_bits = choose_scale(network, rows)
+    assert bits == 20 and layer_bits[0] == (20, 20) and layer_bits[4][1] > 20
+    measured = _measured(network, rows)
+    assert measured.max_error < 5e-4 and measured.equal_argmax >= 31 / 32
+    one_scale = measure_error(network, rows, fraction_bits=20 if factor == 1e4 else 14)
+    assert one_scale.max_error > 10 * measured.max_error
+
+
+@pytest.mark.parametrize("active", [wire.Tanh(), wire.Sigmoid()])
+def test_what_no_one_scale_takes_is_right_with_one_for_each_layer(active: wire.Layer) -> None:
+    network, rows = _grown(_linear_16(), wire.ReLU(), _linear_16(), active, _linear(16), by={2: 2e9})
+    assert float(network.layers[2].weight.detach().abs().max()) > 2**28
+    assert _measured(network, rows).max_error < 1e-4
+
+
+def test_large_inputs_and_branches_of_different_sizes_have_their_own_scales() -> None:
+    network, rows = _grown(wire.Rescale(low=0, high=2**22, to_low=0, to_high=1), _linear(16), by={})
+    rows["x"] *= 2**22
+    assert choose_scale(network, rows)[0] == 16
+    assert _measured(network, rows).max_error < 1e-4
+    small, large = (
+        _linear_16().model_copy(update={"name": "s"}),
+        _linear_16().model_copy(update={"name": "l", "reads": ("x",)}),
+    )
+    for joined in (wire.Add(reads=("s", "l")), wire.Concatenate(reads=("s", "l"), dim=0)):
+        width = 16 if isinstance(joined, wire.Add) else 32
+        network, rows = _grown(small, large, joined, _linear(width), by={1: 1e7, 3: 1e-7})
+        measured = _measured(network, rows)
+        assert measured.max_error < 1e-3, joined.type
+
+
+def test_numbers_that_fit_no_scale_are_refused_by_name() -> None:
+    for layers, by, words in (
+        ((_linear(16),), {0: 1e13}, r"layer 0 \(linear\) .*put a norm before it"),
+        ((_linear_16(), wire.GELU(), _linear(16)), {0: 2e10}, "layer 1"),
+    ):
+        with pytest.raises(ScaleRefused, match=words):
+            choose_scale(*_grown(*layers, by=by))
+    network, rows = _grown(_linear(16), by={})
+    with pytest.raises(ScaleRefused, match="inputs have numbers"):
+        choose_scale(network, {"x": rows["x"] * 1e12})
 
 
 def test_shares_of_another_network_or_shape_are_refused_by_name() -> None:
@@ -237,3 +298,7 @@ def test_the_program_and_its_digest_depend_on_public_facts_alone() -> None:
     assert (one.program(3), one.digest) == (two.program(3), two.digest)
     assert one.program(3) != one.program(4)
     assert one.digest != SharedNetwork(FAMILIES["gru"].architecture, fraction_bits=16).digest
+    scaled = SharedNetwork(
+        FAMILIES["gru"].architecture, layer_bits=[(20, 20)] * len(FAMILIES["gru"].architecture.layers)
+    )
+    assert scaled.digest != one.digest, "roles and clients that know of no scale for each layer refuse the statement"

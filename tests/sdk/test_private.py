@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from cloister.wire.private_deployments import (
     PrivateDeployment,
     PrivateTerms,
     Role,
+    network_digest,
     sign_private_deployment,
     verify_private_deployment,
 )
@@ -208,6 +211,22 @@ def test_a_statement_is_whole_or_refused(start: Any) -> None:
         verify_private_deployment({**envelope, "payload": envelope["payload"][:-8] + "AAAAAAA="}, KEYS)
     with pytest.raises(cloister.InvalidCertificate):
         verify_private_deployment(envelope, {})
+
+
+def test_without_scales_of_layers_a_statement_is_of_the_network_that_it_always_was(start: Any) -> None:
+    architecture = network_of((2,), Linear(in_features=2, out_features=10)).architecture
+    before = hashlib.sha256(f"cloister.mpc/1 20 {architecture.model_dump_json()}".encode()).hexdigest()
+    assert network_digest(architecture, 20) == network_digest(architecture, 20, ()) == before
+    assert len({network_digest(architecture, 20, each) for each in ((), ((20, 20),), ((20, 8),))}) == 3
+    stated, _ = start(answer, answer)
+    predicate = json.loads(stated.model_dump_json())
+    assert predicate.pop("layer_bits") == []
+    assert PrivateDeployment.model_validate_json(json.dumps(predicate)) == stated
+    assert stated.largest_output == 2.0**21
+    assert deployment(*stated.parties, layer_bits=((20, 20), (20, 8))).largest_output == 2.0**33
+    for wrong in (((20, 56),), ((-1, 20),), ((20,),)):
+        with pytest.raises(ValueError, match="layer_bits"):
+            deployment(*stated.parties, layer_bits=wrong)
 
 
 def test_an_expired_certificate_is_told_before_anybody_is_asked(tmp_path: Path, start: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
@@ -23,6 +24,7 @@ from cloister.wire.oip import encode_request
 from cloister.wire.private_deployments import ROLES, Role, verify_private_deployment
 from cloister.wire.private_requests import audience
 from cloister.wire.shares import decode, join
+from cloister_privacy.architecture import Network
 from cloister_privacy.architecture.weights import from_bytes, to_bytes
 from cloister_privacy.mpc import (
     CoLocated,
@@ -143,6 +145,33 @@ def test_what_is_stated_is_signed_and_each_role_opens_its_own_file_alone(
     joined = decode(join([each["layers.1.weight"] for each in opened[:2]]), fraction_bits=stated.fraction_bits)
     assert np.abs(joined - clear).max() < 1e-5
     assert np.abs(decode(opened[0]["layers.1.weight"]) - clear).min() > 1, "one share alone is noise"
+
+
+def _of_large_numbers() -> Network:
+    network = small_network()
+    with torch.no_grad():
+        for position, factor in ((1, 1e6), (3, 1e-6)):
+            network.layers[position].weight.mul_(factor)
+    return network
+
+
+@pytest.mark.parametrize("weights", [to_bytes(_of_large_numbers())], ids=["large"])
+def test_a_network_of_large_numbers_states_a_scale_for_each_layer(
+    http: TestClient, bearer: dict[str, str], model_id: str, identities: Any, weights: bytes
+) -> None:
+    answer = deploy(http, bearer, asked(identities))
+    assert answer.status_code == 201, answer.text
+    keys = certificate_keys(http)
+    stated = verify_private_deployment(answer.json()["statement"], keys)
+    assert stated.max_error < 1e-4 and len(stated.layer_bits) == 4 and stated.layer_bits[3][1] > 30
+    opened = [
+        open_role_file(file_of(http, bearer, name), mine.opens, certificate_digest=mine.record.digest, keys=keys)
+        for name, mine in zip(ROLES, identities, strict=True)
+    ]
+    assert {each.network.digest for each in opened} == {stated.network_digest}
+    shares = [each.weights["layers.3.weight"] for each in opened[:2] if each.weights]
+    clear = from_bytes(weights).state_dict()["layers.3.weight"].numpy()
+    assert np.abs(decode(join(shares), fraction_bits=stated.layer_bits[3][1]) - clear).max() < 1e-9
 
 
 def test_a_share_that_somebody_else_sealed_for_a_party_is_no_share_of_the_deployment(

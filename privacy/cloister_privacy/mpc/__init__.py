@@ -21,8 +21,9 @@ from cloister_privacy.mpc.errors import (
 from cloister_privacy.mpc.links import Identity, Peer
 from cloister_privacy.mpc.network import SharedNetwork, split_weights
 from cloister_privacy.mpc.party import Party
-from cloister_privacy.mpc.rehearsal import MeasuredError, choose_fraction_bits, measure_error
+from cloister_privacy.mpc.rehearsal import MeasuredError, measure_error
 from cloister_privacy.mpc.role_files import OpenedRole, open_role_file, seal_role_file
+from cloister_privacy.mpc.scale import choose_scale
 from cloister_privacy.mpc.weights import open_shares, seal_shares
 
 __all__ = [
@@ -46,7 +47,7 @@ __all__ = [
     "ScaleRefused",
     "SharedNetwork",
     "SharesOfAnother",
-    "choose_fraction_bits",
+    "choose_scale",
     "measure_error",
     "open_role_file",
     "open_shares",

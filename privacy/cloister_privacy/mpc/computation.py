@@ -85,7 +85,8 @@ class Computation:
         shares: Mapping[str, Ring],
         fraction_bits: int,
     ) -> None:
-        self.party, self.fraction_bits, self._shares = party, fraction_bits, shares
+        self.party, self._shares = party, shares
+        self.fraction_bits = self.weight_bits = fraction_bits
         self._source, self._exchange, self._weights = source, exchange, weights
 
     # What needs no exchange.
@@ -102,12 +103,12 @@ class Computation:
     def times(self, value: Shared, numbers: NDArray[Any] | float) -> Shared:
         """By public numbers; has the fraction bits of both."""
         value = self.truncated(value)
-        factor = np.rint(np.asarray(numbers, np.float64) * 2.0**self.fraction_bits).astype(np.int64).view(np.uint64)
-        return Shared(value.share * factor, value.bits + self.fraction_bits)
+        factor = np.rint(np.asarray(numbers, np.float64) * 2.0**self.weight_bits).astype(np.int64).view(np.uint64)
+        return Shared(value.share * factor, value.bits + self.weight_bits)
 
     def weight(self, name: str) -> Shared:
         """A weight that is only added."""
-        return Shared(self._shares[name], self.fraction_bits)
+        return Shared(self._shares[name], self.weight_bits)
 
     def sum(self, first: Shared, *others: Shared) -> Shared:
         """Of arrays that broadcast; has the most fraction bits among them."""
@@ -142,7 +143,7 @@ class Computation:
         value, held = self.truncated(value), self._weights[weight]
         mask, product = self._source.take(WeightProduct(op, weight, value.shape, held.opened.shape))
         (masked,) = self.reveal(value.share - mask)
-        return Shared(op(masked, held.beside) + op(mask, held.opened) + product, 2 * self.fraction_bits)
+        return Shared(op(masked, held.beside) + op(mask, held.opened) + product, value.bits + self.weight_bits)
 
     def product(self, left: Shared, right: Shared, op: Bilinear = TIMES) -> Shared:
         """op(left, right) of two shared arrays; has the fraction bits of both."""

@@ -5,7 +5,7 @@ All of it follows from the architecture, the number of rows and the fraction bit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import AudioColumn, CategoryColumn, NumberColumn, TextColumn
-from cloister.wire.private_deployments import network_digest
+from cloister.wire.private_deployments import LayerBits, network_digest
 from cloister.wire.shares import FRACTION_BITS, encode, split
 from cloister_privacy.architecture.graph import Node
 from cloister_privacy.architecture.network import Network
@@ -44,11 +44,15 @@ INSTEAD = {
 class SharedNetwork:
     """What two parties and a dealer agree on about one network. Raises LayerNotShared, which says what to take instead."""
 
-    def __init__(self, architecture: Architecture, *, fraction_bits: int = FRACTION_BITS) -> None:
+    def __init__(
+        self, architecture: Architecture, *, fraction_bits: int = FRACTION_BITS, layer_bits: Sequence[LayerBits] = ()
+    ) -> None:
         if not 8 <= fraction_bits <= FRACTION_BITS:
             raise ValueError(f"fraction_bits is from 8 to {FRACTION_BITS}")
-        self.architecture, self.fraction_bits = architecture, fraction_bits
+        self.architecture, self.fraction_bits, self.layer_bits = architecture, fraction_bits, tuple(layer_bits)
         nodes = [each.node for each in measure(architecture)]
+        if layer_bits and len(layer_bits) != len(nodes):
+            raise ValueError("layer_bits has one pair for each layer, or none")
         self.inputs = self._inputs(nodes)
         """What is shared of an example: name -> shape, as `cloister.wire.private_inputs` makes it."""
         with torch.device("meta"):
@@ -68,7 +72,7 @@ class SharedNetwork:
     @property
     def digest(self) -> str:
         """SHA-256 of what both parties and the dealer must agree on."""
-        return network_digest(self.architecture, self.fraction_bits)
+        return network_digest(self.architecture, self.fraction_bits, self.layer_bits)
 
     def _inputs(self, nodes: list[Node]) -> dict[str, Shape]:
         found: dict[str, Shape] = {}
@@ -93,8 +97,21 @@ class SharedNetwork:
         known = dict(inputs)
         for prefix, node in self._order:
             if node.key not in known:
-                known[node.key] = RUNS[type(node.layer)](c, node.layer, prefix, [known[name] for name in node.reads])
+                reads = [known[name] for name in node.reads]
+                if self.layer_bits:
+                    reads = self._scaled(c, int(prefix.split(".")[1]), reads)
+                known[node.key] = RUNS[type(node.layer)](c, node.layer, prefix, reads)
         return known[self._order[-1][1].key]
+
+    def _scaled(self, c: Computation, position: int, reads: Sequence[Shared]) -> list[Shared]:
+        """What a layer reads, at its own scale: with no fewer bits than it counts in, and no more than its numbers leave room for."""
+        c.fraction_bits, c.weight_bits = self.layer_bits[position]
+        most = c.fraction_bits + c.weight_bits
+        return [c.widened(c.truncated(each) if each.bits > most else each, c.fraction_bits) for each in reads]
+
+    def bits_of(self, name: str) -> LayerBits:
+        """Of the layer whose weight this is."""
+        return self.layer_bits[int(name.split(".")[1])] if self.layer_bits else (self.fraction_bits,) * 2
 
     def _program(self, rows: int) -> tuple[Tuple, ...]:
         recorder = Recorder()
@@ -140,7 +157,9 @@ def split_weights(network: SharedNetwork, weights: Mapping[str, torch.Tensor]) -
             width = len(numbers) // 3
             # Attention divides its scores by this; done here it costs the parties nothing.
             numbers[:width] /= (width / heads) ** 0.5
-        for party, share in enumerate(split(encode(name, numbers, fraction_bits=network.fraction_bits))):
+        value_bits, weight_bits = network.bits_of(name)
+        ring = encode(name, numbers, fraction_bits=weight_bits, product_bits=value_bits + weight_bits)
+        for party, share in enumerate(split(ring)):
             found[party][name] = share
     network.check_weights(found[0])
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,23 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cloister.wire.private_deployments import LayerBits
 from cloister.wire.private_inputs import private_inputs
 from cloister.wire.shares import FRACTION_BITS, decode, encode, join, split
 from cloister_privacy.architecture.network import Network
 from cloister_privacy.architecture.values import values_of
 from cloister_privacy.mpc.computation import Computation, Shared, Weight
-from cloister_privacy.mpc.errors import ScaleRefused
 from cloister_privacy.mpc.keystream import Index, Keystream
 from cloister_privacy.mpc.material import Material, corrections, masks_of
 from cloister_privacy.mpc.network import SharedNetwork, split_weights
 from cloister_privacy.mpc.ring import Ring
 
-__all__ = ["MeasuredError", "choose_fraction_bits", "measure_error", "rehearse"]
+__all__ = ["MeasuredError", "measure_error", "outputs_of", "rehearse"]
 
-_SPARE_BITS = 6
-"""Between the largest number on public inputs and the end of the range: others may be 64 times as large."""
-
-_LEAST_BITS = 12
 _PATIENCE_S = 60.0
 
 
@@ -99,16 +95,20 @@ def rehearse(
 
 
 def measure_error(
-    network: Network, rows: Mapping[str, NDArray[Any]], *, fraction_bits: int = FRACTION_BITS
+    network: Network,
+    rows: Mapping[str, NDArray[Any]],
+    *,
+    fraction_bits: int = FRACTION_BITS,
+    layer_bits: Sequence[LayerBits] = (),
 ) -> MeasuredError:
     """How far the shared network is from this one on public rows, as `cloister.wire.rows` has them.
 
     Raises LayerNotShared, and NotFinite or OutOfRange for inputs that cannot be shared.
     """
     architecture = network.architecture
-    shared = SharedNetwork(architecture, fraction_bits=fraction_bits)
+    shared = SharedNetwork(architecture, fraction_bits=fraction_bits, layer_bits=layer_bits)
     found = rehearse(shared, network.state_dict(), private_inputs(architecture, rows))
-    clear = _outputs(network, rows)
+    clear = outputs_of(network, rows)
     return MeasuredError(
         float(np.abs(found.outputs - clear).max()),
         float((found.outputs.argmax(axis=1) == clear.argmax(axis=1)).mean()),
@@ -118,37 +118,7 @@ def measure_error(
     )
 
 
-def choose_fraction_bits(network: Network, rows: Mapping[str, NDArray[Any]]) -> int:
-    """The most fraction bits, at most 20, with which no layer's numbers on public rows come near the end of the range.
-
-    Raises ScaleRefused where fewer than 12 would be left.
-    """
-    notes = [1.0]
-    hooks = [module.register_forward_hook(_note(notes.append)) for module in network.layers]
-    try:
-        _outputs(network, rows)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    largest = max(notes)
-    bits = int((61 - _SPARE_BITS - np.ceil(np.log2(largest))) // 2)
-    if bits < _LEAST_BITS:
-        raise ScaleRefused(
-            f"a layer gives numbers up to {largest:.3g}, which leaves {bits} fraction bits of the {_LEAST_BITS} needed; "
-            "scale its inputs, or put a norm before it"
-        )
-    return min(bits, FRACTION_BITS)
-
-
-def _note(write: Callable[[float], None]) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, given: Any, outputs: torch.Tensor) -> None:
-        if outputs.is_floating_point():
-            write(float(outputs.abs().max()))
-
-    return hook
-
-
-def _outputs(network: Network, rows: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+def outputs_of(network: Network, rows: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
     """[n, k] in the clear, before a number is told in its own units."""
     last: list[torch.Tensor] = []
     hook = network.layers[-1].register_forward_hook(lambda module, given, outputs: last.append(outputs))

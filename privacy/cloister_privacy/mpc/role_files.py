@@ -23,6 +23,7 @@ from cloister.wire.private_deployments import (
     PrivateDeployment,
     Role,
     RoleName,
+    network_digest,
     shared_by,
     verify_private_deployment,
 )
@@ -110,9 +111,10 @@ def open_role_file(body: bytes, private: X25519PrivateKey, *, certificate_digest
         raise RoleFileRefused(
             f"the role file's statement does not verify ({exc}); compare the platform's keys"
         ) from None
-    network = SharedNetwork(head.architecture, fraction_bits=stated.fraction_bits)
-    if network.digest != stated.network_digest or stated.role(head.role).digest != certificate_digest:
+    told = network_digest(head.architecture, stated.fraction_bits, stated.layer_bits)
+    if told != stated.network_digest or stated.role(head.role).digest != certificate_digest:
         raise RoleFileRefused("the role file is of another role or network than its statement; deploy again")
+    network = SharedNetwork(head.architecture, fraction_bits=stated.fraction_bits, layer_bits=stated.layer_bits)
     together = shared_by((*stated.parties, stated.dealer))
     if together is not None and not stated.development:
         raise CoLocated(

@@ -17,10 +17,10 @@ from pydantic import AwareDatetime, Field, StringConstraints, field_validator
 
 from cloister.wire._hpke import is_public_key
 from cloister.wire._model import Body, Identifier, Request, Response
-from cloister.wire.architecture import Architecture
+from cloister.wire.architecture import LAYER_LIMIT, Architecture
 from cloister.wire.dsse import Digest, Envelope, Keys, sign_statement, verify_statement
 from cloister.wire.oip import TensorJSON
-from cloister.wire.shares import FRACTION_BITS
+from cloister.wire.shares import FRACTION_BITS, limit
 
 __all__ = [
     "PRIVATE_DEPLOYMENT_TYPE",
@@ -103,6 +103,10 @@ class DeployPrivately(Body):
     """Let one operator, host or certificate have two of the roles: nothing is private then."""
 
 
+LayerBits = tuple[Annotated[int, Field(ge=0, le=55)], Annotated[int, Field(ge=0, le=55)]]
+"""A layer's fraction bits: of what it reads, and of its weights."""
+
+
 class PrivateDeployment(Response):
     """That a version's weights were shared between these parties, with that dealer. Its subject is the version's certificate."""
 
@@ -117,6 +121,9 @@ class PrivateDeployment(Response):
     network_digest: Digest
     """`network_digest` of the architecture and the fraction bits."""
     fraction_bits: Annotated[int, Field(ge=8, le=FRACTION_BITS)]
+    """Of the inputs, and of everything where `layer_bits` is empty."""
+    layer_bits: Annotated[tuple[LayerBits, ...], Field(max_length=LAYER_LIMIT)] = ()
+    """Of each layer, where numbers are so large that one scale does not fit all."""
     rows_at_once: Annotated[int, Field(ge=1, le=256)]
     """The most rows of one request."""
     rows_measured: Annotated[int, Field(ge=1)]
@@ -133,6 +140,11 @@ class PrivateDeployment(Response):
     development: bool
     server: Annotated[str, StringConstraints(min_length=1, max_length=200)]
     since: AwareDatetime
+
+    @property
+    def largest_output(self) -> float:
+        """Beyond it there is no answer."""
+        return limit(self.fraction_bits, product_bits=sum(self.layer_bits[-1]) if self.layer_bits else None)
 
     def role(self, name: RoleName) -> Role:
         return (*self.parties, self.dealer)[ROLES.index(name)]
@@ -198,9 +210,14 @@ def shared_by(roles: Sequence[_Declared]) -> str | None:
     return next((what for what, each in values.items() if len(set(each)) < len(each)), None)
 
 
-def network_digest(architecture: Architecture, fraction_bits: int) -> str:
+def network_digest(architecture: Architecture, fraction_bits: int, layer_bits: Sequence[LayerBits] = ()) -> str:
     """SHA-256 of what both parties, the dealer and every client must agree on."""
-    told = f"cloister.mpc/1 {fraction_bits} {architecture.model_dump_json()}"
+    scale = (
+        f"{fraction_bits} {','.join(f'{value}+{weight}' for value, weight in layer_bits)}"
+        if layer_bits
+        else fraction_bits
+    )
+    told = f"cloister.mpc/1 {scale} {architecture.model_dump_json()}"
     return hashlib.sha256(told.encode()).hexdigest()
 
 

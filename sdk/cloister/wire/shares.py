@@ -58,20 +58,24 @@ class SharesRefused(CloisterError):
     """Bytes that are not shares of this version, or shares that do not belong together."""
 
 
-def limit(fraction_bits: int = FRACTION_BITS) -> float:
-    """The largest number that may be shared: a product of two scales below it still has two bits to spare."""
-    return float(2 ** (61 - 2 * fraction_bits))
+def limit(fraction_bits: int = FRACTION_BITS, *, product_bits: int | None = None) -> float:
+    """The largest number that may be shared: a product of two scales below it still has two bits to spare.
+
+    `product_bits` are the fraction bits of a product, where its factors have different scales.
+    """
+    return 2.0 ** (61 - (2 * fraction_bits if product_bits is None else product_bits))
 
 
-def encode(name: str, values: NDArray[Any], *, fraction_bits: int = FRACTION_BITS) -> Ring:
+def encode(
+    name: str, values: NDArray[Any], *, fraction_bits: int = FRACTION_BITS, product_bits: int | None = None
+) -> Ring:
     """Each number times 2^fraction_bits, rounded, modulo 2^64. Raises NotFinite and OutOfRange, which name the tensor."""
+    most = limit(fraction_bits, product_bits=product_bits)
     numbers = np.asarray(values, dtype=np.float64)
     if not np.isfinite(numbers).all():
         raise NotFinite(f"{name!r} holds NaN or infinity, which cannot be shared; remove those rows")
-    if numbers.size and np.abs(numbers).max() > limit(fraction_bits):
-        raise OutOfRange(
-            f"{name!r} holds a number beyond {limit(fraction_bits):g}, the range of private inference; scale the column"
-        )
+    if numbers.size and np.abs(numbers).max() > most:
+        raise OutOfRange(f"{name!r} holds a number beyond {most:g}, the range of private inference; scale the column")
     return np.rint(numbers * 2.0**fraction_bits).astype(np.int64).view(np.uint64)
 
 
