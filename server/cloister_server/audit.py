@@ -13,11 +13,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cloister_server.errors import Unavailable
+from cloister_server.ids import ordered_hex
 from cloister_server.policy import Authorized, Denied
 from cloister_server.principal import Principal
 from cloister_server.store.acting import for_tenants
 from cloister_server.store.session import writing
-from cloister_server.store.tables import AuditRow, new_id, now
+from cloister_server.store.tables import AuditRow, now
 
 __all__ = ["NAMING", "allowed", "denials_kept", "keep_denial", "operated", "told", "values_of"]
 
@@ -77,7 +78,7 @@ def values_of(
     """A row of now, as values by column."""
     return {
         "tenant_id": principal.tenant_id,
-        "id": new_id("aud"),
+        "id": f"aud_{ordered_hex()}",
         "time": now(),
         "principal_id": principal.id,
         "verb": verb,

@@ -15,7 +15,7 @@ from cloister_server.store.tables import Table
 
 __all__ = ["insert_rows"]
 
-_AT_ONCE = (256, 32, 4, 1)
+_AT_ONCE = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """Rows of a statement on SQLite. Its driver lets go of the interpreter for each statement, and waits until it is free again."""
 
 
