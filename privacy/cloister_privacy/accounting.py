@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 from cloister_privacy.errors import AccountantsDisagree, AccountingError
 
@@ -243,15 +246,29 @@ def least_noise_multiplier(suffices: Callable[[float], bool]) -> float | None:
 
 @lru_cache(maxsize=65_536)
 def _rdp_of_step(sampling_rate: float, noise_multiplier: float, order: float) -> float:
-    from opacus.accountants.analysis.rdp import compute_rdp  # loads torch
-
     try:
-        rho = float(compute_rdp(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
+        rho = float(_compute_rdp()(q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=order))
     except (ValueError, ArithmeticError):  # the series at a fractional order may fail to converge
         rho = math.nan
     if order.is_integer():  # a sum of positive terms: reliable, but for rounding below zero by about 1e-16
         return math.inf if math.isnan(rho) else max(0.0, rho)
     return _between_whole_orders(sampling_rate, noise_multiplier, order, rho)
+
+
+@cache
+def _compute_rdp() -> Callable[..., Any]:
+    """`opacus.accountants.analysis.rdp.compute_rdp`, by its file: it needs SciPy alone, and Opacus around it seconds for torch."""
+    opacus = find_spec("opacus")
+    if opacus is None or opacus.origin is None:
+        raise ModuleNotFoundError("RDP is computed by Opacus, which is not installed: pip install 'cloister[privacy]'")
+    file = Path(opacus.origin).parent / "accountants" / "analysis" / "rdp.py"
+    spec = spec_from_file_location("opacus_rdp", file)
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"{file} cannot be loaded")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    compute_rdp: Callable[..., Any] = module.compute_rdp
+    return compute_rdp
 
 
 def _between_whole_orders(sampling_rate: float, noise_multiplier: float, order: float, rho: float) -> float:

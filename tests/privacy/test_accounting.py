@@ -147,6 +147,15 @@ def test_epsilon_is_what_opacus_accounts() -> None:
     assert epsilon_by_rdp(Q, SIGMA, steps=STEPS, delta=DELTA) == pytest.approx(accountant.get_epsilon(DELTA))
 
 
+def test_rdp_at_whole_orders_is_what_opacus_computes() -> None:
+    from opacus.accountants.analysis.rdp import compute_rdp
+
+    orders = (2.0, 11.0, 64.0)
+    assert rdp_per_step(Q, SIGMA, orders=orders) == tuple(
+        compute_rdp(q=Q, noise_multiplier=SIGMA, steps=1, orders=list(orders))
+    )
+
+
 @given(q=st.floats(1e-6, 1), sigma=st.floats(0.3, 1000))
 @settings(max_examples=15, deadline=None)
 def test_rdp_is_never_negative_and_never_not_a_number(q: float, sigma: float) -> None:
