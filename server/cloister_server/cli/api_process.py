@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 import threading
@@ -31,6 +32,8 @@ def _warm_up() -> None:
     import torch  # noqa: F401 (loaded for the models)
 
     epsilon_by_pld(0.01, 1.0, steps=1, delta=1e-5)
+    gc.collect()
+    gc.freeze()  # a million objects of modules, that stay: to look through them for garbage took a third of each request
 
 
 async def _serve_granian(app: Any, settings: Settings) -> None:
