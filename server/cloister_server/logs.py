@@ -17,6 +17,8 @@ __all__ = ["JSONFormatter", "configure"]
 
 _OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
+_TOGETHER_S = 0.02
+
 _encode = json.JSONEncoder(default=str).encode
 
 _PRINT_SECRETS = frozenset(
@@ -44,7 +46,7 @@ class JSONFormatter(logging.Formatter):
 
 
 class _Lines(logging.StreamHandler[TextIO]):
-    """Writes together what an event loop logs in one turn, at its next; whatever else, and every warning, as it comes."""
+    """Writes together what an event loop logs within a moment; whatever else, and every warning, as it comes."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -57,7 +59,7 @@ class _Lines(logging.StreamHandler[TextIO]):
             if loop is None:
                 self.flush()
             elif len(self._waiting) == 1:
-                loop.call_soon(self.flush)
+                loop.call_later(_TOGETHER_S, self.flush)
         except Exception:
             self.handleError(record)
 

@@ -94,7 +94,10 @@ def recall(service: Service, headers: Headers, *, address: str | None = None) ->
     """
     token, is_bound = _given(service, headers)
     read, standing = (None, None) if is_bound else _memory(service).recall(token)
-    if read is None or standing is None or read.jkt is not None:
+    if read is None or standing is None:
+        _require_form(service, token)
+        return None
+    if read.jkt is not None:
         return None
     return _principal(read, standing, request_id_of(headers), address)
 
@@ -105,8 +108,7 @@ def inspect(service: Service, token: str, *, within: Session | None = None) -> t
     Raises Unauthenticated unless it is valid now.
     """
     encoded = token.encode("ascii", "replace")
-    if not _TOKEN.fullmatch(encoded):
-        raise _refusal(service)
+    _require_form(service, encoded)
     read = _memory(service).verify(service, encoded, within=within)
     with reading(service.engine, ALL_TENANTS) if within is None else nullcontext(within) as session:
         standing = _standing(session, read)
@@ -152,6 +154,7 @@ class _Memory:
         digest = hashlib.sha256(token).digest()
         read = self._remembered(digest)
         if read is None:
+            _require_form(service, token)
             read = self._verify_any(service, token)
             self._keep(self._tokens, digest, _Seen(read, monotonic() + _TOKEN_KEPT_S))
         with self._asking[digest[0] % _ASKING_AT_ONCE]:
@@ -308,9 +311,15 @@ def _given(service: Service, headers: Headers) -> tuple[bytes, bool]:
     """The token, and whether it is sent as one that is bound to a key."""
     given = [value for name, value in headers if name.lower() == b"authorization"]
     scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-    if scheme.lower() not in (b"bearer", b"dpop") or not _TOKEN.fullmatch(token):
+    scheme = scheme.lower()
+    if scheme not in (b"bearer", b"dpop"):
         raise _refusal(service, was_given=bool(given))
-    return token, scheme.lower() == b"dpop"
+    return token, scheme == b"dpop"
+
+
+def _require_form(service: Service, token: bytes) -> None:
+    if not _TOKEN.fullmatch(token):
+        raise _refusal(service)
 
 
 def request_id_of(headers: Headers) -> str:
