@@ -116,9 +116,11 @@ class PrivateRoles:
         return self.log(role).count("role.ready")
 
 
-def trained(client: cloister.Cloister, digits: dict[str, np.ndarray]) -> cloister.Model:
-    """A linear model of real scans."""
-    layers = [cloister.layers.Flatten(), cloister.layers.Linear(in_features=64, out_features=10)]
+def trained(
+    client: cloister.Cloister, digits: dict[str, np.ndarray], *between: cloister.layers.Layer, features: int = 64
+) -> cloister.Model:
+    """A model of real scans: linear, or with what is between, which makes so many features."""
+    layers = [cloister.layers.Flatten(), *between, cloister.layers.Linear(in_features=features, out_features=10)]
     plan = client.plan(
         upload(client, digits),
         target="digit",
