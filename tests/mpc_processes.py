@@ -131,12 +131,12 @@ class Processes:
 
 
 def memory_of(pid: int) -> Iterator[bytes]:
-    """What a process has in memory that it may write to, region by region."""
+    """All that a process has in memory and may read, region by region."""
     with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in maps:
             region, permissions, *_ = line.split()
-            if permissions.startswith("rw"):
+            if permissions.startswith("r"):
                 start, stop = (int(each, 16) for each in region.split("-"))
-                memory.seek(start)
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, OverflowError):  # the kernel's own pages
+                    memory.seek(start)
                     yield memory.read(stop - start)

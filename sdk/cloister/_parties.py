@@ -10,7 +10,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from types import TracebackType
 
@@ -63,11 +63,14 @@ class Parties:
             link.close()
         self._links = []
 
-    def ask(self, inputs: Mapping[str, NDArray[np.float64]], permissions: tuple[str, str]) -> NDArray[np.float64]:
+    def ask(
+        self, inputs: Mapping[str, NDArray[np.float64]], permissions: Callable[[], tuple[str, str]]
+    ) -> NDArray[np.float64]:
         """The network's outputs, [n, k], of numbers that leave here as shares alone.
 
-        After a failure in the middle it is asked once more, with fresh shares, as if it were another request. Raises NotFinite,
-        OutOfRange and PrivateInferenceFailed.
+        `permissions` gives those of now, however long a party was waited for before. After a failure in the middle it is
+        asked once more, with fresh shares, as if it were another request. Raises NotFinite, OutOfRange and
+        PrivateInferenceFailed, and what `permissions` raises.
         """
         bits = self._deployment.fraction_bits
         rings = {name: encode(name, each, fraction_bits=bits) for name, each in inputs.items()}
@@ -102,7 +105,9 @@ class Parties:
             for role in self._deployment.parties:
                 self._links.append(_Link(role, self._until))
 
-    def _asked(self, rings: Mapping[str, NDArray[np.uint64]], permissions: tuple[str, str]) -> NDArray[np.float64]:
+    def _asked(
+        self, rings: Mapping[str, NDArray[np.uint64]], permissions: Callable[[], tuple[str, str]]
+    ) -> NDArray[np.float64]:
         self._connect()
         request, rows = os.urandom(16), len(next(iter(rings.values())))
         halves = {name: split(ring) for name, ring in rings.items()}
@@ -116,7 +121,7 @@ class Parties:
                 self._deployment.fraction_bits,
             )
             head = PrivateRequest(
-                permission=permissions[party], deployment=self._deployment.id, request=request.hex(), rows=rows
+                permission=permissions()[party], deployment=self._deployment.id, request=request.hex(), rows=rows
             )
             self._links[party].send(head.model_dump_json().encode(), shares.to_bytes())
             self._links[party].expect(TAKEN, limit_bytes=HEAD_BYTES)

@@ -43,7 +43,7 @@ __all__ = ["AsyncPrivateModel", "PrivateModel", "private_model"]
 
 _PATIENCE_S = 60.0
 _SPARE_S = 15.0
-"""A permission is used for a new request while it is valid so much longer."""
+"""A permission is sent while it is valid so much longer."""
 
 
 class _PrivateState:
@@ -94,17 +94,20 @@ class _PrivateState:
                     f"the certificate of {name} expired on {expires:%Y-%m-%d}; nothing was sent; have the version deployed anew"
                 )
 
-    def _needs_permission(self) -> bool:
-        return self._permissions is None or time.monotonic() >= self._permitted_until
+    def _held(self) -> tuple[str, str] | None:
+        """The permissions that are valid for long enough still."""
+        if self._permissions is None or time.monotonic() >= self._permitted_until:
+            return None
+        return self._permissions.permissions
 
-    def _permit(self, found: Permissions, asked_at: float) -> None:
+    def _asking(self) -> Operation[Permissions]:
+        return self._operations.permissions(self.statement.model, self.statement.version)
+
+    def _hold(self, found: Permissions, asked_at: float) -> tuple[str, str]:
         if found.deployment != self.statement.id:
             raise StaleDeployment("the version was deployed privately anew; ask for it again by client.private(...)")
         self._permissions, self._permitted_until = found, asked_at + found.expires_in - _SPARE_S
-
-    def _ask(self, parties: Parties, inputs: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-        assert self._permissions is not None  # noqa: S101 (asked for just before)
-        return parties.ask(inputs, self._permissions.permissions)
+        return found.permissions
 
     def _connected(self, timeout_s: float) -> Parties:
         self._check_dates()
@@ -156,12 +159,12 @@ class PrivateModel(_PrivateState):
         inputs, found = self._inputs(x), []
         with self._connected(timeout_s) as parties:
             for chunk in self._chunks(inputs):
-                if self._needs_permission():
-                    at = time.monotonic()
-                    stated = self.statement
-                    self._permit(self._sender.run(self._operations.permissions(stated.model, stated.version)), at)
-                found.append(self._ask(parties, chunk))
+                found.append(parties.ask(chunk, self._permissions_now))
         return found
+
+    def _permissions_now(self) -> tuple[str, str]:
+        at = time.monotonic()
+        return self._held() or self._hold(self._sender.run(self._asking()), at)
 
 
 class AsyncPrivateModel(_PrivateState):
@@ -182,16 +185,19 @@ class AsyncPrivateModel(_PrivateState):
         return self._probabilities(await self._asked(x, timeout_s))
 
     async def _asked(self, x: Any, timeout_s: float) -> list[NDArray[np.float64]]:
-        inputs, found = self._inputs(x), []
+        inputs, found, loop = self._inputs(x), [], asyncio.get_running_loop()
+
+        def permissions() -> tuple[str, str]:
+            return asyncio.run_coroutine_threadsafe(self._permissions_now(), loop).result()
+
         with self._connected(timeout_s) as parties:
             for chunk in self._chunks(inputs):
-                if self._needs_permission():
-                    at = time.monotonic()
-                    stated = self.statement
-                    asked = self._operations.permissions(stated.model, stated.version)
-                    self._permit(await self._sender.run(asked), at)
-                found.append(await asyncio.to_thread(self._ask, parties, chunk))
+                found.append(await asyncio.to_thread(parties.ask, chunk, permissions))
         return found
+
+    async def _permissions_now(self) -> tuple[str, str]:
+        at = time.monotonic()
+        return self._held() or self._hold(await self._sender.run(self._asking()), at)
 
 
 def private_model(

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
-import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,24 +16,15 @@ import pytest
 
 import cloister
 from harness import App, Deployment
-from journeys import SQLITE, upload
-from private_roles import OPERATORS, PrivateRoles
+from journeys import SQLITE
+from private_roles import OPERATORS, PrivateRoles, right_soon, trained
 
 pytestmark = pytest.mark.parametrize("deployment", [SQLITE], indirect=True)
 
 
 @pytest.fixture
 def model(client: cloister.Cloister, digits: dict[str, np.ndarray]) -> cloister.Model:
-    layers = [cloister.layers.Flatten(), cloister.layers.Linear(in_features=64, out_features=10)]
-    plan = client.plan(
-        upload(client, digits),
-        target="digit",
-        layers=layers,
-        privacy=cloister.DP(epsilon=5.0),
-        batch_size=200,
-        epochs=2,
-    )
-    return client.train(plan, model="m").wait(timeout_s=120)
+    return trained(client, digits)
 
 
 @pytest.fixture
@@ -73,26 +60,6 @@ def _forged(client: cloister.Cloister, model: cloister.Model) -> None:
         operations.private_terms = real  # type: ignore[method-assign]
 
 
-def _right_or_unavailable(private: cloister.PrivateModel, clear: np.ndarray, rows: np.ndarray) -> bool:
-    """Whether an answer came; a wrong one fails the test."""
-    try:
-        assert np.abs(private.predict_proba(rows, timeout_s=30) - clear).max() < 1e-4
-    except cloister.PartyUnavailable:
-        return False
-    return True
-
-
-def _right_soon(private: cloister.PrivateModel, clear: np.ndarray, rows: np.ndarray) -> None:
-    """However long the roles take to start, or to find each other: errors by name, and then a right answer."""
-    deadline = time.monotonic() + 300
-    while True:
-        private._permissions = None  # each lasts a minute, for which a role may take to start
-        if _right_or_unavailable(private, clear, rows):
-            return
-        assert time.monotonic() < deadline, "the roles did not come"
-        time.sleep(0.1)
-
-
 def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill(
     deployment: Deployment,
     app: App,
@@ -107,7 +74,7 @@ def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill
     assert [party.operator for party in private.parties] == list(OPERATORS.values())[:2]
     assert private.dealer.operator == OPERATORS["dealer"]
     assert private.statement.max_error < 1e-4 and private.statement.rows_measured == 8
-    _right_soon(private, clear, rows)
+    right_soon(private, clear, rows)
     assert np.array_equal(private.predict(rows, decoded=True), model.predict(rows, decoded=True))
 
     async def asked() -> np.ndarray:
@@ -130,7 +97,7 @@ def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill
     survivors = {role: roles.running[role].pid for role in ("party-1", "dealer")}
     roles.kill("party-0")
     roles.start("party-0")
-    _right_soon(private, clear, rows)
+    right_soon(private, clear, rows)
     assert {role: roles.running[role].pid for role in survivors} == survivors
     assert all(roles.running[role].poll() is None for role in survivors)
 
@@ -153,28 +120,6 @@ def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill
 
 
 @pytest.mark.long
-def test_roles_killed_at_any_instant_leave_an_error_or_a_right_answer_and_come_back(
-    client: cloister.Cloister, model: cloister.Model, roles: PrivateRoles, digits: dict[str, np.ndarray]
-) -> None:
-    rows, instants = digits["scan"][:4], random.Random(8)
-    clear = model.predict_proba(rows)
-    private = client.private("m")
-    _right_soon(private, clear, rows)
-    for _ in range(4 if os.environ.get("SHORT") else 20):
-        role = instants.choice(("dealer", "party-0", "party-1"))
-        for _ in range(instants.randrange(20)):
-            assert _right_or_unavailable(private, clear, rows)
-        roles.kill(role)
-        _right_or_unavailable_soon(private, clear, rows)
-        roles.start(role)
-        _right_soon(private, clear, rows)
-    for role in ("party-0", "party-1", "dealer"):
-        held = b"".join(p.read_bytes() for p in (roles.directory / role).rglob("*") if p.is_file())
-        assert rows[0].tobytes() not in held and json.dumps(clear[0].tolist()).encode() not in held
-        assert roles.kill(role, signal.SIGTERM) == 0
-
-
-@pytest.mark.long
 def test_the_example_runs_three_roles_on_one_machine_and_says_that_nothing_is_private(
     deployment: Deployment, app: App, model: cloister.Model
 ) -> None:
@@ -187,9 +132,3 @@ def test_the_example_runs_three_roles_on_one_machine_and_says_that_nothing_is_pr
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["equal"] is True
-
-
-def _right_or_unavailable_soon(private: cloister.PrivateModel, clear: np.ndarray, rows: np.ndarray) -> None:
-    """While a role is away: within the deadline that the caller gives."""
-    with contextlib.suppress(cloister.PartyUnavailable):
-        assert np.abs(private.predict_proba(rows, timeout_s=2) - clear).max() < 1e-4

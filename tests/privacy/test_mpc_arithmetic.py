@@ -17,6 +17,7 @@ from cloister_privacy.mpc.keystream import Index, Keystream
 from cloister_privacy.mpc.products import MATMUL, Along, Convolution, Lookup, Transposed
 from cloister_privacy.mpc.ring import matmul
 from two_parties import compute
+from uniformity import require_uniform
 
 _UNIT = 2.0**-20
 _RANDOM = np.random.default_rng(0)
@@ -149,9 +150,7 @@ def test_what_a_party_sends_is_uniform_whatever_the_numbers() -> None:
     """All exchanges of a function that compares, multiplies and truncates, of a constant: chi-square of their bytes."""
     sent: list[bytes] = []
     compute(functions.silu, np.full(2048, 0.75), bits=40, record=sent)
-    counts = np.bincount(np.frombuffer(b"".join(sent), np.uint8), minlength=256)
-    expected = counts.sum() / 256
-    assert abs(((counts - expected) ** 2 / expected).sum() - 255) < 12 * (2 * 255) ** 0.5
+    require_uniform(b"".join(sent))
 
 
 def test_no_two_indices_or_tuples_share_a_stream() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cloister.wire.shares import Shares
 from cloister_privacy.architecture import Network
 from cloister_privacy.mpc import (
     CoLocated,
@@ -29,11 +30,14 @@ from cloister_privacy.mpc import (
     RequestDropped,
     SharesOfAnother,
     choose_scale,
+    split_weights,
 )
 from cloister_privacy.mpc.links import Deadline, Link, Listener, connect
 from cloister_privacy.mpc.places import Places
 from mpc_groups import Group, Running, shares_of, small_network
 from ports import free_port
+from recording_proxy import Way, recording, tls_payload
+from uniformity import deviation_of, require_uniform
 
 NETWORK = small_network()
 
@@ -369,12 +373,54 @@ def test_a_peer_that_accepts_and_never_answers_is_left_at_the_deadline(group: Gr
             connect(group.identities["party-1"], peer, Deadline.after(0.2))
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_all_that_a_party_holds_and_is_sent_is_uniform(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows and weights that are all alike: its shares of both and of the outputs, and all that the other party opens to it."""
+    network = small_network()
+    for weight in network.parameters():
+        torch.nn.init.constant_(weight, 0.5)
+    alike = Group.create(tmp_path, network)
+    x = np.full((256, 4, 4), 0.625, np.float32)
+    inputs, outputs, sent = list[bytes](), list[bytes](), list[bytes]()
+    exchange, compute = Link.exchange, Party._computed
+
+    def exchanged(link: Link, payload: bytes, deadline: Deadline) -> bytes:
+        found = exchange(link, payload, deadline)
+        if link.peer == f"party-{1 - number}":
+            sent.append(found)
+        return found
+
+    def computed(party: Party, group: Any, material: Any, shares: Shares, deadline: Deadline) -> Shares:
+        answered = compute(party, group, material, shares, deadline)
+        if party.number == number:
+            inputs.append(shares.tensors["x"].tobytes())
+            outputs.append(answered.tensors["outputs"].tobytes())
+        return answered
+
+    monkeypatch.setattr(Link, "exchange", exchanged)
+    monkeypatch.setattr(Party, "_computed", computed)
+    with Running(alike, tmp_path) as running:
+        found = running.ask(x)
+    assert np.abs(found - _clear(network, x)).max() < 1e-4
+    assert deviation_of(found.tobytes()) > 1e3, "in the clear they are all alike"
+    _, *opened = sent  # the first tells which generation
+    weights = [split_weights(alike.network, network.state_dict())[number] for _ in range(8)]
+    for held in (inputs, outputs, opened, [each.tobytes() for share in weights for each in share.values()]):
+        require_uniform(b"".join(held))
+
+
 def test_a_wire_between_the_roles_carries_tls_alone(group: Group, tmp_path: Path) -> None:
     """A proxy before the dealer and one before party 0 record everything that passes, of many requests."""
-    recorded: list[bytes] = []
+    ways: list[Way] = []
     ports = [free_port(), free_port()]
     first, dealer = group.deployment.parties[0], group.deployment.dealer
-    with _recording(ports[0], first.port, recorded), _recording(ports[1], dealer.port, recorded):
+    here = first.host
+    with (
+        recording((here, ports[0]), (here, first.port), ways, link="party 0"),
+        recording((here, ports[1]), (here, dealer.port), ways, link="dealer"),
+    ):
         seen = Deployment(
             group.deployment.id,
             (replace(first, port=ports[0]), group.deployment.parties[1]),
@@ -384,13 +430,10 @@ def test_a_wire_between_the_roles_carries_tls_alone(group: Group, tmp_path: Path
             running.parties[0]._deployment = replace(seen, parties=group.deployment.parties)
             running.parties[1]._deployment = seen
             running.form()
-            recorded.clear()
-            running.form()
             x = np.full((8, 4, 4), 0.625, np.float32)
             shares = shares_of(group, x)
             running.answer(shares)
-    wire = b"".join(recorded)
-    # After the handshake TLS 1.3 is nothing but records of application data.
+    wire = b"".join(way.passed for way in ways)
     planted = [
         x.tobytes(),
         shares[0].tensors["x"].tobytes(),
@@ -400,41 +443,8 @@ def test_a_wire_between_the_roles_carries_tls_alone(group: Group, tmp_path: Path
     ]
     assert len(wire) > 5_000, "one request and its randomness; more was dealt ahead where there was time"
     assert all(each[:16] not in wire for each in planted)
-    body = np.frombuffer(wire, np.uint8)
-    others = np.delete(np.bincount(body, minlength=256), [0x00, 0x03, 0x17])  # heads of records hold these
-    assert others.max() < 3 * len(body) / 256
-
-
-@contextmanager
-def _recording(port: int, to: int, recorded: list[bytes]) -> Iterator[None]:
-    server = socket.create_server(("127.0.0.1", port))
-
-    def pump(source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                recorded.append(data)
-                sink.sendall(data)
-        except OSError:
-            return
-        finally:
-            sink.close()
-
-    def accept() -> None:
-        while True:
-            try:
-                near, _ = server.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", to))
-            for pair in ((near, far), (far, near)):
-                threading.Thread(target=pump, args=pair, daemon=True).start()
-
-    threading.Thread(target=accept, daemon=True).start()
-    try:
-        yield
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
+    assert {way.link for way in ways} == {"party 0", "dealer"}
+    require_uniform(b"".join(tls_payload(way) for way in ways))
 
 
 def test_roles_that_share_an_operator_a_host_or_a_certificate_are_refused(group: Group) -> None:

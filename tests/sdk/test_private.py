@@ -107,7 +107,7 @@ def refuse(code: str) -> list[bytes]:
 
 def ask(stated: PrivateDeployment, *, within_s: float = SOON) -> np.ndarray:
     with Parties(stated, outputs=2, until=time.monotonic() + within_s) as parties:
-        return parties.ask({"x": X}, PERMISSIONS)
+        return parties.ask({"x": X}, lambda: PERMISSIONS)
 
 
 def test_each_party_gets_its_own_permission_and_a_share_that_tells_nothing(start: Any) -> None:
@@ -199,7 +199,7 @@ def test_what_cannot_be_shared_is_refused_before_anybody_is_called(start: Any) -
             Parties(stated, outputs=2, until=time.monotonic() + SOON) as links,
             pytest.raises(cloister.InvalidArgument, match=error),
         ):
-            links.ask({"x": wrong}, PERMISSIONS)
+            links.ask({"x": wrong}, lambda: PERMISSIONS)
     assert not any(party.seen for party in parties)
 
 
