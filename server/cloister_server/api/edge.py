@@ -297,6 +297,8 @@ def _log_failure(error: Exception, request_id: str) -> None:
 
 def _log_request(scope: Scope, status: int, request_id: str, seconds: float) -> None:
     """One line a request. The route and never the path, which may hold names; never a query, a body or a token."""
+    if not log.isEnabledFor(logging.INFO):
+        return
     route = getattr(scope.get("route"), "path", None)
     log.info(
         "request",
