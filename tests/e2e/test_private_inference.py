@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import cloister
+from cloister.wire.private_requests import LONGEST_PERMISSION_S
 from harness import App, Deployment
 from journeys import SQLITE
 from private_roles import OPERATORS, PrivateRoles, right_soon, trained
@@ -117,6 +119,48 @@ def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill
         client.private("m")
     assert roles.kill("party-1", signal.SIGTERM) == 0
     assert roles.kill("dealer", signal.SIGTERM) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_client_that_waits_for_a_party_for_longer_than_a_permission_lasts_shows_it_a_fresh_one(
+    is_async: bool,
+    deployment: Deployment,
+    app: App,
+    client: cloister.Cloister,
+    model: cloister.Model,
+    roles: PrivateRoles,
+    digits: dict[str, np.ndarray],
+) -> None:
+    rows = digits["scan"][:4]
+    clear = model.predict(rows)
+    right_soon(client.private("m"), model.predict_proba(rows), rows)
+    party = roles.running["party-1"]
+    going_on = threading.Timer(LONGEST_PERMISSION_S + 2, party.send_signal, (signal.SIGCONT,))
+
+    def stand_still() -> None:
+        party.send_signal(signal.SIGSTOP)
+        going_on.start()
+
+    async def asked() -> np.ndarray:
+        credentials = {"client_id": app.client_id, "client_secret": app.client_secret}
+        async with cloister.AsyncCloister(deployment.url, **credentials) as other:
+            private = await other.private("m")
+            await private.predict(rows)
+            stand_still()
+            return await private.predict(rows, timeout_s=300)
+
+    try:
+        if is_async:
+            assert np.array_equal(asyncio.run(asked()), clear)
+        else:
+            private = client.private("m")
+            private.predict(rows)
+            stand_still()
+            assert np.array_equal(private.predict(rows, timeout_s=300), clear)
+    finally:
+        going_on.cancel()
+        party.send_signal(signal.SIGCONT)
 
 
 @pytest.mark.long

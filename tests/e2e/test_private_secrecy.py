@@ -156,10 +156,11 @@ def test_every_link_carries_tls_1_3_alone_and_nothing_that_was_planted(
             planted += [private.statement.id.encode(), b"generation", b"cloister."]
     assert not any(each in way.passed for way in ways for each in planted)
     for role, whose in links:
-        for is_from_client in (True, False):
-            of_link = [
-                tls_payload(way)
-                for way in ways
-                if way.link == f"{role} from {whose}" and way.is_from_client is is_from_client
-            ]
-            require_uniform(b"".join(of_link))
+        there, back = (
+            b"".join(
+                tls_payload(way) for way in ways if (way.link, way.is_from_client) == (f"{role} from {whose}", each)
+            )
+            for each in (True, False)
+        )
+        assert there and back
+        require_uniform(there + back)

@@ -177,6 +177,23 @@ def test_after_a_failure_it_is_asked_once_more_as_if_it_were_another_request(sta
     assert [len(party.seen) for party in parties] == [4, 4], "and no third time"
 
 
+def test_permissions_are_those_of_when_they_are_sent_and_not_of_when_it_began(start: Any) -> None:
+    given: list[str] = []
+
+    def permissions() -> tuple[str, str]:
+        given.append(f"the {len(given)}th")
+        return given[-1], given[-1]
+
+    def dropped(shares: Shares) -> list[bytes]:
+        return [TAKEN, *refuse("dropped")] if len(parties[0].seen) == 1 else answer(shares)
+
+    stated, parties = start(dropped, answer)
+    with Parties(stated, outputs=2, until=time.monotonic() + SOON) as links:
+        assert np.array_equal(links.ask({"x": X}, permissions), X)
+    told = [head.permission for pair in zip(*(party.seen for party in parties), strict=True) for head, _ in pair]
+    assert sorted(told) == given and len(given) == 4
+
+
 def test_whoever_does_not_answer_is_left_at_the_deadline(start: Any) -> None:
     stated, _ = start(lambda shares: [TAKEN], answer)
     with pytest.raises(cloister.PartyUnavailable):

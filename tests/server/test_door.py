@@ -27,7 +27,7 @@ from cloister.wire.private_requests import (
     audience,
 )
 from cloister.wire.shares import Shares, encode, split
-from cloister_privacy.mpc import Limits, MaterialExhausted, Party
+from cloister_privacy.mpc import Limits, MaterialExhausted, Party, SharesOfAnother
 from cloister_server.roles.door import Door
 from cloister_server.roles.permissions import Permissions
 from cloister_server.roles.waiting import Request
@@ -134,6 +134,21 @@ def test_more_rows_than_a_party_takes_are_refused_before_their_share_is_read(
         answer = client.makefile("rb").read()[LENGTH.size :]
     assert answer[:1] == REFUSED and taken == []
     assert "3 are the most" in PartyRefusal.model_validate_json(answer[1:]).error
+
+
+def test_a_share_that_the_other_party_lost_is_told_as_a_fault_after_which_a_client_asks_again(
+    group: Group, key: ECKey, tmp_path: Path
+) -> None:
+    def put(request: Request) -> None:
+        request.answer.set_exception(SharesOfAnother("the other party: no share of this request came"))
+
+    with client_of(group, key, tmp_path / "state", put) as client:
+        client.sendall(b"".join(frames(group, 1, key)))
+        told = client.makefile("rb")
+        assert told.read(LENGTH.size + 1)[LENGTH.size :] == TAKEN
+        (length,) = LENGTH.unpack(told.read(LENGTH.size))
+        refusal = PartyRefusal.model_validate_json(told.read(length).removeprefix(REFUSED))
+    assert refusal.code == "dropped" and "no share" in refusal.error
 
 
 def test_whoever_shows_no_permission_makes_room_for_those_who_do(
