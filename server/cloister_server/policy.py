@@ -51,16 +51,14 @@ _PROOF = object()
 R = TypeVar("R", bound=Table)
 
 
-@dataclass(frozen=True, slots=True)
-class Allow:
+class Allow(NamedTuple):
     """Yes, by this grant, and as it is bound."""
 
     by: str
     conditions: Conditions = UNBOUND
 
 
-@dataclass(frozen=True, slots=True)
-class Deny:
+class Deny(NamedTuple):
     """No; the reason is for the audit log. `by` is the grant that denies, where one does."""
 
     reason: str

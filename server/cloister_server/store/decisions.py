@@ -193,7 +193,7 @@ def _revision(session: Session, tenant_id: str) -> int | None:
         if driver.seen is None:
             known[tenant_id] = _asked(driver, tenant_id)
         else:
-            state = driver.connection.execute("PRAGMA data_version").fetchone()[0], driver.connection.total_changes
+            state = driver.ask("PRAGMA data_version").fetchone()[0], driver.connection.total_changes
             if driver.seen.get("") != state or len(driver.seen) > _MOST_TENANTS:
                 driver.seen.clear()
                 driver.seen[""] = state
@@ -206,7 +206,7 @@ def _revision(session: Session, tenant_id: str) -> int | None:
 
 
 def _asked(driver: Any, tenant_id: str) -> int | None:
-    row = driver.connection.execute(driver.revision, (tenant_id,)).fetchone()
+    row = driver.ask(driver.revision, (tenant_id,)).fetchone()
     return None if row is None else int(row[0])
 
 

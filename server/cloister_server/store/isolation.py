@@ -7,7 +7,7 @@ holds without the other. What a session acts for is looked up anew as each of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ __all__ = ["DRIVER", "GATES", "OtherTenant", "acting_for", "acts_for", "gated", 
 DRIVER = "driver"
 """Under this name a session's `info` has the driver's connection of the transaction that is open, with what may be asked of it."""
 
-_ACTING, _TENANTS, _LIFTED = "acting", "tenants", "lifted"
+_ACTING, _TENANTS, _ASK = "acting", "tenants", "ask"
 _TELL = text(
     "SELECT set_config('cloister.tenants', :tenants, true), set_config('cloister.principal', :principal, true)"
 )
@@ -34,6 +34,8 @@ _TELL = text(
 
 class _Driver(NamedTuple):
     connection: Any
+    ask: Callable[..., Any]
+    """Runs a statement, whose rows are fetched at once."""
     error: type[Exception]
     revision: str
     """Asks for a tenant's policy revision."""
@@ -108,13 +110,23 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
         raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment") from None
     session.info[_TENANTS] = tenant_ids
     mark = "?" if is_embedded else "%s"
+    driver: Any = connection.connection.driver_connection
     session.info[DRIVER] = _Driver(
-        connection.connection.driver_connection,
+        driver,
+        _asking(connection.info, driver) if is_embedded else driver.execute,
         connection.dialect.loaded_dbapi.Error,
         f"SELECT revision FROM policy_revisions WHERE tenant_id = {mark}",  # noqa: S608 (the driver's own mark)
         revisions,
         connection.info.setdefault(DRIVER, {}) if is_embedded else None,
     )
+
+
+def _asking(of_connection: dict[Any, Any], driver: Any) -> Callable[..., Any]:
+    """By a cursor that lasts as long as the connection: to make one takes as long as to ask."""
+    ask: Callable[..., Any] | None = of_connection.get(_ASK)
+    if ask is None:
+        ask = of_connection[_ASK] = driver.cursor().execute
+    return ask
 
 
 def end(session: Session, transaction: SessionTransaction) -> None:
