@@ -15,7 +15,6 @@ from cloister.wire.shares import Shares, decode, join
 from cloister_privacy.mpc import Dealer, Limits, Party
 from mpc_groups import ROLES, Group, shares_of
 from mpc_sides.networks import image, network
-from mpc_sides.seat import Seat, answer, stand_by
 
 
 def prepare(name: str, directory: Path, addresses: list[tuple[str, int]]) -> None:
@@ -28,6 +27,12 @@ def prepare(name: str, directory: Path, addresses: list[tuple[str, int]]) -> Non
 
 
 def main() -> None:
+    from mpc_sides.seat import (  # takes standard output for itself, which is the parent's to write to
+        Seat,
+        answer,
+        stand_by,
+    )
+
     torch.set_num_threads(1)
     seat, limits = Seat.taken(), Limits(form_s=120, request_s=120, ahead=1)
     rank, role = seat.rank, ROLES[seat.rank]

@@ -16,7 +16,7 @@ os.register_at_fork(after_in_child=_drawn.clear)
 
 
 def random_hex() -> str:
-    """32 hexadecimal digits that nobody has seen before, and that were drawn up to some thousand names ago: no key, no token."""
+    """32 hexadecimal digits that nobody has seen before, and that were drawn a while ago, some hundred at a time: no key, no token."""
     while True:
         try:
             return _drawn.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -30,7 +31,9 @@ REQUEST_S = 3.0
 """Of the roles: some stand still for longer, and are left."""
 LONGEST_STOP_S = 5.0
 BACK_S = 5.0
-ROUNDS = 6 if os.environ.get("SHORT") else 30
+IS_SHORT = bool(os.environ.get("SHORT"))
+"""Nothing is claimed of times then: the machine may be anybody's."""
+ROUNDS = 6 if IS_SHORT else 30
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def test_whichever_role_is_killed_or_stands_still_clients_get_right_answers_or_e
     with (
         PrivateRoles(deployment, tmp_path / "roles", request_s=REQUEST_S, is_watched=True) as roles,
         deployment.client(app) as another,
+        contextlib.ExitStack() as ending,
     ):
         roles.deploy(model, np.random.default_rng(5).uniform(0, 16, (8, 8, 8)).astype(np.float32))
         roles.pin(client)
@@ -135,6 +139,8 @@ def test_whichever_role_is_killed_or_stands_still_clients_get_right_answers_or_e
         for private in privates:
             right_soon(private, clear, rows)
         clients = [Client(private, clear, rows) for private in privates]
+        for each in clients:
+            ending.callback(each.stop)
         figures = []
         for fault, role in itertools.islice(itertools.cycle(faults), ROUNDS):
             survivors = {each: roles.running[each].pid for each in ROLES if each != role}
@@ -149,9 +155,9 @@ def test_whichever_role_is_killed_or_stands_still_clients_get_right_answers_or_e
         for each in clients:
             each.stop()
             took = [asked.until - asked.since for asked in each.asked]
-            assert max(took) < PATIENCE_OF_CLIENTS_S + LATE_S
+            assert IS_SHORT or max(took) < PATIENCE_OF_CLIENTS_S + LATE_S
             print(f"{sum(asked.is_right for asked in each.asked)} of {len(took)} right, at most {max(took):.2f} s")  # noqa: T201
-        assert max(figure["back_s"] for figure in figures) < BACK_S
+        assert IS_SHORT or max(figure["back_s"] for figure in figures) < BACK_S
         for role in ROLES:
             assert roles.kill(role, signal.SIGTERM) == 0
         _require_each_index_once(roles)

@@ -75,7 +75,7 @@ def serving(service: Service) -> Iterator[None]:  # noqa: F811 (a service, not t
         yield
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive(), "it serves on"
 
 

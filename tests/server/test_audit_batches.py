@@ -12,14 +12,16 @@ from sqlalchemy import event, select, text
 from starlette.testclient import TestClient
 
 from accounts import Person
-from cloister_server import audit_batches
+from cloister_server import audit, audit_batches
 from cloister_server.audit_batches import Noted
 from cloister_server.errors import ServerError
 from cloister_server.policy import Decided
 from cloister_server.principal import Principal
 from cloister_server.service import Service
 from cloister_server.store import chain
-from cloister_server.store.session import reading
+from cloister_server.store.acting import for_tenants
+from cloister_server.store.isolation import OtherTenant
+from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Grant, Model
 
 ROUTE = ("GET", "/v1/sources")
@@ -154,3 +156,20 @@ def test_where_no_thread_can_be_begun_one_is_for_the_next_request(
     asyncio.run(ask())
     with reading(service.engine) as session:
         assert len(session.scalars(select(AuditRow).where(AuditRow.verb == ROUTE[0])).all()) == 1, "of the answered one"
+
+
+def test_rows_that_go_past_the_orm_are_read_back_as_they_were_linked_and_are_of_ones_own_tenants_alone(
+    service: Service, person: Person
+) -> None:
+    principal = person.client.principal
+    grants = (None, "gr_" + "1" * 32)
+    rows = [audit.values_of(principal, "v", str(each), outcome="o", grant_id=grants[each % 2]) for each in range(299)]
+    with writing(service.engine, for_tenants(principal.tenant_id)) as session:
+        chain.add(session, rows)
+    with reading(service.engine) as session:
+        chain.verify(session, principal.tenant_id)
+        found = session.execute(select(AuditRow.__table__).where(AuditRow.verb == "v").order_by(AuditRow.id))
+        assert [dict(each._mapping) for each in found] == sorted(rows, key=lambda row: row["id"])
+    strange = [*rows[:1], {**rows[1], "tenant_id": "tn_" + "2" * 32}]
+    with pytest.raises(OtherTenant), writing(service.engine, for_tenants(principal.tenant_id)) as session:
+        chain.add(session, strange)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -20,9 +21,10 @@ from cloister.wire.columns import CategoryColumn, NumberColumn
 from cloister.wire.layers import Encode, Linear
 from cloister.wire.plans import SGD, TrainingSpec
 from cloister_privacy.plan import DPPlan
-from cloister_server import grants, models, vault
+from cloister_server import grants, models, policy, vault
 from cloister_server.principal import Principal
 from cloister_server.service import Service
+from cloister_server.store.serving import Serving
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import AuditRow, Model, ModelVersion, new_id
 
@@ -427,3 +429,31 @@ def test_an_open_model_is_answered_from_a_snapshot_that_never_says_yes_for_longe
     with reading(service.engine) as session:
         asked = session.scalars(select(AuditRow).where(AuditRow.principal_id == client.id)).all()
     assert len(asked) == 11 and sum(each.outcome == "allowed" for each in asked) == 8, "a row each"
+
+
+def test_requests_of_one_turn_share_what_is_read_and_who_comes_after_a_change_sees_it(
+    service: Service, make_client: Callable[..., Any], weights: bytes
+) -> None:
+    if service.engine.dialect.name != "sqlite":
+        pytest.skip("on PostgreSQL the sessions are asked")
+    client = make_client(role="none")
+    model = publish(service, client.tenant_id, weights)
+    grant(service, model, client, "model.predict")
+    with reading(service.engine) as session:
+        policy.find(session, client.principal, "model.predict", Model, model.name)  # makes the tenant's snapshot
+    serving, asked = Serving(service.engine), list[str]()
+    serving._connection.set_trace_callback(asked.append)
+
+    def find() -> int | None:
+        found = serving.find(client.principal, "model.predict", model.name, None, is_id=False)
+        return None if found is None else found.version
+
+    async def work() -> None:
+        assert [find() for _ in range(3)] == [2, 2, 2] and len(asked) == 1
+        with writing(service.engine) as session:
+            session.get_one(Model, (model.tenant_id, model.id)).champion = 1
+        assert find() == 2, "who came before the change"
+        await asyncio.sleep(0)
+        assert find() == 1 and len(asked) == 2
+
+    asyncio.run(work())

@@ -26,6 +26,7 @@ __all__ = [
     "PRIVATE_DEPLOYMENT_TYPE",
     "ROLES",
     "DeployPrivately",
+    "LayerBits",
     "Permissions",
     "PrivateDeployment",
     "PrivateDeploymentView",
@@ -119,7 +120,7 @@ class PrivateDeployment(Response):
     certificate_digest: Digest
     """The privacy certificate's `digest_of`."""
     network_digest: Digest
-    """`network_digest` of the architecture and the fraction bits."""
+    """`network_digest` of the architecture and all fraction bits."""
     fraction_bits: Annotated[int, Field(ge=8, le=FRACTION_BITS)]
     """Of the inputs, and of everything where `layer_bits` is empty."""
     layer_bits: Annotated[tuple[LayerBits, ...], Field(max_length=LAYER_LIMIT)] = ()

@@ -35,7 +35,7 @@ def _warm_up() -> None:
     import torch  # noqa: F401 (loaded for the models)
 
     epsilon_by_pld(0.01, 1.0, steps=1, delta=1e-5)
-    # A million objects of modules stay: to look through them for garbage took a third of each request. Requests leave none.
+    # A million objects of modules stay: to look through them for garbage took a third of each request. Requests leave little.
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG_OBJECTS, 10, 10)

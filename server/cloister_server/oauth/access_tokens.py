@@ -26,6 +26,7 @@ __all__ = [
 ALGORITHM = "ES256"
 TYPE = "at+jwt"  # RFC 9068
 LONGEST_LIFE_S = 600
+"""From `iat` to `exp`, whatever signed it."""
 
 ADMIN_CLIENT_ID = "cloister-admin"
 """The client of `cloister-admin login`, that every deployment has. It acts for operators, whose second factor is asked for once more;
@@ -33,6 +34,7 @@ its tokens are bound to a key, and have this scope, which nobody else's do."""
 ADMIN_SCOPE = "admin"
 
 USER_ID = re.compile(r"us_[0-9a-f]{32}")
+"""A person's id, which no app's is like."""
 _CLOCKS_APART_S = 5
 _LOGIN_ID = re.compile(r"lg_[0-9a-f]{32}")
 

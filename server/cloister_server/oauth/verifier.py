@@ -134,6 +134,15 @@ _Standing = tuple[str, str]
 """Of which tenant and who whoever acts is."""
 
 
+@dataclass(slots=True)
+class _LookedUp:
+    """Whose a token was, and when that was asked; and whether somebody asks again already, as in `store.shares`."""
+
+    standing: _Standing
+    at: float
+    is_renewing: bool = False
+
+
 class _Memory:
     """What one process remembers for one deployment. Holds no secret: tokens by their hash, keys by their public half."""
 
@@ -141,8 +150,7 @@ class _Memory:
         self._lock = threading.Lock()
         self._asking = tuple(threading.Lock() for _ in range(_ASKING_AT_ONCE))
         self._tokens: OrderedDict[bytes, _Seen] = OrderedDict()
-        self._standing: OrderedDict[bytes, tuple[_Standing, float]] = OrderedDict()
-        self._renewing: set[bytes] = set()
+        self._standing: OrderedDict[bytes, _LookedUp] = OrderedDict()
         self._forgotten = 0
         self._keys: Mapping[str, ECKey] = {}
         self._keys_loaded = -_KEYS_KEPT_S
@@ -168,32 +176,26 @@ class _Memory:
     def _known_standing(self, digest: bytes, *, may_renew: bool = False) -> _Standing | None:
         """What was looked up within a second; where somebody renews it, to `authenticate` within half of one."""
         with self._lock:
-            standing, asked_at = self._standing.get(digest, (None, 0.0))
-            age_s = monotonic() - asked_at
-            if standing is None or age_s >= _STANDING_KEPT_S:
+            found = self._standing.get(digest)
+            age_s = 0.0 if found is None else monotonic() - found.at
+            if found is None or age_s >= _STANDING_KEPT_S:
                 return None
-            if age_s >= _STANDING_KEPT_S / 2:
-                if may_renew and digest not in self._renewing:
-                    self._renewing.add(digest)
-                    return None
-                if not may_renew and digest in self._renewing:
-                    return None
-            return standing
+            # The first of those who would renew it goes to `authenticate`, which then does not take it for fresh.
+            if age_s >= _STANDING_KEPT_S / 2 and found.is_renewing is not may_renew:
+                found.is_renewing = True
+                return None
+            return found.standing
 
     def _look_up(self, service: Service, digest: bytes, read: AccessToken | ForeignToken) -> _Standing:
         asked_at, forgotten = monotonic(), self._forgotten
-        try:
-            with reading(service.engine, ALL_TENANTS) as session:
-                standing = _standing(session, read)
-        finally:
-            with self._lock:
-                self._renewing.discard(digest)
+        with reading(service.engine, ALL_TENANTS) as session:
+            standing = _standing(session, read)
         if standing is None:
             with self._lock:
                 self._standing.pop(digest, None)
             raise _refusal(service)
         if forgotten == self._forgotten:  # else this was read before something was revoked
-            self._keep(self._standing, digest, (standing, asked_at))
+            self._keep(self._standing, digest, _LookedUp(standing, asked_at))
         return standing
 
     def forget(self) -> None:

@@ -189,9 +189,8 @@ class Door:
                     raise _Refused("dropped", "the request was not answered in time; ask again") from None
             except MaterialExhausted as exc:
                 raise _Refused("exhausted", str(exc)) from None
-            except (
-                SharesOfAnother
-            ) as exc:  # of the other party, which may have been started again since it took its share
+            except SharesOfAnother as exc:
+                # The other party may have been started again since it took its share.
                 raise _Refused("dropped", str(exc)) from None
             except (PrivateInferenceError, CancelledError):
                 raise _Refused("dropped", "the request is gone with its randomness; ask again") from None
