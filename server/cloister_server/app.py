@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from cloister_server import logs
 from cloister_server.api import (
     admin,
     datasets,
@@ -63,6 +65,8 @@ def _api(service: Service) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         service.engine.dispose()
+        await asyncio.sleep(0)  # what answered last says so
+        logs.flush()
 
     api = FastAPI(
         title="Cloister",

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from cloister_server.settings import RoleSettings, Settings
 
-__all__ = ["JSONFormatter", "configure"]
+__all__ = ["JSONFormatter", "configure", "flush"]
 
 _OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -51,6 +51,7 @@ class _Lines(logging.StreamHandler[TextIO]):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._waiting: list[str] = []
+        self._writer: asyncio.AbstractEventLoop | None = None  # will write what waits; not if it stops
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -58,14 +59,15 @@ class _Lines(logging.StreamHandler[TextIO]):
             loop = _running_loop() if record.levelno < logging.WARNING else None
             if loop is None:
                 self.flush()
-            elif len(self._waiting) == 1:
+            elif loop is not self._writer:
+                self._writer = loop
                 loop.call_later(_TOGETHER_S, self.flush)
         except Exception:
             self.handleError(record)
 
     def flush(self) -> None:
         with self.lock or nullcontext():
-            lines, self._waiting = self._waiting, []
+            lines, self._waiting, self._writer = self._waiting, [], None
             if lines:
                 self.stream.write("".join(lines))
             super().flush()
@@ -78,6 +80,12 @@ def configure(settings: Settings | RoleSettings) -> None:
     handler.addFilter(_prints_no_token)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line tells them
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
+
+
+def flush() -> None:
+    """Write what waits: before whoever serves ends this process by a signal, which runs nothing at its exit."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -456,4 +456,8 @@ def test_requests_of_one_turn_share_what_is_read_and_who_comes_after_a_change_se
         await asyncio.sleep(0)
         assert find() == 1 and len(asked) == 2
 
+    async def work_again() -> None:
+        assert find() == 1 and len(asked) == 3, "what was read for a loop that stopped is not this one's"
+
     asyncio.run(work())
+    asyncio.run(work_again())

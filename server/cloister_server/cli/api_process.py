@@ -15,9 +15,6 @@ from cloister_server.app import create_app
 from cloister_server.keyring import KeyRing
 from cloister_server.settings import Settings
 
-_YOUNG_OBJECTS = 20_000
-"""About as many as hundreds of requests have while they are answered."""
-
 
 def main() -> int:
     message = processes.receive(follows_thread=True)
@@ -35,10 +32,10 @@ def _warm_up() -> None:
     import torch  # noqa: F401 (loaded for the models)
 
     epsilon_by_pld(0.01, 1.0, steps=1, delta=1e-5)
-    # A million objects of modules stay: to look through them for garbage took a third of each request. Requests leave little.
+    # A million objects of modules stay: to look through them for garbage took a third of each request. How often it is looked for
+    # stays as it is: what failed may leave its body in a cycle, which nothing else frees.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
 
 
 async def _serve_granian(app: Any, settings: Settings) -> None:

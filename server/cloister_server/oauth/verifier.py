@@ -147,7 +147,7 @@ class _Memory:
     """What one process remembers for one deployment. Holds no secret: tokens by their hash, keys by their public half."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._asking = tuple(threading.Lock() for _ in range(_ASKING_AT_ONCE))
         self._tokens: OrderedDict[bytes, _Seen] = OrderedDict()
         self._standing: OrderedDict[bytes, _LookedUp] = OrderedDict()
@@ -190,12 +190,12 @@ class _Memory:
         asked_at, forgotten = monotonic(), self._forgotten
         with reading(service.engine, ALL_TENANTS) as session:
             standing = _standing(session, read)
+        with self._lock:
+            self._standing.pop(digest, None)
+            if standing is not None and forgotten == self._forgotten:  # else this was read before something was revoked
+                self._keep(self._standing, digest, _LookedUp(standing, asked_at))
         if standing is None:
-            with self._lock:
-                self._standing.pop(digest, None)
             raise _refusal(service)
-        if forgotten == self._forgotten:  # else this was read before something was revoked
-            self._keep(self._standing, digest, _LookedUp(standing, asked_at))
         return standing
 
     def forget(self) -> None:

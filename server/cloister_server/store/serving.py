@@ -49,6 +49,7 @@ class Serving:
     def __init__(self, engine: Engine) -> None:
         self._snapshots: Snapshots = engine.get_execution_options()[SNAPSHOTS]
         self._read: dict[tuple[Any, ...], Any] = {}
+        self._forgets: asyncio.AbstractEventLoop | None = None
         self._connection: Any = None
         if engine.dialect.name == "sqlite":
             pooled = engine.raw_connection()
@@ -81,11 +82,14 @@ class Serving:
 
         What the loop is given to do meanwhile, it does after it forgot.
         """
-        read = self._read
+        read, loop = self._read, asyncio.get_running_loop()
+        if loop is not self._forgets:  # one that stopped before it forgot never will
+            read.clear()
+            self._forgets = loop
         key = (statement, asked)
         if key not in read:
             if not read:
-                asyncio.get_running_loop().call_soon(read.clear)
+                loop.call_soon(read.clear)
             try:
                 read[key] = self._connection.execute(statement, asked).fetchone()
             except self._connection.Error:
