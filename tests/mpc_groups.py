@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,16 @@ from cloister.wire.layers import Flatten, Layer, Linear, ReLU
 from cloister.wire.private_deployments import LayerBits
 from cloister.wire.shares import Shares, decode, encode, join, split
 from cloister_privacy.architecture import Network, build
-from cloister_privacy.mpc import Dealer, Deployment, Identity, Limits, Party, SharedNetwork, split_weights
+from cloister_privacy.mpc import (
+    Dealer,
+    Deployment,
+    Identity,
+    Limits,
+    Party,
+    SharedNetwork,
+    SharesOfAnother,
+    split_weights,
+)
 from ports import free_port
 
 __all__ = ["Group", "Running", "network_of", "shares_of", "small_network"]
@@ -132,27 +141,36 @@ class Running:
         assert first == second
         return first
 
-    def _follow(self, found: Shares) -> Shares:
+    def _follow(self, find: Callable[[bytes], Shares | None]) -> list[Shares]:
         while True:
-            followed = self.parties[1].follow(lambda request: found, wait_s=0.1)
-            if followed is not None:
+            followed = self.parties[1].follow(find, wait_s=0.1)
+            if followed or not self._is_asking:
                 return followed
-            if not self._is_asking:
-                raise AssertionError("party 0 announced nothing")
 
     def ask(self, x: NDArray[Any]) -> NDArray[np.float64]:
         return self.answer(shares_of(self.group, x))
 
     def answer(self, shares: tuple[Shares, Shares], *, at_party_1: Shares | None = None) -> NDArray[np.float64]:
         """The outputs; whatever either party raises. `at_party_1` is what it finds in place of its share."""
-        found = at_party_1 or shares[1]
+        (answer,) = self.answers([shares[0]], lambda request: at_party_1 or shares[1])
+        if isinstance(answer, SharesOfAnother):
+            raise answer
+        return answer
+
+    def answers(
+        self, led: Sequence[Shares], find: Callable[[bytes], Shares | None]
+    ) -> list[NDArray[np.float64] | SharesOfAnother]:
+        """The outputs of requests that are led as one, or why one has none; `find` is as party 1 asks it."""
         with ThreadPoolExecutor(1) as pool:
             self._is_asking = True
-            following = pool.submit(self._follow, found)
+            following = pool.submit(self._follow, find)
             try:
-                led = self.parties[0].lead(shares[0])
+                answered = self.parties[0].lead(led)
             finally:
                 self._is_asking = False
-            followed = following.result()
-        joined = join([each.tensors["outputs"] for each in (led, followed)])
+            followed = {each.request: each for each in following.result()}
+        return [self._joined(each, followed) if isinstance(each, Shares) else each for each in answered]
+
+    def _joined(self, led: Shares, followed: dict[bytes, Shares]) -> NDArray[np.float64]:
+        joined = join([each.tensors["outputs"] for each in (led, followed[led.request])])
         return decode(joined, fraction_bits=led.fraction_bits)

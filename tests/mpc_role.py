@@ -78,7 +78,10 @@ def _lead(party: Party, directory: Path) -> None:
             if not party.is_formed:
                 party.form()
             shares = Shares.from_bytes((directory / "inbox" / request).read_bytes())
-            (directory / f"{request}.out").write_bytes(party.lead(shares).to_bytes())
+            (answer,) = party.lead([shares])
+            if not isinstance(answer, Shares):
+                raise answer
+            (directory / f"{request}.out").write_bytes(answer.to_bytes())
             _say("answered")
         except PrivateInferenceError as exc:
             _say(f"{type(exc).__name__}: {exc}")
@@ -95,8 +98,7 @@ def _follow(party: Party, directory: Path) -> None:
         try:
             if not party.is_formed:
                 party.form()
-            answered = party.follow(find, wait_s=0.5)
-            if answered is not None:
+            for answered in party.follow(find, wait_s=0.5):
                 draft = directory / f"{answered.request.hex()}.new"
                 draft.write_bytes(answered.to_bytes())
                 draft.replace(draft.with_suffix(".out"))

@@ -49,8 +49,8 @@ def main() -> None:
 
     def ask() -> None:
         nonlocal found
-        asked = party.lead(share) if rank == 0 else party.follow(lambda request: share, wait_s=120)
-        assert asked is not None
+        (asked,) = party.lead([share]) if rank == 0 else party.follow(lambda request: share, wait_s=120)
+        assert isinstance(asked, Shares)
         found = asked
 
     def told(count: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cloister.wire.shares import Shares
 from cloister_privacy.architecture import Network
 from cloister_privacy.mpc import (
     CoLocated,
@@ -89,7 +88,7 @@ def test_nothing_is_spent_on_shares_that_do_not_fit(running: Running) -> None:
         ({"tensors": {"x": np.zeros((257, 4, 4), np.uint64)}}, "256 are the most"),
     ):
         with pytest.raises(SharesOfAnother, match=words):
-            running.parties[0].lead(replace(right, **change))
+            running.parties[0].lead([replace(right, **change)])
     assert not (running.directory / "party-0" / "burned.json").exists()
     assert running.parties[0].is_formed
 
@@ -114,7 +113,7 @@ def test_material_that_was_changed_on_disk_is_refused_and_the_next_is_taken(runn
     body[-1] ^= 1
     first.write_bytes(body)
     with pytest.raises(MaterialRefused, match="was changed"):
-        running.parties[0].lead(shares_of(running.group, _images(1))[0])
+        running.parties[0].lead([shares_of(running.group, _images(1))[0]])
     assert not first.exists()
     running.ask(_images(1))
 
@@ -151,7 +150,7 @@ def test_exhausted_material_refuses_by_name(group: Group, tmp_path: Path, limits
         if limits.requests == 2:
             running.ask(_images(1))
             running.ask(_images(1))
-        running.parties[0].lead(shares_of(group, _images(2 if limits.rows == 1 else 1))[0])
+        running.parties[0].lead([shares_of(group, _images(2 if limits.rows == 1 else 1))[0]])
 
 
 def test_material_beyond_the_budget_is_refused_before_it_is_dealt_and_the_group_goes_on(
@@ -164,7 +163,7 @@ def test_material_beyond_the_budget_is_refused_before_it_is_dealt_and_the_group_
         generation = running.parties[0]._group.generation.id
         for _ in range(2):
             with pytest.raises(MaterialExhausted, match=f"{group.network.material_bytes(64)} bytes"):
-                running.parties[0].lead(shares_of(group, _images(64))[0])
+                running.parties[0].lead([shares_of(group, _images(64))[0]])
         x = _images(1)
         assert np.abs(running.ask(x) - _clear(NETWORK, x)).max() < 1e-5
         assert running.parties[0]._group.generation.id == generation
@@ -176,7 +175,7 @@ def test_a_dealer_that_went_is_told_and_the_group_forms_anew_in_another_generati
     running.restart_dealer()
     _until(lambda: running.parties[0]._group.is_over)
     with pytest.raises(RequestDropped, match="form"):
-        running.parties[0].lead(shares_of(running.group, _images(1))[0])
+        running.parties[0].lead([shares_of(running.group, _images(1))[0]])
     after = running.form()
     assert after != before
     x = _images(3)
@@ -190,11 +189,11 @@ def test_a_party_that_went_in_the_middle_is_told_and_its_material_is_gone(runnin
     follower = threading.Thread(target=_swallow, args=(lambda: running.parties[1].follow(gone, wait_s=120),))
     follower.start()
     with pytest.raises(RequestDropped, match="try again"):
-        running.parties[0].lead(shares_of(running.group, _images(1))[0])
+        running.parties[0].lead([shares_of(running.group, _images(1))[0]])
     follower.join()
     assert not running.parties[0].is_formed
     with pytest.raises(RequestDropped, match="not formed"):
-        running.parties[0].lead(shares_of(running.group, _images(1))[0])
+        running.parties[0].lead([shares_of(running.group, _images(1))[0]])
     assert _ready(running) == []
     running.form()
     running.ask(_images(1))
@@ -392,11 +391,11 @@ def test_all_that_a_party_holds_and_is_sent_is_uniform(
             sent.append(found)
         return found
 
-    def computed(party: Party, group: Any, material: Any, shares: Shares, deadline: Deadline) -> Shares:
-        answered = compute(party, group, material, shares, deadline)
+    def computed(party: Party, group: Any, material: Any, given: dict[str, Any], deadline: Deadline) -> Any:
+        answered = compute(party, group, material, given, deadline)
         if party.number == number:
-            inputs.append(shares.tensors["x"].tobytes())
-            outputs.append(answered.tensors["outputs"].tobytes())
+            inputs.append(given["x"].tobytes())
+            outputs.append(answered.share.tobytes())
         return answered
 
     monkeypatch.setattr(Link, "exchange", exchanged)

@@ -11,6 +11,8 @@ import torch
 from cloister.wire import layers as wire
 from cloister.wire.architecture import Architecture
 from cloister.wire.columns import CategoryColumn, TensorColumn
+from cloister.wire.private_inputs import private_inputs
+from cloister.wire.shares import encode
 from cloister_privacy.architecture import build
 from cloister_privacy.mpc import (
     LayerNotShared,
@@ -21,6 +23,8 @@ from cloister_privacy.mpc import (
     measure_error,
     split_weights,
 )
+from cloister_privacy.mpc.layers import RUNS
+from cloister_privacy.mpc.rehearsal import outputs_of, rehearse
 from families import FAMILIES, converted
 
 NOT_SHARED = {
@@ -53,7 +57,6 @@ def test_a_layer_that_cannot_be_shared_is_refused_with_the_alternative(name: str
 def test_every_layer_of_the_language_is_shared_or_refused_by_name() -> None:
     from typing import get_args
 
-    from cloister_privacy.mpc.layers import RUNS
     from cloister_privacy.mpc.network import INSTEAD
 
     kinds = get_args(get_args(wire.Layer)[0])
@@ -197,6 +200,35 @@ def test_a_layer_on_shares_is_the_layer(name: str) -> None:
     network = _network(shape, *layers)
     rows = {"x": np.random.default_rng(1).uniform(-1, 1, (5, *shape)).astype(np.float32)}
     assert measure_error(network, rows).max_error < 2e-4
+
+
+JOINED = {name: (shape, layers) for name, (shape, layers) in LAYERS.items()} | {
+    name: FAMILIES[name].architecture for name in FAMILIES if name not in (*NOT_SHARED, "lstm")
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_what_is_joined_changes_no_row_beside_it_whatever_it_holds(name: str) -> None:
+    """Words that no client would encode, the least and the largest among them, stand before, between and behind two rows."""
+    if isinstance(JOINED[name], Architecture):
+        network, rows = build(JOINED[name]).eval(), _rows(name, 2)
+    else:
+        shape, layers = JOINED[name]
+        network = _network(shape, *layers)
+        rows = {"x": np.random.default_rng(1).uniform(-1, 1, (2, *shape)).astype(np.float32)}
+    words = {}
+    for key, each in private_inputs(network.architecture, rows).items():
+        one, other = encode(key, each)[:, None]
+        noise = np.random.default_rng(2).integers(0, 2**64, (2, *one.shape[1:]), np.uint64)
+        ends = [np.full_like(one, 2**63 - 1), np.full_like(one, 2**63)]
+        words[key] = np.concatenate([noise[:1], one, *ends, other, noise[1:]])
+    joined = rehearse(SharedNetwork(network.architecture), network.state_dict(), words).outputs[[1, 4]]
+    assert np.abs(joined - outputs_of(network, rows)).max() < 2e-4
+
+
+def test_every_layer_that_is_shared_was_joined() -> None:
+    found = [each.layers if isinstance(each, Architecture) else each[1] for each in JOINED.values()]
+    assert {type(layer) for layers in found for layer in layers} >= set(RUNS)
 
 
 def _grown(*layers: wire.Layer, by: dict[int, float]) -> tuple[Any, dict[str, Any]]:

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cloister.wire.private_requests import PERMISSION_TYPE
@@ -27,22 +30,73 @@ from issuers import be_patient, elsewhere, send_json
 from keys_of_clients import Signer
 
 
-def request(caller: str, number: int = 0) -> Request:
-    return Request(caller, Shares("dep", number.to_bytes(16), 0, {"x": np.zeros(1, np.uint64)}))
+def request(caller: str, number: int = 0, *, rows: int = 1) -> Request:
+    return Request(caller, Shares("dep", number.to_bytes(16), 0, {"x": np.zeros(rows, np.uint64)}))
 
 
-def taken(queue: Queue) -> list[tuple[str, int]]:
-    found = []
-    while (each := queue.take(wait_s=0)) is not None:
-        found.append((each.caller, int.from_bytes(each.shares.request)))
-    return found
+def taken(queue: Queue, *, most_rows: int = 1) -> list[tuple[str, int]]:
+    return [(each.caller, int.from_bytes(each.shares.request)) for each in queue.take(wait_s=0, most_rows=most_rows)]
 
 
 def test_callers_take_turns_and_each_ones_requests_keep_their_order() -> None:
     queue = Queue(most=10, most_each=5)
     for caller, number in (("a", 1), ("a", 2), ("a", 3), ("b", 1), ("c", 1), ("b", 2)):
         queue.put(request(caller, number))
-    assert taken(queue) == [("a", 1), ("b", 1), ("c", 1), ("a", 2), ("b", 2), ("a", 3)]
+    assert [*taken(queue), *taken(queue)] == [("a", 1), ("b", 1)]
+    assert taken(queue, most_rows=4) == [("c", 1), ("a", 2), ("b", 2), ("a", 3)]
+
+
+class Turns:
+    """Who comes when, if each is taken alone."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[Request]] = {}
+
+    def leave(self, gone: Request) -> None:
+        self.of[gone.caller].remove(gone)
+        if not self.of[gone.caller]:
+            del self.of[gone.caller]
+
+    def take(self) -> Request:
+        caller = next(iter(self.of))
+        first, *others = self.of.pop(caller)
+        if others:
+            self.of[caller] = others
+        return first
+
+    def order(self) -> list[Request]:
+        copy = Turns()
+        copy.of = {caller: list(requests) for caller, requests in self.of.items()}
+        return [copy.take() for _ in range(sum(map(len, self.of.values())))]
+
+
+@given(
+    st.lists(
+        st.tuples(st.just("put"), st.sampled_from("abc"), st.sampled_from([1, 1, 1, 1, 2, 3, 4, 5, 8, 20]))
+        | st.tuples(st.just("leave"), st.integers(0, 30), st.just(0))
+        | st.tuples(st.just("take"), st.sampled_from([1, 2, 4, 8, 16]), st.just(0)),
+        max_size=60,
+    )
+)
+def test_those_next_in_turn_are_joined_to_the_most_rows_that_are_a_power_of_two(events: list[Any]) -> None:
+    queue, turns = Queue(most=100, most_each=100), Turns()
+    for number, (kind, which, rows) in enumerate([*events, *[("take", 4, 0)] * len(events)]):
+        order = turns.order()
+        if kind == "put":
+            new = request(which, number, rows=rows)
+            queue.put(new)
+            turns.of.setdefault(which, []).append(new)
+        elif kind == "leave" and order:
+            gone = order[which % len(order)]
+            assert gone.answer.cancel()
+            turns.leave(gone)
+        elif kind == "take":
+            found = queue.take(wait_s=0, most_rows=which)
+            assert [turns.take() for _ in found] == found == order[: len(found)]
+            totals = [sum(each.rows for each in order[:count]) for count in range(1, len(order) + 1)]
+            joined = [count for count, total in enumerate(totals, 1) if total in (1, 2, 4, 8, 16) and total <= which]
+            assert len(found) == max(joined, default=min(1, len(order)))
+    assert not turns.of and queue.left() == [], "each was taken or had left"
 
 
 @pytest.mark.parametrize("place", [Queue, Held])
@@ -67,7 +121,7 @@ def test_a_request_that_nobody_waits_for_is_not_taken() -> None:
         gone = request("a", 1)
         waiting.put(gone)
         gone.answer.cancel()
-    assert queue.take(wait_s=0) is None and held.take((1).to_bytes(16)) is None
+    assert queue.take(wait_s=0, most_rows=8) == [] and held.take((1).to_bytes(16)) is None
     kept = request("a", 2)
     held.put(kept)
     with pytest.raises(Busy):

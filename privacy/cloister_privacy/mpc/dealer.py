@@ -22,7 +22,8 @@ from cloister_privacy.mpc.ring import Ring
 
 __all__ = ["CONTROL_BYTES", "DEALT", "REFUSED", "VERSION", "Dealer"]
 
-VERSION = "cloister.mpc/1"
+VERSION = "cloister.mpc/2"
+"""Of what roles say to each other. Version 1 announced one request at a time."""
 CONTROL_BYTES = 4096
 """The most that a frame takes which is not material or shares."""
 
@@ -112,7 +113,12 @@ class Dealer:
         wrong = [name for name, value in expected.items() if hello.get(name) != value]
         if not wrong:
             return ""
-        return f"the dealer has another {wrong[0]}; start both with one deployment's record"
+        cure = (
+            "use one version of Cloister at all roles"
+            if "version" in wrong
+            else "start both with one deployment's record"
+        )
+        return f"the dealer has another {wrong[0]}; {cure}"
 
     def _paired(self, party: int, link: Link, deadline: Deadline) -> _Generation | None:
         """The generation that begins when the other party waits too."""

@@ -42,6 +42,8 @@ class Limits:
     """For a request, from its announcement to its end, and for its material before."""
     rows: int = 256
     """The most rows of a request."""
+    joined: int = 16
+    """The most rows of requests that are computed as one, where a request has fewer."""
     ahead: int = 4
     """How many requests' material is kept ready, for each number of rows that was asked for lately, and for one row."""
     disk_bytes: int = 2**28

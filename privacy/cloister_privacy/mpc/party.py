@@ -1,20 +1,22 @@
 """A party: holds its shares of the weights, forms a group with the other and the dealer, and answers requests in step with the other.
 
-Party 0 leads: it says which request comes and takes the material. Whatever goes wrong once both have begun ends the request, its
-material and the group; `form` makes a new one, without a restart. Nothing waits without an end.
+Party 0 leads: it says which requests come, to be computed as one, and takes the material. Whatever goes wrong once both have begun
+ends these requests, their material and the group; `form` makes a new one, without a restart. Nothing waits without an end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,7 +25,18 @@ from cloister_privacy.mpc.computation import Computation, Shared, Weight
 from cloister_privacy.mpc.dealer import CONTROL_BYTES, REFUSED, VERSION
 from cloister_privacy.mpc.deployment import Deployment, Limits
 from cloister_privacy.mpc.errors import IndexBurned, PeerRefused, PrivateInferenceError, RequestDropped, SharesOfAnother
-from cloister_privacy.mpc.keystream import Index, Keystream
+from cloister_privacy.mpc.joined import (
+    DIFFERENT,
+    MISSING,
+    TAKEN,
+    USED,
+    Announcement,
+    Asked,
+    inputs_of,
+    most_joined,
+    refusals_of,
+)
+from cloister_privacy.mpc.keystream import Keystream
 from cloister_privacy.mpc.links import Deadline, Identity, Link, Listener, connect
 from cloister_privacy.mpc.marks import Marks
 from cloister_privacy.mpc.material import Generation, Material, masks_of, open_material
@@ -38,7 +51,8 @@ __all__ = ["Party"]
 _STEP_S = 5.0
 """For one step of forming, which is tried again as long as there is time."""
 _LOOK_S = 0.05
-_TAKEN, _NOT_TAKEN = b"\x00", b"\x01"
+_SHARE_OF_TIME = 0.25
+"""Of what a request may take, that joined requests are expected to take, by how long a row took last."""
 
 
 @dataclass(slots=True)
@@ -87,6 +101,7 @@ class Party:
         self._limits = limits or Limits()
         self._marks = Marks(directory / "burned.json")
         self._turn = threading.Lock()
+        self._row_s = math.inf
         self._group: _Group | None = None
         self._arrived: queue.Queue[Link] = queue.Queue()
         self._listener: Listener | None = None
@@ -111,6 +126,16 @@ class Party:
     def most_rows(self) -> int:
         """Of one request."""
         return self._limits.rows
+
+    @property
+    def most_joined(self) -> int:
+        """Of requests that are computed as one."""
+        in_time = _SHARE_OF_TIME * self._limits.request_s / self._row_s
+        return most_joined(self._row_bytes, self._limits, in_time=in_time)
+
+    @cached_property
+    def _row_bytes(self) -> int:
+        return self._network.material_bytes(1)
 
     @property
     def bytes_sent(self) -> int:
@@ -238,35 +263,38 @@ class Party:
                 raise
             raise RequestDropped("the request failed at this party; form anew and try again") from None
 
-    # A request.
+    # Requests.
 
-    def lead(self, shares: Shares) -> Shares:
-        """Party 0's share of the outputs, `outputs` [n, k], of its share of the inputs.
+    def lead(self, requests: Sequence[Shares]) -> list[Shares | SharesOfAnother]:
+        """Party 0's shares of the outputs, `outputs` [n, k], of its shares of the inputs; or why party 1 does not take that request.
 
         Raises SharesOfAnother and MaterialError before anything is opened, with the group as it was; else RequestDropped.
         """
         if self.number != 0:
             raise ValueError("party 0 leads, and party 1 follows")
-        rows = self.check(shares)
+        asked = tuple(Asked(each.request, self.check(each)) for each in requests)
         with self._turn:
             group, deadline = self._current(), Deadline.after(self._limits.request_s)
+            self._row_s = math.inf  # until it is known: after a fault one request goes alone
             assert group.stock is not None  # noqa: S101 (party 0 has one)
-            index, sealed = group.stock.take(rows, deadline)
+            index, sealed = group.stock.take(sum(each.rows for each in asked), deadline)
             self._marks.burn(group.generation.id, index)
-            material = open_material(sealed, self._network.program(rows), generation=group.generation, index=index)
-            announced = {"request": shares.request.hex(), "rows": rows, "count": index.count}
+            program = self._network.program(index.rows)
+            material = open_material(sealed, program, generation=group.generation, index=index)
             with self._dropping():
-                group.other.send(json.dumps(announced).encode(), deadline)
-                answer = group.other.receive(CONTROL_BYTES, deadline)
-                if answer[:1] == _TAKEN:
-                    return self._computed(group, material, shares, deadline)
-            raise SharesOfAnother(f"the other party: {answer[1:].decode('utf-8', errors='replace')}")
+                group.other.send(Announcement(index.count, asked).to_bytes(), deadline)
+                refusals = refusals_of(group.other.receive(CONTROL_BYTES, deadline), len(asked))
+                taken = [None if why else shares for why, shares in zip(refusals, requests, strict=True)]
+                answers = self._answers(group, material, asked, taken, deadline)
+            if any(taken):
+                self._row_s = (self._limits.request_s - deadline.left_s) / index.rows
+        return [answer or cast("SharesOfAnother", why) for answer, why in zip(answers, refusals, strict=True)]
 
-    def follow(self, find: Callable[[bytes], Shares | None], *, wait_s: float) -> Shares | None:
-        """Party 1's share of the outputs of the next request that party 0 announces within `wait_s`; None where there is none.
+    def follow(self, find: Callable[[bytes], Shares | None], *, wait_s: float) -> list[Shares]:
+        """Party 1's shares of the outputs of the requests that party 0 announces next, within `wait_s`; none where there are none.
 
-        `find` gives this party's share of the inputs of a request. What cannot be answered is refused to party 0, and the answer is
-        None. Raises RequestDropped.
+        `find` gives this party's share of the inputs of a request. What cannot be answered is refused to party 0, and has no answer.
+        Raises RequestDropped.
         """
         if self.number != 1:
             raise ValueError("party 1 follows, and party 0 leads")
@@ -275,38 +303,32 @@ class Party:
             while not group.other.wait(Deadline.after(min(waiting.left_s, 10 * _LOOK_S))):
                 self._current()
                 if waiting.is_past:
-                    return None
+                    return []
             with self._dropping():
                 deadline = Deadline.after(self._limits.request_s)
-                announced = self._announced(group.other.receive(CONTROL_BYTES, deadline))
+                frame = group.other.receive(CONTROL_BYTES, deadline)
+                announced = Announcement.from_bytes(frame, most_rows=self._limits.rows)
                 try:
-                    shares, index = self._accepted(group, announced, find)
-                except (SharesOfAnother, IndexBurned) as exc:
-                    group.other.send(_NOT_TAKEN + str(exc).encode()[: CONTROL_BYTES - 1], deadline)
-                    return None
-                group.other.send(_TAKEN, deadline)
-                material = Material(Keystream.of(group.generation.key, index), corrections=None)
-                return self._computed(group, material, shares, deadline)
+                    # Burned whatever becomes of the requests.
+                    self._marks.burn(group.generation.id, announced.index)
+                except IndexBurned:
+                    group.other.send(bytes([USED]) * len(announced.asked), deadline)
+                    return []
+                found = [find(each.request) for each in announced.asked]
+                codes = [self._code_of(each, shares) for each, shares in zip(announced.asked, found, strict=True)]
+                group.other.send(bytes(codes), deadline)
+                taken = [shares if code == TAKEN else None for shares, code in zip(found, codes, strict=True)]
+                material = Material(Keystream.of(group.generation.key, announced.index), corrections=None)
+                answers = self._answers(group, material, announced.asked, taken, deadline)
+                return [each for each in answers if each is not None]
 
-    def _announced(self, frame: bytes) -> tuple[bytes, Index]:
+    def _code_of(self, asked: Asked, shares: Shares | None) -> int:
         try:
-            told = json.loads(frame)
-            return bytes.fromhex(told["request"]), Index(int(told["rows"]), int(told["count"]))
-        except (ValueError, TypeError, KeyError):
-            raise RequestDropped("the other party sent what is no announcement; form anew and try again") from None
-
-    def _accepted(
-        self, group: _Group, announced: tuple[bytes, Index], find: Callable[[bytes], Shares | None]
-    ) -> tuple[Shares, Index]:
-        request, index = announced
-        # Burned whatever becomes of the request.
-        self._marks.burn(group.generation.id, index)
-        shares = find(request)
-        if shares is None or shares.request != request:
-            raise SharesOfAnother("no share of this request came; send one to each party")
-        if self.check(shares) != index.rows:
-            raise SharesOfAnother("the shares of the two parties have different numbers of rows; share them again")
-        return shares, index
+            if shares is None or shares.request != asked.request:
+                return MISSING
+            return TAKEN if self.check(shares) == asked.rows else DIFFERENT
+        except SharesOfAnother:
+            return MISSING
 
     def check(self, shares: Shares) -> int:
         """How many rows these shares of a request have. Raises SharesOfAnother where this party would not take them."""
@@ -325,7 +347,25 @@ class Party:
             )
         return rows
 
-    def _computed(self, group: _Group, material: Material, shares: Shares, deadline: Deadline) -> Shares:
+    def _answers(
+        self,
+        group: _Group,
+        material: Material,
+        asked: Sequence[Asked],
+        taken: Sequence[Shares | None],
+        deadline: Deadline,
+    ) -> list[Shares | None]:
+        """To each request that is taken its own rows of what is computed of all; where none is, nothing is opened."""
+        if not any(taken):
+            return [None] * len(taken)
+        outputs = self._computed(group, material, inputs_of(asked, taken, self._network.inputs), deadline)
+        parts = np.split(outputs.share, np.cumsum([each.rows for each in asked])[:-1])
+        return [
+            shares and Shares(self._deployment.id, each.request, self.number, {"outputs": own}, outputs.bits)
+            for each, shares, own in zip(asked, taken, parts, strict=True)
+        ]
+
+    def _computed(self, group: _Group, material: Material, inputs: Mapping[str, Ring], deadline: Deadline) -> Shared:
         c = Computation(
             self.number,
             material,
@@ -335,5 +375,4 @@ class Party:
             fraction_bits=self._network.fraction_bits,
         )
         bits = self._network.fraction_bits
-        outputs = self._network.run(c, {name: Shared(share, bits) for name, share in shares.tensors.items()})
-        return Shares(self._deployment.id, shares.request, self.number, {"outputs": outputs.share}, outputs.bits)
+        return self._network.run(c, {name: Shared(share, bits) for name, share in inputs.items()})

@@ -55,10 +55,8 @@ class _Rehearsed:
     bytes_dealt: int
 
 
-def rehearse(
-    network: SharedNetwork, weights: Mapping[str, torch.Tensor], inputs: Mapping[str, NDArray[Any]]
-) -> _Rehearsed:
-    """The network's outputs, [n, k], as two parties in this process compute them of public inputs."""
+def rehearse(network: SharedNetwork, weights: Mapping[str, torch.Tensor], inputs: Mapping[str, Ring]) -> _Rehearsed:
+    """The network's outputs, [n, k], as two parties in this process compute them of public inputs in fixed point."""
     rows = len(next(iter(inputs.values())))
     keys, index = (os.urandom(32), os.urandom(32)), Index(rows, 1)
     masks = masks_of(keys, network.masked)
@@ -66,7 +64,7 @@ def rehearse(
     body = corrections(program, index=index, keys=keys, masks=masks)
     weight_shares = split_weights(network, weights)
     opened = {name: join([each[name] for each in weight_shares]) - mask for name, mask in masks.items()}
-    shared = {name: split(encode(name, each, fraction_bits=network.fraction_bits)) for name, each in inputs.items()}
+    shared = {name: split(each) for name, each in inputs.items()}
     ways: tuple[queue.Queue[bytes], queue.Queue[bytes]] = (queue.Queue(), queue.Queue())
     sent: list[int] = []
 
@@ -107,7 +105,9 @@ def measure_error(
     """
     architecture = network.architecture
     shared = SharedNetwork(architecture, fraction_bits=fraction_bits, layer_bits=layer_bits)
-    found = rehearse(shared, network.state_dict(), private_inputs(architecture, rows))
+    inputs = private_inputs(architecture, rows)
+    words = {name: encode(name, each, fraction_bits=fraction_bits) for name, each in inputs.items()}
+    found = rehearse(shared, network.state_dict(), words)
     clear = outputs_of(network, rows)
     return MeasuredError(
         float(np.abs(found.outputs - clear).max()),

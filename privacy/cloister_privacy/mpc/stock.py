@@ -15,8 +15,8 @@ from cloister_privacy.mpc.spool import Spool
 __all__ = ["Stock"]
 
 _LOOK_S = 0.2
-_KINDS = 4
-"""For how many numbers of rows material is kept ready."""
+_KINDS = 8
+"""For how many numbers of rows material is kept ready: those that are joined, and some more."""
 
 
 class Stock:

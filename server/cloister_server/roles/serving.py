@@ -145,16 +145,23 @@ def _supervise(party: Party, work: Callable[[], None], stopping: threading.Event
 
 
 def _lead(party: Party, queue: Queue) -> None:
-    """Answer the next request, if there is one."""
-    request = queue.take(wait_s=_WAIT_S)
-    if request is None:
+    """Answer the next requests, if there are any, as one."""
+    requests = queue.take(wait_s=_WAIT_S, most_rows=party.most_joined)
+    if not requests:
         return
     try:
-        request.answer.set_result(party.lead(request.shares))
+        answers = party.lead([request.shares for request in requests])
     except BaseException as error:
-        request.answer.set_exception(error if isinstance(error, PrivateInferenceError) else _gone())
+        for request in requests:
+            request.answer.set_exception(error if isinstance(error, PrivateInferenceError) else _gone())
         if not isinstance(error, PrivateInferenceError) or isinstance(error, RequestDropped):
             raise
+        return
+    for request, answer in zip(requests, answers, strict=True):
+        if isinstance(answer, Shares):
+            request.answer.set_result(answer)
+        else:
+            request.answer.set_exception(answer)
 
 
 def _follow(party: Party, held: Held) -> None:
@@ -168,15 +175,15 @@ def _follow(party: Party, held: Held) -> None:
         found.append(taken)
         return taken.shares
 
-    answered: Shares | None = None
+    answers: dict[bytes, Shares] = {}
     try:
-        answered = party.follow(find, wait_s=_WAIT_S)
+        answers = {each.request: each for each in party.follow(find, wait_s=_WAIT_S)}
     finally:
         for request in found:
-            if answered is None:
+            if (answer := answers.get(request.shares.request)) is None:
                 request.answer.set_exception(_gone())
             else:
-                request.answer.set_result(answered)
+                request.answer.set_result(answer)
 
 
 def _gone() -> RequestDropped:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from cloister.wire.shares import Shares
 
@@ -28,6 +30,10 @@ class Request:
     shares: Shares = field(repr=False)
     answer: Future[Shares] = field(default_factory=Future, repr=False)
 
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.shares.tensors.values())))
+
 
 class Queue:
     """Callers take turns, and each one's requests come in order. Raises Busy beyond `most` in all and `most_each` of one caller."""
@@ -46,24 +52,37 @@ class Queue:
             self._waiting.setdefault(request.caller, deque()).append(request)
             self._changed.notify()
 
-    def take(self, *, wait_s: float) -> Request | None:
-        """The next request, which cannot be cancelled from then on; None where none came in time."""
+    def take(self, *, wait_s: float, most_rows: int = 1) -> list[Request]:
+        """The next requests, which cannot be cancelled from then on; none where none came in time.
+
+        As many in their turns as have together a power of two of rows, and `most_rows` at most; else the next alone.
+        """
         until = time.monotonic() + wait_s
         with self._changed:
             while True:
-                while self._waiting:
-                    caller, requests = self._waiting.popitem(last=False)
-                    request = requests.popleft()
-                    if requests:
-                        self._waiting[caller] = requests  # behind all others
-                    if request.answer.set_running_or_notify_cancel():
-                        return request
-                if not self._changed.wait(until - time.monotonic()) and time.monotonic() >= until:
-                    return None
+                self._forget_cancelled()
+                taken = [self._next() for _ in range(_joined((each.rows for each in self._in_turns()), most_rows))]
+                # One that was cancelled just now is left out, and the others may be no power of two: they are answered all the same.
+                if found := [each for each in taken if each.answer.set_running_or_notify_cancel()]:
+                    return found
+                if not taken and not self._changed.wait(until - time.monotonic()) and time.monotonic() >= until:
+                    return []
 
     def left(self) -> list[Request]:
         """All that wait, in their turns, and wait no more."""
-        return list(iter(lambda: self.take(wait_s=0), None))
+        return [request for taken in iter(lambda: self.take(wait_s=0), []) for request in taken]
+
+    def _in_turns(self) -> Iterator[Request]:
+        """As `_next` gives them."""
+        for turn in zip_longest(*self._waiting.values()):
+            yield from filter(None, turn)
+
+    def _next(self) -> Request:
+        caller, requests = self._waiting.popitem(last=False)
+        request = requests.popleft()
+        if requests:
+            self._waiting[caller] = requests  # behind all others
+        return request
 
     def _forget_cancelled(self) -> None:
         for caller, requests in list(self._waiting.items()):
@@ -72,6 +91,18 @@ class Queue:
                 self._waiting[caller] = left
             else:
                 del self._waiting[caller]
+
+
+def _joined(rows: Iterable[int], most: int) -> int:
+    """How many of those that wait are taken: none of none."""
+    count = total = 0
+    for number, more in enumerate(rows, start=1):
+        total += more
+        if number > 1 and total > most:
+            break
+        if number == 1 or total.bit_count() == 1:
+            count = number
+    return count
 
 
 class Held:
