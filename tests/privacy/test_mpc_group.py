@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import ssl
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cloister.wire.shares import Shares
 from cloister_privacy.architecture import Network
 from cloister_privacy.mpc import (
     CoLocated,
@@ -31,6 +33,8 @@ from cloister_privacy.mpc import (
     choose_scale,
     split_weights,
 )
+from cloister_privacy.mpc.dealer import CONTROL_BYTES
+from cloister_privacy.mpc.joined import Announcement, Asked, most_joined, refusals_of
 from cloister_privacy.mpc.links import Deadline, Link, Listener, connect
 from cloister_privacy.mpc.places import Places
 from mpc_groups import Group, Running, shares_of, small_network
@@ -103,6 +107,128 @@ def test_a_request_that_party_1_has_no_share_of_is_refused_and_the_group_goes_on
         running.answer((first, second), at_party_1=fewer)
     running.ask(_images(1))
     assert running.parties[0]._group.generation.id == generation
+
+
+# Joined requests.
+
+
+def _shared(group: Group, counts: list[int]) -> tuple[list[NDArray[np.float32]], list[Shares], dict[bytes, Shares]]:
+    """Rows of so many requests, and their shares: in order for party 0, by their ids for party 1."""
+    images = [np.random.default_rng(seed).uniform(0, 1, (n, 4, 4)).astype(np.float32) for seed, n in enumerate(counts)]
+    shares = [shares_of(group, x) for x in images]
+    return images, [first for first, _ in shares], {second.request: second for _, second in shares}
+
+
+def test_joined_requests_have_each_its_own_rows_and_burn_one_index(running: Running) -> None:
+    images, led, followed = _shared(running.group, [1, 4, 2, 1])
+    for x, answer in zip(images, running.answers(led, followed.get), strict=True):
+        assert np.abs(answer - _clear(NETWORK, x)).max() < 1e-5
+    burned = [json.loads((running.directory / f"party-{k}" / "burned.json").read_text())["marks"] for k in (0, 1)]
+    assert [list(marks) for marks in burned] == [["8"], ["8"]]
+
+
+def test_no_caller_makes_the_request_of_another_fail_or_changes_its_answer(running: Running) -> None:
+    """One sends nothing to party 1, one fewer rows, one what no client would encode, one the same id again."""
+    generation = running.parties[0]._group.generation.id
+    images, led, followed = _shared(running.group, [1, 1, 2, 1, 1, 2])
+    del followed[led[1].request]
+    fewer = followed[led[2].request]
+    followed[led[2].request] = replace(fewer, tensors={"x": fewer.tensors["x"][:1]})
+    noise = np.frombuffer(np.random.default_rng(1).bytes(128), np.uint64).reshape(1, 4, 4)
+    followed[led[3].request] = replace(followed[led[3].request], tensors={"x": noise})
+    led.append(led[0])
+    answers = running.answers(led, lambda request: followed.pop(request, None))
+    for number in (0, 4, 5):
+        assert np.abs(answers[number] - _clear(NETWORK, images[number])).max() < 1e-5
+    refused = {number: str(each) for number, each in enumerate(answers) if isinstance(each, SharesOfAnother)}
+    assert refused.keys() == {1, 2, 6} and "different numbers of rows" in refused[2]
+    assert "no share of this request" in refused[1] and refused[1] == refused[6]
+    assert running.parties[0]._group.generation.id == generation
+
+
+def test_where_party_1_has_no_share_of_any_nothing_is_opened(running: Running) -> None:
+    _, led, _ = _shared(running.group, [1, 1])
+    before = running.parties[0].bytes_sent
+    assert all(isinstance(each, SharesOfAnother) for each in running.answers(led, lambda request: None))
+    assert running.parties[0].bytes_sent - before < 200, "an announcement"
+
+
+def test_a_fault_in_the_middle_ends_all_that_were_joined_and_the_next_goes_alone(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert running.parties[0].most_joined == 1, "it is not known yet how long a row takes"
+    running.ask(_images(1))
+    assert running.parties[0].most_joined == 16
+    _, led, followed = _shared(running.group, [1, 1])
+    compute = Party._computed
+
+    def computed(party: Party, *given: Any) -> Any:
+        if party.number == 1:
+            raise ValueError("a number that is nobody's business")
+        return compute(party, *given)
+
+    monkeypatch.setattr(Party, "_computed", computed)
+    with pytest.raises(RequestDropped, match="try again"):
+        running.answers(led, followed.get)
+    monkeypatch.undo()
+    assert running.parties[0].most_joined == 1
+    running.form()
+    running.ask(_images(1))
+    assert running.parties[0].most_joined == 16
+
+
+def test_rows_are_joined_as_far_as_they_pay_and_time_and_disk_are_enough() -> None:
+    limits, row = Limits(), 2**20
+    assert [most_joined(1, limits, in_time=s) for s in (0, 1, 2, 3.9, 1e9)] == [1, 1, 2, 2, limits.joined]
+    assert [most_joined(1, Limits(rows=rows), in_time=1e9) for rows in (1, 3, 5, 256)] == [1, 2, 4, limits.joined]
+    for most in (1, 2, 4, 8):
+        needed = 2 * (2 * most - 1) * row * limits.ahead
+        assert most_joined(row, Limits(disk_bytes=needed), in_time=1e9) == most
+        assert most_joined(row, Limits(disk_bytes=needed - 1), in_time=1e9) == max(1, most // 2)
+
+
+def test_material_of_all_that_is_joined_is_kept_ahead_within_the_budget(group: Group, tmp_path: Path) -> None:
+    row = group.network.material_bytes(1)
+    limits = Limits(disk_bytes=50 * row, ahead=1)
+    with Running(group, tmp_path, limits=limits) as running:
+        for rows in (1, 2, 4, 8, *range(1, 13), 8, 4, 2, 1):
+            _, led, followed = _shared(group, [1] * rows)
+            running.answers(led, followed.get)
+            sizes = [path.stat().st_size for path in _ready(running)]
+            assert sum(sizes) <= limits.disk_bytes and len(sizes) <= 9, (
+                "of eight numbers of rows, and what was on its way"
+            )
+        assert running.parties[0].most_joined == 8
+        _until(lambda: {path.name.split("-")[0] for path in _ready(running)} >= {"1", "2", "4", "8"})
+
+
+ID = "00" * 16
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"no JSON", b"[]", {"count": 1}, {"count": 1, "requests": []}, {"count": 1, "requests": [["00", 1]]},
+        {"count": 1, "requests": [[ID, 0]]}, {"count": 1, "requests": [[ID, 2], [ID, -1]]}, {"count": None, "requests": [[ID, 1]]},
+        {"count": 1, "requests": [[ID, 9]]}, {"count": 1, "requests": [[ID, 4], [ID, 5]]}, {"count": 1, "requests": [ID]},
+        {"request": ID, "rows": 1, "count": 1},
+    ],
+)  # fmt: skip
+def test_what_is_no_announcement_is_refused(told: Any) -> None:
+    frame = told if isinstance(told, bytes) else json.dumps(told).encode()
+    with pytest.raises(RequestDropped, match="no announcement"):
+        Announcement.from_bytes(frame, most_rows=8)
+
+
+def test_an_announcement_of_the_most_requests_is_a_control_frame_and_what_is_no_answer_to_it_is_refused() -> None:
+    asked = tuple(Asked(bytes([number] * 16), 1) for number in range(Limits().joined))
+    frame = Announcement(2**20, asked).to_bytes()
+    assert len(frame) <= CONTROL_BYTES
+    assert Announcement.from_bytes(frame, most_rows=len(asked)) == Announcement(2**20, asked)
+    assert refusals_of(bytes(len(asked)), len(asked)) == [None] * len(asked)
+    for answer in (b"", bytes(len(asked) - 1), bytes([*bytes(len(asked) - 1), 4])):
+        with pytest.raises(RequestDropped, match="no answer"):
+            refusals_of(answer, len(asked))
 
 
 def test_material_that_was_changed_on_disk_is_refused_and_the_next_is_taken(running: Running) -> None:
@@ -228,6 +354,18 @@ def test_a_party_of_another_network_or_deployment_is_refused_by_the_dealer(group
         party = Party(1, group.identities["party-1"], other, group.network, group.weights[1], tmp_path / "other")
         with pytest.raises(PeerRefused, match="another deployment"):
             party.form()
+
+
+@pytest.mark.parametrize("role", ["party", "dealer"])
+def test_a_role_of_another_version_is_refused_by_name(
+    role: str, group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"cloister_privacy.mpc.{role}.VERSION", "cloister.mpc/1")
+    running = Running(group, tmp_path)
+    with closing(running.dealer), pytest.raises(PeerRefused, match="another version; use one version of Cloister"):
+        running.parties[1].form()
+    for party in running.parties:
+        party.close()
 
 
 # Links.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from cloister_privacy.mpc.errors import MaterialExhausted
@@ -52,10 +53,11 @@ class Spool:
         del self._sizes[index]
         return index, sealed
 
-    def clear(self) -> None:
-        for index in list(self._sizes):
+    def clear(self, *, but: Collection[int] = ()) -> None:
+        """Of all numbers of rows but these."""
+        for index in [each for each in self._sizes if each.rows not in but]:
             self._path(index).unlink(missing_ok=True)
-        self._sizes.clear()
+            del self._sizes[index]
 
     def _path(self, index: Index) -> Path:
         return self._directory / f"{index.rows}-{index.count}{_SUFFIX}"

@@ -43,6 +43,7 @@ class Stock:
         """The next index of so many rows and its sealed corrections. Raises MaterialExhausted and RequestDropped."""
         with self._changed:
             self._wanted = [*[each for each in self._wanted if each != rows][1 - _KINDS :], rows]
+            self._spool.clear(but=self._wanted)
             self._waiting = rows
             self._changed.notify_all()
             try:
@@ -92,8 +93,6 @@ class Stock:
     def _next(self) -> int | None:
         """Whose material to fetch: what somebody waits for, then the latest that is short and has room."""
         if self._waiting is not None and not self._spool.count(self._waiting) and self._waiting not in self._refused:
-            if not self._spool.has_room(self._sizes.get(self._waiting, 0)):
-                self._spool.clear()
             return self._waiting
         for rows in reversed(self._wanted):
             is_short = self._spool.count(rows) < self._limits.ahead and rows not in self._refused
@@ -114,6 +113,8 @@ class Stock:
                 if status == REFUSED:
                     raise MaterialExhausted(body.decode("utf-8", errors="replace"))
                 self._sizes[rows] = len(body)
+                if rows == self._waiting and not self._spool.has_room(len(body)):
+                    self._spool.clear()  # what somebody waits for comes before what is kept ahead
                 self._spool.put(index, body)
             except MaterialExhausted as exc:
                 self._refused[rows] = exc
