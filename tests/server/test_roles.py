@@ -9,25 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cloister.wire.private_requests import PERMISSION_TYPE
-from cloister.wire.shares import Shares
+from cloister.wire.shares import Shares, decode, join
+from cloister_privacy.mpc import RequestDropped
+from cloister_privacy.mpc.keystream import Index
+from cloister_privacy.mpc.marks import Marks
 from cloister_server.cli.server import cli
 from cloister_server.errors import StartRefused
 from cloister_server.oauth.fetching import MOST_BYTES, NotFetched
-from cloister_server.roles import identity, permissions
+from cloister_server.roles import identity, permissions, serving
 from cloister_server.roles.permissions import NotPermitted, Permissions, fetched_keys
 from cloister_server.roles.waiting import Busy, Held, Queue, Request
 from issuers import be_patient, elsewhere, send_json
 from keys_of_clients import Signer
+from mpc_groups import Group, Running, shares_of, small_network
 
 
 def request(caller: str, number: int = 0, *, rows: int = 1) -> Request:
@@ -128,6 +134,67 @@ def test_a_request_that_nobody_waits_for_is_not_taken() -> None:
         held.put(request("b", 2))
     assert held.take((2).to_bytes(16)) is kept and held.take((2).to_bytes(16)) is None
     assert not kept.answer.cancel(), "what is being computed is answered"
+
+
+def test_those_who_wait_are_answered_as_one_and_who_is_missing_at_a_party_alone_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = small_network()
+    group = Group.create(tmp_path, network)
+    images = [np.random.default_rng(seed).uniform(0, 1, (1, 4, 4)).astype(np.float32) for seed in range(6)]
+    queue, held = Queue(most=20, most_each=20), Held(most=20, most_each=20)
+    led, burned = list[list[Request]](), list[int]()
+    burn = Marks.burn
+
+    def watched(marks: Marks, generation: str, index: Index) -> None:
+        burned.append(index.rows)
+        burn(marks, generation, index)
+
+    monkeypatch.setattr(Marks, "burn", watched)
+    with Running(group, tmp_path) as running, ThreadPoolExecutor(2) as pool:
+
+        def compute() -> None:
+            following = pool.submit(serving._follow, running.parties[1], held)
+            serving._lead(running.parties[0], queue)
+            following.result(timeout=60)
+
+        for number, x in enumerate(images):
+            both = [Request("abc"[number % 3], share) for share in shares_of(group, x)]
+            for place, each in zip((queue, held), both, strict=True):
+                place.put(each)
+            led.append(both)
+            if number == 0:
+                compute()
+        led[1][0].answer.cancel()  # a client left party 0, and one party 1
+        led[3][1].answer.cancel()
+        monkeypatch.setattr(serving, "_WAIT_S", 60.0)
+        compute()
+        for number in (0, 2, 4, 5):
+            found = [each.answer.result(timeout=0) for each in led[number]]
+            joined = join([each.tensors["outputs"] for each in found])
+            clear = network({"x": torch.from_numpy(images[number])}).detach().numpy()
+            assert np.abs(decode(joined, fraction_bits=found[0].fraction_bits) - clear).max() < 1e-5
+        assert "no share" in str(led[3][0].answer.exception(timeout=0))
+        assert burned == [1, 1, 4, 4] and not queue.left() and [each.caller for each in held.left()] == ["b"]
+
+
+def test_a_fault_of_joined_requests_is_told_to_each(tmp_path: Path) -> None:
+    group = Group.create(tmp_path, small_network())
+    queue, waiting = Queue(most=20, most_each=20), [Request("a", share) for share in _many(group, 3)]
+    with Running(group, tmp_path) as running:
+        running.ask(np.zeros((1, 4, 4)))
+        for each in waiting:
+            queue.put(each)
+        running.parties[1].close()
+        for _ in range(3):  # two are joined, and one is left
+            with suppress(RequestDropped):
+                serving._lead(running.parties[0], queue)
+        for each in waiting:
+            assert isinstance(each.answer.exception(timeout=0), RequestDropped)
+
+
+def _many(group: Group, count: int) -> list[Shares]:
+    return [shares_of(group, np.zeros((1, 4, 4)))[0] for _ in range(count)]
 
 
 def test_an_identity_is_made_once_with_keys_that_nobody_else_reads(tmp_path: Path) -> None:
