@@ -8,6 +8,8 @@ are shared before, and outputs stay shared, on all sides; after each block they 
 clear. Blocks of requests take turns; a ratio is of the medians of a request's time. Bytes are those that one party sends, and for
 ours all that the dealer sends too. All of it on loopback, and again (`_20ms`) with a round trip of 20 ms between any two processes.
 
+`joined` is ours with eight requests in one program, as when eight clients wait at once: a figure without a bound, for no peer joins.
+
 SPU has a virtual environment of its own, `.venv-bench-mpc`, made at the first run out of the dependency group `bench-mpc`.
 """
 
@@ -39,7 +41,13 @@ from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS_VENV = ROOT / ".venv-bench-mpc"
-SIDES = {"ours": ("ours", 3), "tfp": ("crypten_peer", 2), "ttp": ("crypten_peer", 3), "spu": ("spu_peer", 2)}
+SIDES = {
+    "ours": ("ours", 3),
+    "joined": ("ours", 3),
+    "tfp": ("crypten_peer", 2),
+    "ttp": ("crypten_peer", 3),
+    "spu": ("spu_peer", 2),
+}
 """The module of each, and how many processes it takes."""
 PEERS = {"tfp": "crypten_tfp", "ttp": "crypten_ttp", "spu": "spu_semi2k"}
 TOLERANCE = 1e-2
@@ -73,7 +81,7 @@ class Side:
         here.mkdir()
         self._name, self._logs = f"{side} ({directory.name})", [here / f"{rank}.log" for rank in range(count)]
         addresses = [(host, free_port()) for host in link.hosts[:count]]
-        if side == "ours":
+        if module == "ours":
             ours.prepare(directory.name, here, addresses)
         paths = [str(ROOT / "benchmarks"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
@@ -161,6 +169,8 @@ def ratios_of(name: str, found: dict[str, dict[str, Any]], *, suffix: str) -> di
 
 
 def conditions_of(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    joined = found["joined"]
+    joined["requests_a_second_over_ours"] = ours.JOINED * found["ours"]["median_ms"] / joined["median_ms"]
     return {
         side: {key: float(f"{value:.4g}") for key, value in sorted(each.items()) if value is not None}
         for side, each in found.items()
@@ -171,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
     quick = parser.parse_args().quick
-    pythons = dict.fromkeys(("ours", "tfp", "ttp"), Path(sys.executable))
+    pythons = dict.fromkeys(("ours", "joined", "tfp", "ttp"), Path(sys.executable))
     conditions: dict[str, Any] = {
         "device": "cpu", "cores": os.cpu_count(), "threads_each": 1, "machine": platform.machine(),
         "python": platform.python_version(), "torch": version("torch"), "crypten": version("crypten"),

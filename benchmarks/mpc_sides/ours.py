@@ -1,6 +1,7 @@
 """Ours: two parties and the dealer over TLS.
 
-Material for one request alone is dealt ahead, so that none of the work hides in the others' turns.
+Material for one program alone is dealt ahead, so that none of the work hides in the others' turns. In the directory `joined` each
+program answers as many requests as eight clients have that wait at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from cloister.wire.shares import Shares, decode, join
 from cloister_privacy.mpc import Dealer, Limits, Party
 from mpc_groups import ROLES, Group, shares_of
 from mpc_sides.networks import image, network
+
+JOINED = 8
 
 
 def prepare(name: str, directory: Path, addresses: list[tuple[str, int]]) -> None:
@@ -44,16 +47,17 @@ def main() -> None:
     party = Party(rank, identity, group.deployment, group.network, weights, seat.directory / role, limits=limits)
     party.form()
     share = Shares.from_bytes((seat.directory / f"{rank}.shares").read_bytes())
-    dealt = sum(part.nbytes for kind in group.network.program(1) for part in kind.derived)
+    count = JOINED if seat.directory.name == "joined" else 1
+    dealt = group.network.material_bytes(count) / count
     found, before, blocks = share, party.bytes_sent, 0
 
     def ask() -> None:
         nonlocal found
-        (asked,) = party.lead([share]) if rank == 0 else party.follow(lambda request: share, wait_s=120)
-        assert isinstance(asked, Shares)
-        found = asked
+        asked = party.lead([share] * count) if rank == 0 else party.follow(lambda request: share, wait_s=120)
+        assert len(asked) == count and isinstance(asked[-1], Shares)
+        found = asked[-1]
 
-    def told(count: int) -> dict[str, Any]:
+    def told(programs: int) -> dict[str, Any]:
         nonlocal before, blocks
         sent, before, blocks = party.bytes_sent - before, party.bytes_sent, blocks + 1
         other = seat.directory / f"{blocks}.out"
@@ -66,7 +70,7 @@ def main() -> None:
             time.sleep(0.01)
         words = [each.tensors["outputs"] for each in (found, Shares.from_bytes(other.read_bytes()))]
         outputs = decode(join(words), fraction_bits=found.fraction_bits)
-        return {"bytes": sent / count + dealt, "outputs": outputs.tolist()}
+        return {"bytes": sent / programs / count + dealt, "outputs": outputs.tolist()}
 
     answer(ask, told=told)
 
