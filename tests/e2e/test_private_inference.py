@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import signal
 import subprocess
@@ -62,6 +63,27 @@ def _forged(client: cloister.Cloister, model: cloister.Model) -> None:
         operations.private_terms = real  # type: ignore[method-assign]
 
 
+def _join(app: App, deployment: Deployment, roles: PrivateRoles, rows: np.ndarray, clear: np.ndarray) -> None:
+    """Eight clients ask for a row each at once, until some were computed as one; each gets its own answer."""
+    credentials = {"client_id": app.client_id, "client_secret": app.client_secret}
+    (marks,) = (roles.directory / "party-1").glob("*/burned.json")
+
+    async def ask() -> None:
+        async with contextlib.AsyncExitStack() as clients:
+            private = []
+            for _ in range(8):
+                client = await clients.enter_async_context(cloister.AsyncCloister(deployment.url, **credentials))
+                private.append(await client.private("m"))
+            for _ in range(50):
+                asked = (each.predict(rows[k : k + 1]) for k, each in enumerate(private))
+                assert np.array_equal(np.concatenate(await asyncio.gather(*asked)), clear[:8])
+                if {"2", "4", "8"} & json.loads(marks.read_text())["marks"].keys():
+                    return
+            raise AssertionError("nobody was joined")
+
+    asyncio.run(ask())
+
+
 def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill(
     deployment: Deployment,
     app: App,
@@ -85,6 +107,7 @@ def test_two_parties_answer_as_the_model_in_the_clear_and_come_back_after_a_kill
             return await (await other.private("m")).predict(rows)
 
     assert np.array_equal(asyncio.run(asked()), model.predict(rows))
+    _join(app, deployment, roles, rows, model.predict(rows))
     with pytest.raises(cloister.RowsNotFit, match="shape"):
         private.predict(rows[:, :4])
     with pytest.raises(cloister.InvalidArgument, match="beyond"):

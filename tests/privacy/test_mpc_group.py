@@ -147,10 +147,12 @@ def test_no_caller_makes_the_request_of_another_fail_or_changes_its_answer(runni
 
 
 def test_where_party_1_has_no_share_of_any_nothing_is_opened(running: Running) -> None:
+    running.ask(_images(1))
     _, led, _ = _shared(running.group, [1, 1])
     before = running.parties[0].bytes_sent
     assert all(isinstance(each, SharesOfAnother) for each in running.answers(led, lambda request: None))
     assert running.parties[0].bytes_sent - before < 200, "an announcement"
+    assert running.parties[0].most_joined == 16, "others are joined as before"
 
 
 def test_a_fault_in_the_middle_ends_all_that_were_joined_and_the_next_goes_alone(

@@ -43,7 +43,7 @@ class Limits:
     rows: int = 256
     """The most rows of a request."""
     joined: int = 16
-    """The most rows of requests that are computed as one, where a request has fewer."""
+    """The most rows of several requests that are computed as one program."""
     ahead: int = 4
     """How many requests' material is kept ready, for each number of rows that was asked for lately, and for one row."""
     disk_bytes: int = 2**28

@@ -275,7 +275,7 @@ class Party:
         asked = tuple(Asked(each.request, self.check(each)) for each in requests)
         with self._turn:
             group, deadline = self._current(), Deadline.after(self._limits.request_s)
-            self._row_s = math.inf  # until it is known: after a fault one request goes alone
+            row_s, self._row_s = self._row_s, math.inf  # until it is known: after a fault one request goes alone
             assert group.stock is not None  # noqa: S101 (party 0 has one)
             index, sealed = group.stock.take(sum(each.rows for each in asked), deadline)
             self._marks.burn(group.generation.id, index)
@@ -286,8 +286,7 @@ class Party:
                 refusals = refusals_of(group.other.receive(CONTROL_BYTES, deadline), len(asked))
                 taken = [None if why else shares for why, shares in zip(refusals, requests, strict=True)]
                 answers = self._answers(group, material, asked, taken, deadline)
-            if any(taken):
-                self._row_s = (self._limits.request_s - deadline.left_s) / index.rows
+            self._row_s = (self._limits.request_s - deadline.left_s) / index.rows if any(taken) else row_s
         return [answer or cast("SharesOfAnother", why) for answer, why in zip(answers, refusals, strict=True)]
 
     def follow(self, find: Callable[[bytes], Shares | None], *, wait_s: float) -> list[Shares]:
