@@ -127,7 +127,7 @@ def _die_with(pipe: Any) -> None:
 
 
 def end_group(process: subprocess.Popen[bytes] | Child, *, grace_s: float) -> None:
-    """SIGTERM the child, SIGKILL its whole group after `grace_s`, and see it dead."""
+    """SIGTERM the child, SIGKILL its whole group after `grace_s`, and see it dead, with those of the group that were taken up."""
     if process.poll() is None and grace_s > 0:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -135,6 +135,9 @@ def end_group(process: subprocess.Popen[bytes] | Child, *, grace_s: float) -> No
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-process.pid, 0)
     if process.stdin is not None:
         process.stdin.close()
 

@@ -57,7 +57,6 @@ class Template:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "cloister_server.work.template"],
                     stdin=theirs.fileno(),
-                    start_new_session=True,
                     env=child_environment(**_ALLOCATOR),
                 )
             self._asked(_LOAD_S)
@@ -108,7 +107,7 @@ def main() -> int:
     while True:
         what, descriptors, _, _ = socket.recv_fds(asked, 32, 2)
         if not what:
-            return 0  # the worker is gone
+            os._exit(0)  # the worker is gone
         pid = _fork_orphan()
         if pid == 0:
             asked.close()
