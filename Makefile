@@ -41,7 +41,7 @@ $(VENV)-tensorflow/installed: pyproject.toml
 	$(VENV)-tensorflow/bin/python -m pip install --quiet --no-deps --editable . && touch $@
 
 test-long: install $(VENV)-tensorflow/installed ## Run the long tests too: every kill, Fashion-MNIST (SHORT=1: a shortened run for CI)
-	SHORT=$(SHORT) $(BIN)/python -m pytest -m long
+	SHORT=$(SHORT) $(if $(SHORT),OMP_NUM_THREADS=1) $(BIN)/python -m pytest -m long $(if $(SHORT),-n 2 --dist loadgroup)
 
 lint: install ## Check style, types and import directions
 	$(BIN)/ruff check

@@ -132,7 +132,7 @@ def measure(*, tenants: int, requests: int) -> dict[str, Any]:
     from cloister_server.settings import Settings
     from cloister_server.store import migrate
     from cloister_server.store.acting import for_principal
-    from cloister_server.store.isolation import DRIVER
+    from cloister_server.store.isolation import transaction_of
     from cloister_server.store.session import new_engine, reading
 
     draw = random.Random(1)  # noqa: S311 (the same policies each time)
@@ -152,13 +152,11 @@ def measure(*, tenants: int, requests: int) -> dict[str, Any]:
                 with reading(engine, for_principal(principal)) as session:
                     if turn == 0:
                         policy.decide(session, principal, verb, **of)  # makes the tenant's snapshot
-                    session.connection()
-                    told = {}
-                    driver = session.info[DRIVER]
+                    told, transaction = {}, transaction_of(session)
                     for name in draw.sample(list(times), len(times)):
-                        driver.revisions.clear()  # as a transaction begins
+                        transaction.revisions.clear()  # as a transaction begins
                         if name == "changed":
-                            driver.seen.clear()
+                            transaction.seen.clear()
                         began = time.perf_counter()
                         if name in ("ours", "changed"):
                             answer = isinstance(policy.decide(session, principal, verb, **of), policy.Allow)

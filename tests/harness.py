@@ -24,6 +24,7 @@ from cloister_server import deployment, tenants
 from cloister_server.grants import Role
 from cloister_server.service import Service
 from cloister_server.settings import Settings
+from cloister_server.work.template import CHILD
 from ports import free_port
 
 BIN = Path(sys.executable).parent
@@ -180,19 +181,24 @@ class Deployment:
             self.process.wait()
             self.process = None
         deadline = time.monotonic() + 60
-        while self.pids("cloister_server.") and time.monotonic() < deadline:
+        while self.pids("cloister") and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:] if self.log.exists() else "no log"
 
     def pids(self, module: str) -> list[int]:
-        """The live processes of this deployment that run `python -m <module...>`."""
+        """The live processes of this deployment that run `python -m <module...>`, and by the name CHILD the forked ones."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and module.encode() in (entry / "cmdline").read_bytes():
+                if entry.name.isdigit() and module in _name_of(entry):
                     ours = f"TMPDIR={self.root / 'tmp'}".encode() in (entry / "environ").read_bytes().split(b"\0")
                     if ours and (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
                         found.append(int(entry.name))
         return found
+
+
+def _name_of(entry: Path) -> str:
+    name = (entry / "comm").read_text().strip()
+    return name if name == CHILD else (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")

@@ -19,34 +19,79 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import IO, Any
 
 from cloister_server.errors import StartRefused
 from cloister_server.settings import child_environment
 
-__all__ = ["end_group", "locked", "receive", "refuse_core_dumps", "start"]
+__all__ = ["Child", "end_group", "locked", "name_process", "receive", "refuse_core_dumps", "start", "take_up_orphans"]
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36  # prctl(2)
+
+_LOOK_S = 0.02
 
 
-def start(
-    module: str, message: Mapping[str, Any], *, pass_fds: Sequence[int] = (), env: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
+def start(module: str, message: Mapping[str, Any], *, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
     """Run `python -m module` as the leader of a process group of its own, and hand it the message."""
     process = subprocess.Popen(
         [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         pass_fds=pass_fds,
         start_new_session=True,
-        env=child_environment(**env or {}),
+        env=child_environment(),
     )
     assert process.stdin is not None  # noqa: S101 (it was asked for above)
+    _tell(process.stdin, message)
+    return process
+
+
+class Child:
+    """A child of this process that it did not start itself: it was forked by another, or taken up as an orphan."""
+
+    def __init__(self, pid: int, lifeline: int, message: Mapping[str, Any]) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self.stdin: IO[bytes] = os.fdopen(lifeline, "wb")
+        _tell(self.stdin, message)
+
+    def poll(self) -> int | None:
+        """How it ended, as `Popen.returncode`; None while it lives."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired."""
+        until = None if timeout is None else monotonic() + timeout
+        while (ended := self.poll()) is None:
+            if until is not None and monotonic() >= until:
+                raise subprocess.TimeoutExpired([str(self.pid)], timeout or 0)
+            sleep(_LOOK_S)
+        return ended
+
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+def take_up_orphans() -> None:
+    """From now on this process is the parent of any of its descendants whose own parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def name_process(name: str) -> None:
+    """What `ps` shows this process as: 15 bytes at most."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
+
+
+def _tell(pipe: IO[bytes], message: Mapping[str, Any]) -> None:
     try:
-        process.stdin.write(json.dumps(message).encode() + b"\n")
-        process.stdin.flush()
+        pipe.write(json.dumps(message).encode() + b"\n")
+        pipe.flush()
     except BrokenPipeError:
         pass  # it is dead already; who waits for it will see
-    return process
 
 
 def receive(*, follows_thread: bool = False) -> dict[str, Any]:
@@ -81,8 +126,8 @@ def _die_with(pipe: Any) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def end_group(process: subprocess.Popen[bytes], *, grace_s: float) -> None:
-    """SIGTERM the child, SIGKILL its whole group after `grace_s`, and see it dead."""
+def end_group(process: subprocess.Popen[bytes] | Child, *, grace_s: float) -> None:
+    """SIGTERM the child, SIGKILL its whole group after `grace_s`, and see it dead, with those of the group that were taken up."""
     if process.poll() is None and grace_s > 0:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -90,6 +135,9 @@ def end_group(process: subprocess.Popen[bytes], *, grace_s: float) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-process.pid, 0)
     if process.stdin is not None:
         process.stdin.close()
 

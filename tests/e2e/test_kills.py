@@ -23,6 +23,7 @@ from sqlalchemy import text
 import cloister
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import new_engine, reading
+from cloister_server.work.template import CHILD
 from databases import new_postgres_database
 from harness import App, Deployment
 from journeys import upload
@@ -31,7 +32,8 @@ MODULES = {
     "supervisor": "cloister-server",
     "api": "cloister_server.cli.api_process",
     "worker": "cloister_server.work.worker",
-    "child": "cloister_server.work.child",
+    "template": "cloister_server.work.template",
+    "child": CHILD,
 }
 STEPS = 120
 LIFE_S = 5.0

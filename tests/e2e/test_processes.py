@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -23,11 +24,12 @@ import numpy as np
 import pytest
 
 import cloister
+from cloister_server.work.template import CHILD
 from harness import BIN, Deployment
 from journeys import upload
 
 PROCESSES = {"api": "cloister_server.cli.api_process", "worker": "cloister_server.work.worker"}
-CHILD = "cloister_server.work.child"
+TEMPLATE = "cloister_server.work.template"
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +85,33 @@ def test_no_secret_stands_in_a_command_line_or_an_environment_and_the_queue_keep
         job = client.train(client.plan(data, target="digit", privacy=privacy, batch_size=100, epochs=10), model="m")
         seen = _told(_first(lambda: served.pids(CHILD)))  # at once: it is there for as long as the job takes
         assert served.process is not None
-        for pid in (served.process.pid, *(_first(lambda name=name: served.pids(name)) for name in PROCESSES.values())):
+        modules = [*PROCESSES.values(), TEMPLATE]
+        for pid in (served.process.pid, *(_first(lambda name=name: served.pids(name)) for name in modules)):
             seen += _told(pid)
         job.wait(timeout_s=300)
     assert not [secret for secret in secrets if secret in seen]
     assert b"root.key" in seen, "the search looked at the real thing"
     assert app.client_secret not in served.tail()
     _check_queue(served.data_dir / "workflows.db")
+
+
+def test_a_job_outlives_the_template_that_it_was_forked_from_and_the_next_has_another(
+    served: Deployment, digits: dict[str, np.ndarray]
+) -> None:
+    app = served.app(served.tenant("forked"), "steward")
+    with served.client(app) as client:
+        data = upload(client, digits)
+        plan = client.plan(data, target="digit", privacy=cloister.DP(noise_multiplier=2.0), batch_size=100, epochs=5)
+        first = client.train(plan, model="first")
+        child, template = _first(lambda: served.pids(CHILD)), _first(lambda: served.pids(TEMPLATE))
+        assert len(list(Path(f"/proc/{template}/task").iterdir())) == 1, "a fork has no other thread's locks"
+        os.kill(template, signal.SIGKILL)
+        second = client.train(plan, model="second")
+        assert (first.wait(timeout_s=300).version, second.wait(timeout_s=300).version) == (1, 1)
+    assert _first(lambda: served.pids(TEMPLATE)) != template
+    assert child not in served.pids(CHILD)
+    exits = [json.loads(line)["exit"] for line in served.log.read_text().splitlines() if '"attempt.ended"' in line]
+    assert exits and set(exits) == {0}, "who forks a child is not its parent; the worker is"
 
 
 def test_no_answer_was_given_without_its_row_in_the_audit_log_however_the_process_dies(served: Deployment) -> None:

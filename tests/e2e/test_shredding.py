@@ -19,6 +19,7 @@ import cloister
 from cloister.cli import main
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import new_engine, reading
+from cloister_server.work.template import CHILD
 from harness import BIN, App, Deployment
 from journeys import upload
 
@@ -70,7 +71,7 @@ def test_a_tenant_ends_for_good_while_another_predicts(
                 time.sleep(0.05)
         assert predictor.failure is None
     assert before and not _objects(deployment, victim), "no sealed byte of it is left"
-    assert not deployment.pids("cloister_server.work.child")
+    assert not deployment.pids(CHILD)
     assert _asked(deployment, "SELECT status FROM jobs WHERE tenant_id = :of", victim) == ["cancelled"]
     assert _asked(deployment, "SELECT state FROM tenant_keys WHERE tenant_id = :of", victim) == ["destroyed"]
     assert _asked(deployment, "SELECT count(*) FROM sealed_objects WHERE tenant_id = :of", victim) == [0]

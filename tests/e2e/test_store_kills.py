@@ -21,6 +21,7 @@ from cloister_server import datasets, vault
 from cloister_server import deployment as deployments
 from cloister_server.settings import Settings
 from cloister_server.store.tables import Dataset, Job, ModelVersion, SealedObject
+from cloister_server.work.template import CHILD
 from databases import new_postgres_database
 from harness import App, Deployment
 
@@ -30,7 +31,7 @@ COLUMNS = {
 }
 """16 KiB a row: 255 rows a part."""
 ROWS = 1500
-API, WORKER, CHILD = "cloister_server.cli.api_process", "cloister_server.work.worker", "cloister_server.work.child"
+API, WORKER = "cloister_server.cli.api_process", "cloister_server.work.worker"
 
 
 @pytest.mark.long

@@ -18,8 +18,6 @@ from cloister_server.store.tables import Attempt, Job, LedgerEntry
 from harness import Deployment
 from journeys import upload
 
-CHILD = "cloister_server.work.child"
-
 
 def until(found: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + 120

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from cloister_server.errors import Unavailable
 from cloister_server.principal import Principal
 from cloister_server.store.conditions import Conditions, address_key
-from cloister_server.store.isolation import DRIVER, acts_for, lifted
+from cloister_server.store.isolation import Transaction, lifted, transaction_of
 from cloister_server.store.queries import ANY, bearing, deciding, is_suspended
 from cloister_server.store.tables import Grant, Member, now
 
@@ -131,9 +131,10 @@ class Snapshots:
         kept = self._kept.get(tenant_id)
         return kept if kept is not None and kept.revision == revision else None
 
-    def of(self, session: Session, tenant_id: str) -> _Snapshot:
+    def of(self, session: Session, transaction: Transaction, tenant_id: str) -> _Snapshot:
         """The one of the tenant's revision as this transaction sees it."""
-        revision = _revision(session, tenant_id)
+        known = transaction.revisions
+        revision = known[tenant_id] if tenant_id in known else _revision(transaction, tenant_id)
         kept = self._kept.get(tenant_id)
         if kept is not None and kept.revision == revision:
             return kept
@@ -149,10 +150,14 @@ class Snapshots:
 def decisive(session: Session, principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Decisive | None:
     """What `decisive_by_query` says, sooner. Raises SQLAlchemyError or Unavailable where the store cannot be asked."""
     snapshots: Snapshots | None = session.info.get(SNAPSHOTS)
-    if snapshots is None or not acts_for(session, tenant_id, principal.tenant_id):
+    if snapshots is None:
         return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
-    snapshot = snapshots.of(session, tenant_id)
-    own = snapshot if principal.tenant_id == tenant_id else snapshots.of(session, principal.tenant_id)
+    transaction, own_id = transaction_of(session), principal.tenant_id
+    seen = transaction.tenant_ids
+    if seen is not None and (tenant_id not in seen or own_id not in seen):
+        return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
+    snapshot = snapshots.of(session, transaction, tenant_id)
+    own = snapshot if own_id == tenant_id else snapshots.of(session, transaction, own_id)
     return snapshot.decided(own.holders(principal.id), verb, resource_id, principal.address)
 
 
@@ -177,36 +182,32 @@ def bearing_on(session: Session, who: Principal, verb: str, *, tenant_id: str, r
         return list(session.scalars(bearing(who, verb, tenant_id=tenant_id, resource_id=resource_id)))
 
 
-def _revision(session: Session, tenant_id: str) -> int | None:
-    """As the transaction saw it first, asked of the driver itself.
+def _revision(transaction: Transaction, tenant_id: str) -> int | None:
+    """As the transaction sees it, asked of the driver itself.
 
     SQLite says in one word whether anybody has committed anything since this connection last asked (`data_version`: others;
     `total_changes`: it itself); while nobody has, what it knew then is what it would read.
     """
-    if DRIVER not in session.info:
-        session.connection()
-    driver = session.info[DRIVER]
-    known: dict[str, int | None] = driver.revisions
-    if tenant_id in known:
-        return known[tenant_id]
+    seen = transaction.seen
     try:
-        if driver.seen is None:
-            known[tenant_id] = _asked(driver, tenant_id)
+        if seen is None:
+            revision = _asked(transaction, tenant_id)
         else:
-            state = driver.ask("PRAGMA data_version").fetchone()[0], driver.connection.total_changes
-            if driver.seen.get("") != state or len(driver.seen) > _MOST_TENANTS:
-                driver.seen.clear()
-                driver.seen[""] = state
-            if tenant_id not in driver.seen:
-                driver.seen[tenant_id] = _asked(driver, tenant_id)
-            known[tenant_id] = driver.seen[tenant_id]
-    except driver.error:
+            state = transaction.ask("PRAGMA data_version").fetchone(), transaction.connection.total_changes
+            if seen.get("") != state or len(seen) > _MOST_TENANTS:
+                seen.clear()
+                seen[""] = state
+            revision = (
+                seen[tenant_id] if tenant_id in seen else seen.setdefault(tenant_id, _asked(transaction, tenant_id))
+            )
+    except transaction.error:
         raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment") from None
-    return known[tenant_id]
+    transaction.revisions[tenant_id] = revision
+    return revision
 
 
-def _asked(driver: Any, tenant_id: str) -> int | None:
-    row = driver.ask(driver.revision, (tenant_id,)).fetchone()
+def _asked(transaction: Transaction, tenant_id: str) -> int | None:
+    row = transaction.ask(transaction.revision, (tenant_id,)).fetchone()
     return None if row is None else int(row[0])
 
 

@@ -21,18 +21,19 @@ from cloister_server.errors import ServerError, Unavailable
 from cloister_server.store.acting import Acting
 from cloister_server.store.tables import SYSTEM, Grant, Member, Owned, PolicyRevision, Tenant, now
 
-__all__ = ["DRIVER", "GATES", "OtherTenant", "acting_for", "acts_for", "gated", "lifted"]
+__all__ = ["GATES", "OtherTenant", "Transaction", "acting_for", "acts_for", "gated", "lifted", "transaction_of"]
 
-DRIVER = "driver"
-"""Under this name a session's `info` has the driver's connection of the transaction that is open, with what may be asked of it."""
-
-_ACTING, _TENANTS, _ASK = "acting", "tenants", "ask"
+_ACTING, _TRANSACTION, _ASK = "acting", "transaction", "ask"
 _TELL = text(
     "SELECT set_config('cloister.tenants', :tenants, true), set_config('cloister.principal', :principal, true)"
 )
 
 
-class _Driver(NamedTuple):
+class Transaction(NamedTuple):
+    """A session's transaction: which tenants it sees, and the driver's own connection, with what may be asked of it."""
+
+    tenant_ids: tuple[str, ...] | None
+    """None where it sees all."""
     connection: Any
     ask: Callable[..., Any]
     """Runs a statement, whose rows are fetched at once."""
@@ -57,30 +58,32 @@ def acting_for(acting: Acting) -> dict[str, Any]:
 @contextmanager
 def lifted(session: Session) -> Iterator[None]:
     """Look across tenants for a moment. For the store's own lookups of who somebody is, and never of what somebody has."""
-    session.connection()
-    before = session.info.get(_TENANTS, ())
-    if before is None:
+    before = transaction_of(session)
+    if before.tenant_ids is None:
         yield
         return
-    session.info[_TENANTS] = None
+    session.info[_TRANSACTION] = before._replace(tenant_ids=None)
     _tell(session.connection(), None, _acting(session))
     try:
         yield
     finally:
-        session.info[_TENANTS] = before
-        _tell(session.connection(), before, _acting(session))
+        session.info[_TRANSACTION] = before
+        _tell(session.connection(), before.tenant_ids, _acting(session))
+
+
+def transaction_of(session: Session) -> Transaction:
+    """The session's, which begins here at the latest."""
+    info = session.info
+    if _TRANSACTION not in info:
+        session.connection()
+    transaction: Transaction = info[_TRANSACTION]
+    return transaction
 
 
 def acts_for(session: Session, *tenant_ids: str) -> bool:
-    """Whether the session's transaction, which begins here at the latest, sees all of these tenants."""
-    if DRIVER not in session.info:
-        session.connection()
-    seen = session.info.get(_TENANTS, ())
-    if seen is not None:
-        for each in tenant_ids:
-            if each not in seen:
-                return False
-    return True
+    """Whether the session's transaction sees all of these tenants."""
+    seen = transaction_of(session).tenant_ids
+    return seen is None or all(each in seen for each in tenant_ids)
 
 
 def _acting(session: Session) -> Acting:
@@ -108,16 +111,16 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
                 _tell(connection, tenant_ids, acting)
     except SQLAlchemyError:
         raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment") from None
-    session.info[_TENANTS] = tenant_ids
     mark = "?" if is_embedded else "%s"
     driver: Any = connection.connection.driver_connection
-    session.info[DRIVER] = _Driver(
+    session.info[_TRANSACTION] = Transaction(
+        tenant_ids,
         driver,
         _asking(connection.info, driver) if is_embedded else driver.execute,
         connection.dialect.loaded_dbapi.Error,
         f"SELECT revision FROM policy_revisions WHERE tenant_id = {mark}",  # noqa: S608 (the driver's own mark)
         revisions,
-        connection.info.setdefault(DRIVER, {}) if is_embedded else None,
+        connection.info.setdefault(_TRANSACTION, {}) if is_embedded else None,
     )
 
 
@@ -132,16 +135,12 @@ def _asking(of_connection: dict[Any, Any], driver: Any) -> Callable[..., Any]:
 def end(session: Session, transaction: SessionTransaction) -> None:
     """The connection goes back to the pool: nothing is known of its next transaction."""
     if transaction.parent is None:
-        session.info.pop(_TENANTS, None)
-        session.info.pop(DRIVER, None)
+        session.info.pop(_TRANSACTION, None)
 
 
 def keep_to_tenants(state: ORMExecuteState) -> None:
     """Add the session's tenants to every `Owned` table that a statement names, however deep; refuse bulk inserts of others."""
-    session = state.session
-    if DRIVER not in session.info:
-        session.connection()  # begins the transaction, which looks up the tenants
-    tenant_ids = session.info.get(_TENANTS, ())
+    tenant_ids = transaction_of(state.session).tenant_ids
     if tenant_ids is None:
         return
     if state.is_insert:
@@ -167,8 +166,7 @@ def refuse_others(session: Session, *_: object) -> None:
     owned = [row for row in touched if isinstance(row, (Owned, Tenant))]
     if not owned:
         return
-    session.connection()
-    tenant_ids = session.info.get(_TENANTS, ())
+    tenant_ids = transaction_of(session).tenant_ids
     if tenant_ids is None:
         return
     for row in owned:

@@ -7,7 +7,6 @@ no other can start. Every start takes a new fencing number, and only the newest 
 from __future__ import annotations
 
 import logging
-import subprocess
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from cloister_server.store.acting import for_tenants
 from cloister_server.store.queries import is_suspended
 from cloister_server.store.session import writing
 from cloister_server.store.tables import Attempt, Dataset, Job, ModelVersion, SealedObject, Weights
+from cloister_server.work.template import Template
 
 __all__ = ["GRACE_S", "abandon", "run_attempt"]
 
@@ -38,15 +38,11 @@ MAX_CHUNKS = 200
 GRACE_S = 6.0
 """How long a training child may take to reach a chunk boundary when the worker stops."""
 
-_ALLOCATOR = {  # Half of a DP step was page faults of glibc's allocator with its default thresholds.
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-}
+_LOOK_S = 0.05
 
 
 def run_attempt(
-    service: Service, tenant_id: str, job_id: str, *, stopping: threading.Event
+    service: Service, tenant_id: str, job_id: str, *, template: Template, stopping: threading.Event
 ) -> Literal["over", "again"]:
     """Conclude the job if its last attempt allows it, else start the next attempt and see it through."""
     path = service.settings.data_dir / "locks" / f"{job_id}.lock"
@@ -56,12 +52,14 @@ def run_attempt(
             return "over"
         if stopping.is_set():
             return "again"
+        template.prepare()  # first: an attempt that began and got no child would count as died
         message = _begin(service, tenant_id, job_id)
         if message is None:
             return "again"
         log.info("attempt.started", extra={"job_id": job_id, "attempt": message["attempt"]})
-        process = processes.start("cloister_server.work.child", message, pass_fds=(lock,), env=_ALLOCATOR)
-        _wait(process, stopping)
+        process = template.fork(message, lock=lock)
+        while process.poll() is None and not stopping.wait(_LOOK_S):
+            pass
         processes.end_group(process, grace_s=GRACE_S if stopping.is_set() else 0)
         log.info("attempt.ended", extra={"job_id": job_id, "attempt": message["attempt"], "exit": process.returncode})
         return "over" if _conclude(service, tenant_id, job_id) else "again"
@@ -77,14 +75,6 @@ def abandon(service: Service, tenant_id: str, job_id: str) -> None:
         job = session.get_one(Job, (tenant_id, job_id), with_for_update=True)
         if job.status not in FINAL:
             _close(session, service, job, "failed", error_code="internal")
-
-
-def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> None:
-    while process.poll() is None and not stopping.is_set():
-        try:
-            process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _conclude(service: Service, tenant_id: str, job_id: str) -> bool:

@@ -34,6 +34,7 @@ from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.queries import is_suspended, jobs_not_of
 from cloister_server.store.session import anchors_of, reading
 from cloister_server.work.attempts import GRACE_S, abandon, run_attempt
+from cloister_server.work.template import Template
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def main() -> int:
 
 
 def _run(service: Service, stopping: threading.Event) -> None:
-    running = _Running()
+    running, template = _Running(), Template()
     frozen: dict[str, str] = {}  # jobs whose last turn ended before they did, and the workflow that it was
     DBOS(
         config={
@@ -100,7 +101,7 @@ def _run(service: Service, stopping: threading.Event) -> None:
     def attempt(tenant_id: str, job_id: str) -> str:
         try:
             with running:
-                return run_attempt(service, tenant_id, job_id, stopping=stopping)
+                return run_attempt(service, tenant_id, job_id, template=template, stopping=stopping)
         except (LedgerRolledBack, TenantSuspended):
             return "frozen"
         except (TenantKeyRefused, KeyProviderError) as error:
