@@ -202,7 +202,7 @@ def test_a_layer_on_shares_is_the_layer(name: str) -> None:
     assert measure_error(network, rows).max_error < 2e-4
 
 
-JOINED = {name: (shape, layers) for name, (shape, layers) in LAYERS.items()} | {
+JOINED: dict[str, Any] = LAYERS | {
     name: FAMILIES[name].architecture for name in FAMILIES if name not in (*NOT_SHARED, "lstm")
 }
 

@@ -151,6 +151,7 @@ def test_those_who_wait_are_answered_as_one_and_who_is_missing_at_a_party_alone_
         burn(marks, generation, index)
 
     monkeypatch.setattr(Marks, "burn", watched)
+    monkeypatch.setattr(serving, "_WAIT_S", 60.0)
     with Running(group, tmp_path) as running, ThreadPoolExecutor(2) as pool:
 
         def compute() -> None:
@@ -167,7 +168,6 @@ def test_those_who_wait_are_answered_as_one_and_who_is_missing_at_a_party_alone_
                 compute()
         led[1][0].answer.cancel()  # a client left party 0, and one party 1
         led[3][1].answer.cancel()
-        monkeypatch.setattr(serving, "_WAIT_S", 60.0)
         compute()
         for number in (0, 2, 4, 5):
             found = [each.answer.result(timeout=0) for each in led[number]]
