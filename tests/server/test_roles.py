@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -76,6 +76,7 @@ class Turns:
         return [copy.take() for _ in range(sum(map(len, self.of.values())))]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.just("put"), st.sampled_from("abc"), st.sampled_from([1, 1, 1, 1, 2, 3, 4, 5, 8, 20]))
