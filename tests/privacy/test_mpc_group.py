@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -268,17 +268,26 @@ def _until(condition: Any) -> None:
 
 @pytest.mark.parametrize(
     ("limits", "words"),
-    [(Limits(requests=2), "at its end"), (Limits(rows=1), "1 are the most"), (Limits(disk_bytes=100), "budget of 100")],
+    [(Limits(rows=1), "1 are the most"), (Limits(disk_bytes=100), "budget of 100")],
 )
 def test_exhausted_material_refuses_by_name(group: Group, tmp_path: Path, limits: Limits, words: str) -> None:
     with (
         Running(group, tmp_path, limits=limits) as running,
         pytest.raises((MaterialExhausted, SharesOfAnother), match=words),
     ):
-        if limits.requests == 2:
-            running.ask(_images(1))
-            running.ask(_images(1))
         running.parties[0].lead([shares_of(group, _images(2 if limits.rows == 1 else 1))[0]])
+
+
+def test_a_generation_whose_material_is_at_its_end_is_over_and_another_is_formed(group: Group, tmp_path: Path) -> None:
+    x = _images(1)
+    with Running(group, tmp_path, limits=Limits(requests=3, ahead=1)) as running:
+        before = running.parties[0]._group.generation.id
+        for _ in range(4):
+            with suppress(RequestDropped):
+                running.ask(x)
+        _until(lambda: not any(party.is_formed for party in running.parties))
+        assert running.form() != before
+        assert np.abs(running.ask(x) - _clear(NETWORK, x)).max() < 1e-5
 
 
 def test_material_beyond_the_budget_is_refused_before_it_is_dealt_and_the_group_goes_on(
