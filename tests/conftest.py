@@ -21,6 +21,7 @@ from cloister_server.store import migrate
 from cloister_server.store import session as transactions
 from cloister_server.store.acting import ALL_TENANTS
 from cloister_server.store.session import new_engine
+from cloister_server.work.template import Template
 from databases import DatabaseURLs, new_postgres_database, postgres_copy
 
 for _of in (transactions.reading, transactions.writing, transactions.snapshot):
@@ -39,6 +40,14 @@ def _act_for_all(connection: Any, _: object) -> None:
         with connection.cursor() as cursor:
             cursor.execute("SELECT set_config('cloister.tenants', '*', false)")
         connection.commit()
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Template]:
+    """What this process forks its jobs' children from."""
+    made = Template()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

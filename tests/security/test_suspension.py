@@ -21,6 +21,7 @@ from cloister_server.store.queries import VERBS
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Attempt, AuditRow, Job, LedgerEntry
 from cloister_server.work.attempts import run_attempt
+from cloister_server.work.template import Template
 
 Bearers = Callable[[Any], dict[str, str]]
 
@@ -104,7 +105,11 @@ def test_who_was_granted_something_of_it_loses_it_meanwhile_and_keeps_what_is_it
 
 
 def test_its_jobs_do_not_begin_stop_at_a_chunk_boundary_and_wait(
-    http: TestClient, service: Service, make_client: Callable[..., Any], bearer_of: Bearers
+    http: TestClient,
+    service: Service,
+    make_client: Callable[..., Any],
+    bearer_of: Bearers,
+    template: Template,
 ) -> None:
     ours = make_client("acme")
     person = Person(http, ours, bearer_of(ours))
@@ -112,7 +117,7 @@ def test_its_jobs_do_not_begin_stop_at_a_chunk_boundary_and_wait(
     place = {"tenant_id": ours.tenant_id, "job_id": job_id, "attempt": 1}
     assert suspend(service, ours).jobs_not_over == 1
     with pytest.raises(budgets.TenantSuspended):
-        run_attempt(service, ours.tenant_id, job_id, stopping=threading.Event())
+        run_attempt(service, ours.tenant_id, job_id, template=template, stopping=threading.Event())
     with reading(service.engine) as session:
         assert session.get_one(Job, (ours.tenant_id, job_id)).status == "queued"
         assert session.scalars(select(Attempt).where(Attempt.job_id == job_id)).all() == []

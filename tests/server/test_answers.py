@@ -22,6 +22,7 @@ from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Attempt, Job, LedgerEntry
 from cloister_server.work.attempts import run_attempt
+from cloister_server.work.template import Template
 
 COLUMNS: dict[str, Any] = {
     "age": {"type": "number", "low": 0.0, "high": 100.0},
@@ -75,11 +76,11 @@ def dataset(asker: Asker) -> str:
     return made
 
 
-def run(service: Service, job_id: str) -> str:
+def run(service: Service, job_id: str, template: Template) -> str:
     with reading(service.engine) as session:
         tenant_id = session.scalars(select(Job.tenant_id).where(Job.id == job_id)).one()
     for _ in range(3):
-        if run_attempt(service, tenant_id, job_id, stopping=threading.Event()) == "over":
+        if run_attempt(service, tenant_id, job_id, template=template, stopping=threading.Event()) == "over":
             break
     with reading(service.engine) as session:
         return session.get_one(Job, (tenant_id, job_id)).status
@@ -97,11 +98,13 @@ def test_a_price_is_what_is_charged_and_costs_nothing(asker: Asker, dataset: str
     assert asker.budget()["spent"] == told["quote"]["after"] > 0
 
 
-def test_answers_are_near_the_truth_and_shaped_by_public_numbers(asker: Asker, dataset: str, service: Service) -> None:
+def test_answers_are_near_the_truth_and_shaped_by_public_numbers(
+    asker: Asker, dataset: str, service: Service, template: Template
+) -> None:
     job = asker.start(dataset).json()
     assert job["kind"] == "query" and job["model"] is None
     assert asker.ask("GET", f"/queries/{job['id']}/answer").json()["code"] == "no_answer"
-    assert run(service, job["id"]) == "done"
+    assert run(service, job["id"], template) == "done"
     answer = asker.ask("GET", f"/queries/{job['id']}/answer").json()
     count, mean, balance = answer["results"]
     assert abs(count["count"] - 40) <= 20
@@ -128,7 +131,9 @@ def test_a_query_that_does_not_fit_is_refused_and_leaves_nothing(asker: Asker, d
     assert asker.start(dataset, 1.0, require_revision=0).json()["code"] == "revision_moved"
 
 
-def test_an_attempt_that_died_after_its_charge_is_charged_again(asker: Asker, dataset: str, service: Service) -> None:
+def test_an_attempt_that_died_after_its_charge_is_charged_again(
+    asker: Asker, dataset: str, service: Service, template: Template
+) -> None:
     job_id = asker.start(dataset, 5.0).json()["id"]
     with writing(service.engine) as session:
         job = session.scalars(select(Job).where(Job.id == job_id)).one()
@@ -138,7 +143,7 @@ def test_an_attempt_that_died_after_its_charge_is_charged_again(asker: Asker, da
             session, tenant_id=job.tenant_id, job_id=job.id, attempt=1, first_step=0, steps=1
         )  # and there it died
     once = asker.budget()["spent"]
-    assert run(service, job_id) == "done"
+    assert run(service, job_id, template) == "done"
     assert asker.budget()["spent"] > once
     with reading(service.engine) as session:
         settled = session.scalars(select(LedgerEntry.steps).where(LedgerEntry.kind == "settle")).all()

@@ -89,6 +89,11 @@ class Template:
             )
         return int(answer)
 
+    def close(self) -> None:
+        """End the process; its children go on."""
+        with self._lock:
+            self._end()
+
     def _end(self) -> None:
         if self._asking is not None:
             self._asking.close()
