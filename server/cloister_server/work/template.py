@@ -108,15 +108,26 @@ def main() -> int:
     asked = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _load()
+    try:
+        message = _serve(asked)
+    except ConnectionError:
+        message = None
+    if message is None:
+        os._exit(0)  # the worker is gone
+    return _become_child(message)
+
+
+def _serve(asked: socket.socket) -> int | None:
+    """Fork a child whenever the worker asks: in the child what its message comes by, here None once the worker is gone."""
     asked.send(b"0")
     while True:
         what, descriptors, _, _ = socket.recv_fds(asked, 32, 2)
         if not what:
-            os._exit(0)  # the worker is gone
+            return None
         pid = _fork_orphan()
         if pid == 0:
             asked.close()
-            return _become_child(descriptors[0])
+            return descriptors[0]
         for each in descriptors:
             os.close(each)
         asked.send(str(pid).encode())
