@@ -64,9 +64,11 @@ def _api(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.engine.dispose()
-        await asyncio.sleep(0)  # what answered last says so
-        logs.flush()
+        try:
+            service.engine.dispose()
+            await asyncio.sleep(0)  # what answered last says so
+        finally:
+            logs.flush()
 
     api = FastAPI(
         title="Cloister",

@@ -48,10 +48,13 @@ def start(module: str, message: Mapping[str, Any], *, pass_fds: Sequence[int] = 
 class Child:
     """A child of this process that it did not start itself: it was forked by another, or taken up as an orphan."""
 
-    def __init__(self, pid: int, lifeline: int, message: Mapping[str, Any]) -> None:
+    def __init__(self, pid: int, lifeline: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
         self.stdin: IO[bytes] = os.fdopen(lifeline, "wb")
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Hand it the message that `receive` waits for."""
         _tell(self.stdin, message)
 
     def poll(self) -> int | None:
@@ -139,7 +142,8 @@ def end_group(process: subprocess.Popen[bytes] | Child, *, grace_s: float) -> No
         while True:
             os.waitpid(-process.pid, 0)
     if process.stdin is not None:
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # of a message that it did not live to read
+            process.stdin.close()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from cloister_server.work import template
 
 def draw():
     import numpy as np
+    import torch
     from cryptography.hazmat.primitives.asymmetric import ec
     from cloister_privacy.sealing import new_key
     from cloister_privacy.training.keystream import random_words
@@ -20,14 +21,14 @@ def draw():
     return {
         "noise": [int(word) for word in random_words(2)], "key": new_key().hex(), "id": random_hex(), "curve": curve,
         "urandom": os.urandom(16).hex(), "secrets": secrets.token_hex(), "random": random.getrandbits(64),
-        "numpy": np.random.default_rng().bytes(16).hex(),
+        "numpy": np.random.default_rng().bytes(16).hex(), "numpy's own": np.random.bytes(16).hex(), "dropout": torch.rand(2).tolist(),
     }
 
 template._load()
 drawn = [draw()]
 for _ in range(2):
     read, write = os.pipe()
-    if template._fork_orphan() == 0:
+    if template._fork_child() == 0:
         os.write(write, json.dumps(draw()).encode())
         os._exit(0)
     os.close(write)

@@ -153,8 +153,7 @@ class Dealer:
         if not 1 <= rows <= self._limits.rows:
             return REFUSED + f"the dealer gives material for 1 to {self._limits.rows} rows; send fewer".encode()
         if count > self._limits.requests:
-            generation.end()  # the parties form another
-            return REFUSED + b"this generation's material is at its end; form anew"
+            raise RequestDropped("this generation's material is at its end")  # which ends it: the parties form another
         if count <= generation.dealt.get(rows, 0):
             return REFUSED + b"this index was dealt before; form anew"
         program, most = self._network.program(rows), asked.get("most")

@@ -73,11 +73,13 @@ def lifted(session: Session) -> Iterator[None]:
 
 def transaction_of(session: Session) -> Transaction:
     """The session's, which begins here at the latest."""
-    info = session.info
-    if _TRANSACTION not in info:
+    found: Transaction | None = session.info.get(_TRANSACTION)
+    if found is None:
         session.connection()
-    transaction: Transaction = info[_TRANSACTION]
-    return transaction
+        found = session.info.get(_TRANSACTION)
+        if found is None:  # it was refused as it began
+            raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment")
+    return found
 
 
 def acts_for(session: Session, *tenant_ids: str) -> bool:

@@ -52,16 +52,19 @@ def run_attempt(
             return "over"
         if stopping.is_set():
             return "again"
-        template.prepare()  # first: an attempt that began and got no child would count as died
-        message = _begin(service, tenant_id, job_id)
+        child = template.fork(lock=lock)  # first: an attempt that began and got no child would count as died
+        try:
+            message = None if stopping.is_set() else _begin(service, tenant_id, job_id)
+            if message is not None:
+                log.info("attempt.started", extra={"job_id": job_id, "attempt": message["attempt"]})
+                child.tell(message)
+                while child.poll() is None and not stopping.wait(_LOOK_S):
+                    pass
+        finally:
+            processes.end_group(child, grace_s=GRACE_S if stopping.is_set() else 0)
         if message is None:
             return "again"
-        log.info("attempt.started", extra={"job_id": job_id, "attempt": message["attempt"]})
-        process = template.fork(message, lock=lock)
-        while process.poll() is None and not stopping.wait(_LOOK_S):
-            pass
-        processes.end_group(process, grace_s=GRACE_S if stopping.is_set() else 0)
-        log.info("attempt.ended", extra={"job_id": job_id, "attempt": message["attempt"], "exit": process.returncode})
+        log.info("attempt.ended", extra={"job_id": job_id, "attempt": message["attempt"], "exit": child.returncode})
         return "over" if _conclude(service, tenant_id, job_id) else "again"
 
 

@@ -1,8 +1,9 @@
 """The process that a worker's children are forked from: it has loaded what each of them would, which takes seconds, and nothing else.
 
-It holds no key, no row and no connection, draws nothing at random, and has one thread: what it has is every child's. Its standard
-input is a socket of the worker's, whose end is its own; a child's is a pipe, as `processes.receive` reads it. A child is the worker's
-own, for who forked it has ended and the worker takes up orphans: so it can be waited for, and does not end with this process.
+It holds no key, no row and no connection, and starts no thread: what it has is every child's, and what it would draw at random is
+drawn anew in each. Its standard input is a socket of the worker's, whose end is its own; a child's is a pipe, as `processes.receive`
+reads it. A child is the worker's own, for who forked it has ended and the worker takes up orphans: so it can be waited for, and does
+not end with this process.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from cloister_server import processes
 from cloister_server.errors import StartRefused
@@ -25,9 +25,9 @@ from cloister_server.settings import child_environment
 __all__ = ["CHILD", "Template"]
 
 CHILD = "cloister-child"
-"""What `ps` shows a child as: its command line is this process'."""
+"""What `top` and `ps -e` show a child as: its command line is this process'."""
 
-_LOAD_S = 120.0
+_LOAD_S = 600.0
 _FORK_S = 30.0
 
 _ALLOCATOR = {  # Half of a DP step was page faults of glibc's allocator with its default thresholds.
@@ -46,33 +46,35 @@ class Template:
         self._process: subprocess.Popen[bytes] | None = None
         self._asking: socket.socket | None = None
 
-    def prepare(self) -> None:
-        """Return when a child could be forked at once. Raises StartRefused where that is not to be had."""
+    def fork(self, *, lock: int) -> processes.Child:
+        """A child that holds the lock and waits for its message. Raises StartRefused where it is not to be had."""
         with self._lock:
-            if self._asking is not None and self._process is not None and self._process.poll() is None:
-                return
-            self._end()
-            self._asking, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "cloister_server.work.template"],
-                    stdin=theirs.fileno(),
-                    env=child_environment(**_ALLOCATOR),
-                )
-            self._asked(_LOAD_S)
-
-    def fork(self, message: Mapping[str, Any], *, lock: int) -> processes.Child:
-        """A child that is handed the message and holds the lock. Raises StartRefused where it was not prepared, or that ended."""
-        read, write = os.pipe()
-        try:
-            with self._lock:
+            try:
+                self._prepare()
+                read, write = os.pipe()
+            except OSError as error:
+                raise StartRefused(f"no process could be started ({error.strerror}); it is tried again") from None
+            try:
                 pid = self._asked(_FORK_S, [read, lock])
-        except StartRefused:
-            os.close(write)  # a child that there is nevertheless ends by it
-            raise
-        finally:
-            os.close(read)
-        return processes.Child(pid, write, message)
+            except StartRefused:
+                os.close(write)  # a child that there is nevertheless ends by it
+                raise
+            finally:
+                os.close(read)
+        return processes.Child(pid, write)
+
+    def _prepare(self) -> None:
+        if self._asking is not None and self._process is not None and self._process.poll() is None:
+            return
+        self._end()
+        self._asking, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cloister_server.work.template"],
+                stdin=theirs.fileno(),
+                env=child_environment(**_ALLOCATOR),
+            )
+        self._asked(_LOAD_S)
 
     def _asked(self, wait_s: float, descriptors: Sequence[int] = ()) -> int:
         answer = b""
@@ -124,7 +126,7 @@ def _serve(asked: socket.socket) -> int | None:
         what, descriptors, _, _ = socket.recv_fds(asked, 32, 2)
         if not what:
             return None
-        pid = _fork_orphan()
+        pid = _fork_child()
         if pid == 0:
             asked.close()
             return descriptors[0]
@@ -146,30 +148,40 @@ def _load() -> None:
     gc.freeze()  # a child that looked through these pages for garbage would get its own copies of them
 
 
-def _fork_orphan() -> int:
-    """Fork twice, so that the child's parent has ended: 0 in the child, and its pid here."""
+def _fork_child() -> int:
+    """Fork twice, so that the child's parent has ended: 0 in the child, and here its pid, which leads a group by then."""
     read, write = os.pipe()
     between = os.fork()
     if between == 0:
-        pid = os.fork()
-        if pid:
-            os.write(write, str(pid).encode())
+        if os.fork():
             os._exit(0)
-    else:
-        os.waitpid(between, 0)
-        pid = int(os.read(read, 32))
-    os.close(read)
+        os.setsid()
+        processes.name_process(CHILD)
+        _draw_anew()
+        os.write(write, str(os.getpid()).encode())
+        os.close(read)
+        os.close(write)
+        return 0
     os.close(write)
-    return pid
+    os.waitpid(between, 0)
+    with os.fdopen(read) as told:
+        return int(told.read())  # nothing, where it ended at once: this process ends too, and the worker is told
+
+
+def _draw_anew() -> None:
+    """Seed from the operating system what was seeded as it was loaded: dropout draws from it. Keys and noise never do."""
+    import numpy as np
+    import torch
+
+    torch.seed()
+    np.random.seed()
 
 
 def _become_child(message: int) -> int:
     from cloister_server.work import child
 
-    os.setsid()
     os.dup2(message, 0)
     os.close(message)
-    processes.name_process(CHILD)
     return child.main()
 
 
