@@ -105,7 +105,7 @@ class Running:
     """A group in this process, each party in a thread of its own while both must work."""
 
     def __init__(self, group: Group, directory: Path, *, limits: Limits | None = None) -> None:
-        limits = replace(limits or Limits(), form_s=_PATIENCE_S, request_s=_PATIENCE_S)
+        limits = replace(limits or Limits(), form_s=_PATIENCE_S, request_s=10 * _PATIENCE_S)
         self.group, self.directory, self._limits = group, directory, limits
         self.dealer = Dealer(group.identities["dealer"], group.deployment, group.network, limits=limits)
         self.parties = tuple(
