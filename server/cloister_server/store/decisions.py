@@ -153,7 +153,7 @@ def decisive(session: Session, principal: Principal, verb: str, *, tenant_id: st
     if snapshots is None:
         return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     transaction, own_id = transaction_of(session), principal.tenant_id
-    seen = transaction.tenant_ids
+    seen = transaction.tenant_ids  # as `acts_for` asks it, written out: the transaction is wanted besides
     if seen is not None and (tenant_id not in seen or own_id not in seen):
         return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     snapshot = snapshots.of(session, transaction, tenant_id)

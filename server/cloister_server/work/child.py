@@ -188,7 +188,7 @@ class _Running:
     def _predictions(
         self, networks: Mapping[tuple[str, int], Network], rows: _Rows, *, slots: int
     ) -> dict[tuple[str, int], NDArray[np.float32]]:
-        """Of each model that is asked about. A query about rows alone loads no torch, which takes longer than its answer."""
+        """Of each model that is asked about."""
         if not networks:
             return {}
         from cloister_privacy.queries.predictions import predictions
