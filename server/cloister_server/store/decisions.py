@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from cloister_server.errors import Unavailable
 from cloister_server.principal import Principal
 from cloister_server.store.conditions import Conditions, address_key
-from cloister_server.store.isolation import Transaction, lifted, transaction_of
+from cloister_server.store.isolation import TRANSACTION, Transaction, lifted, transaction_of
 from cloister_server.store.queries import ANY, bearing, deciding, is_suspended
 from cloister_server.store.tables import Grant, Member, now
 
@@ -61,7 +61,7 @@ class _Entry(NamedTuple):
 
 @final
 class _Open:
-    """The grants of a holder on a resource, where it depends on when and from where it is asked which of them count."""
+    """The grants of one place, where it depends on when and from where it is asked which of them count."""
 
     __slots__ = ("entries",)
 
@@ -69,54 +69,43 @@ class _Open:
         self.entries = tuple(entries)
 
 
-_Held = Mapping[str, Mapping[str, "_Entry | _Open"]]
-"""By holder, then by resource: the grant that decides among the holder's on it."""
+_Place = tuple[str, str, str]
+"""A holder, a verb and a resource, or ANY."""
+_Grants = Mapping[_Place, "_Entry | _Open"]
+"""The grant that decides among those of a place. Flat: a decision's time goes to places of memory that are in no cache."""
+
+
+_Holders = Mapping[str, tuple[str, ...]]
+"""Of a principal that is in a group: itself, and its groups."""
 
 
 class _Snapshot:
     """A tenant's grants, none while it is suspended, and members at one revision."""
 
-    __slots__ = ("_holders", "_verbs", "revision")
+    __slots__ = ("_grants", "_holders", "revision")
 
-    def __init__(
-        self, revision: int | None, verbs: Mapping[str, _Held], holders: Mapping[str, tuple[str, ...]]
-    ) -> None:
-        self.revision, self._verbs, self._holders = revision, verbs, holders
+    def __init__(self, revision: int | None, grants: _Grants, holders: _Holders) -> None:
+        self.revision, self._grants, self._holders = revision, grants, holders
 
-    def holders(self, principal_id: str) -> tuple[str, ...]:
-        """Of a principal of the tenant: itself, and the groups that it is in."""
-        return self._holders.get(principal_id) or (principal_id,)
-
-    def decided(self, holders: tuple[str, ...], verb: str, resource_id: str, address: str | None) -> Decisive | None:
-        """What decides, of all that these hold."""
-        held = self._verbs.get(verb, _NOTHING)
-        best: _Entry | None = None
-        for holder in holders:
-            on = held.get(holder)
-            if on is None:
-                continue
-            for found in (on.get(resource_id), on.get(ANY)):
-                if found is None:
-                    continue
-                if type(found) is _Open:
-                    return self._decided_now(holders, verb, resource_id, address)
-                if best is None or found < best:
-                    best = found
-        return None if best is None else best.decisive
-
-    def _decided_now(
-        self, holders: tuple[str, ...], verb: str, resource_id: str, address: str | None
-    ) -> Decisive | None:
-        at, key, counting = now(), address_key(address), []
-        for holder in holders:
-            on = self._verbs[verb].get(holder, {})
-            for found in (on.get(resource_id), on.get(ANY)):
-                entries = found.entries if isinstance(found, _Open) else () if found is None else (found,)
-                counting += [each for each in entries if each.counts(at, key)]
+    def decided(self, own: _Snapshot, principal: Principal, verb: str, resource_id: str) -> Decisive | None:
+        """What decides, of all that a principal holds, whose `own` tenant's snapshot says of which groups it is."""
+        grants, principal_id = self._grants, principal.id
+        bearing: list[_Entry | _Open] = []
+        for holder in own._holders.get(principal_id) or (principal_id,):
+            found = grants.get((holder, verb, resource_id))
+            if found is not None:
+                bearing.append(found)
+            found = grants.get((holder, verb, ANY))
+            if found is not None:
+                bearing.append(found)
+        if not bearing:
+            return None
+        counting = [each for each in bearing if type(each) is _Entry]
+        if len(counting) < len(bearing):
+            at, key = now(), address_key(principal.address)
+            for each in bearing:
+                counting += [one for one in each.entries if one.counts(at, key)] if isinstance(each, _Open) else ()
         return min(counting).decisive if counting else None
-
-
-_NOTHING: _Held = {}
 
 
 class Snapshots:
@@ -133,13 +122,26 @@ class Snapshots:
 
     def of(self, session: Session, transaction: Transaction, tenant_id: str) -> _Snapshot:
         """The one of the tenant's revision as this transaction sees it."""
-        known = transaction.revisions
-        revision = known[tenant_id] if tenant_id in known else _revision(transaction, tenant_id)
+        try:
+            revisions = transaction.revisions
+            if revisions is None:
+                # SQLite says in one word whether anybody has committed anything since this connection last asked (`data_version`:
+                # others; `total_changes`: it itself); while nobody has, what was read then is what would be read.
+                state = transaction.ask("PRAGMA data_version").fetchone(), transaction.connection.total_changes
+                seen = transaction.seen
+                if seen.state != state:
+                    seen.state, seen.revisions = state, {}
+                revisions = transaction.revisions = seen.revisions
+            revision = revisions[tenant_id] if tenant_id in revisions else _ask(transaction, revisions, tenant_id)
+        except transaction.error:
+            raise Unavailable(
+                "nobody could decide whether you may do this, so you may not; retry in a moment"
+            ) from None
         kept = self._kept.get(tenant_id)
         if kept is not None and kept.revision == revision:
             return kept
-        verbs = {} if is_suspended(session, tenant_id) else _verbs(session, tenant_id)
-        fresh = _Snapshot(revision, verbs, _holders(session, tenant_id))
+        grants = {} if is_suspended(session, tenant_id) else _grants(session, tenant_id)
+        fresh = _Snapshot(revision, grants, _holders(session, tenant_id))
         with self._lock:
             while len(self._kept) >= _MOST_TENANTS:
                 del self._kept[next(iter(self._kept))]
@@ -147,18 +149,18 @@ class Snapshots:
         return fresh
 
 
-def decisive(session: Session, principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Decisive | None:
+def decisive(session: Session, principal: Principal, verb: str, tenant_id: str, resource_id: str) -> Decisive | None:
     """What `decisive_by_query` says, sooner. Raises SQLAlchemyError or Unavailable where the store cannot be asked."""
     snapshots: Snapshots | None = session.info.get(SNAPSHOTS)
     if snapshots is None:
         return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
-    transaction, own_id = transaction_of(session), principal.tenant_id
+    transaction, own_id = session.info.get(TRANSACTION) or transaction_of(session), principal.tenant_id
     seen = transaction.tenant_ids  # as `acts_for` asks it, written out: the transaction is wanted besides
     if seen is not None and (tenant_id not in seen or own_id not in seen):
         return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     snapshot = snapshots.of(session, transaction, tenant_id)
     own = snapshot if own_id == tenant_id else snapshots.of(session, transaction, own_id)
-    return snapshot.decided(own.holders(principal.id), verb, resource_id, principal.address)
+    return snapshot.decided(own, principal, verb, resource_id)
 
 
 def decisive_by_query(
@@ -182,44 +184,19 @@ def bearing_on(session: Session, who: Principal, verb: str, *, tenant_id: str, r
         return list(session.scalars(bearing(who, verb, tenant_id=tenant_id, resource_id=resource_id)))
 
 
-def _revision(transaction: Transaction, tenant_id: str) -> int | None:
-    """As the transaction sees it, asked of the driver itself.
-
-    SQLite says in one word whether anybody has committed anything since this connection last asked (`data_version`: others;
-    `total_changes`: it itself); while nobody has, what it knew then is what it would read.
-    """
-    seen = transaction.seen
-    try:
-        if seen is None:
-            revision = _asked(transaction, tenant_id)
-        else:
-            state = transaction.ask("PRAGMA data_version").fetchone(), transaction.connection.total_changes
-            if seen.get("") != state or len(seen) > _MOST_TENANTS:
-                seen.clear()
-                seen[""] = state
-            revision = (
-                seen[tenant_id] if tenant_id in seen else seen.setdefault(tenant_id, _asked(transaction, tenant_id))
-            )
-    except transaction.error:
-        raise Unavailable("nobody could decide whether you may do this, so you may not; retry in a moment") from None
-    transaction.revisions[tenant_id] = revision
-    return revision
-
-
-def _asked(transaction: Transaction, tenant_id: str) -> int | None:
+def _ask(transaction: Transaction, revisions: dict[str, int | None], tenant_id: str) -> int | None:
     row = transaction.ask(transaction.revision, (tenant_id,)).fetchone()
-    return None if row is None else int(row[0])
+    if len(revisions) >= _MOST_TENANTS:
+        revisions.clear()
+    revisions[tenant_id] = None if row is None else int(row[0])
+    return revisions[tenant_id]
 
 
-def _verbs(session: Session, tenant_id: str) -> dict[str, _Held]:
-    held: dict[str, dict[str, dict[str, list[_Entry]]]] = {}
+def _grants(session: Session, tenant_id: str) -> _Grants:
+    found: dict[_Place, list[_Entry]] = {}
     for row in session.scalars(select(Grant).where(Grant.tenant_id == tenant_id)):
-        by_holder = held.setdefault(row.verb, {}).setdefault(row.principal_id, {})
-        by_holder.setdefault(row.resource_id, []).append(_entry(row))
-    return {
-        verb: {holder: {on: _settled(each) for on, each in found.items()} for holder, found in holders.items()}
-        for verb, holders in held.items()
-    }
+        found.setdefault((row.principal_id, row.verb, row.resource_id), []).append(_entry(row))
+    return {place: _settled(entries) for place, entries in found.items()}
 
 
 def _settled(entries: list[_Entry]) -> _Entry | _Open:
@@ -227,7 +204,7 @@ def _settled(entries: list[_Entry]) -> _Entry | _Open:
     return _Open(entries) if is_open else min(entries)
 
 
-def _holders(session: Session, tenant_id: str) -> dict[str, tuple[str, ...]]:
+def _holders(session: Session, tenant_id: str) -> _Holders:
     members = select(Member.principal_id, Member.group_id).where(Member.tenant_id == tenant_id)
     holders: dict[str, tuple[str, ...]] = {}
     for principal_id, group_id in session.execute(members):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import BigInteger, Connection, String, bindparam, cast, event, inspect, null, or_, select, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,15 +22,36 @@ from cloister_server.errors import ServerError, Unavailable
 from cloister_server.store.acting import Acting
 from cloister_server.store.tables import SYSTEM, Grant, Member, Owned, PolicyRevision, Tenant, now
 
-__all__ = ["GATES", "OtherTenant", "Transaction", "acting_for", "acts_for", "gated", "lifted", "transaction_of"]
+__all__ = [
+    "GATES",
+    "TRANSACTION",
+    "OtherTenant",
+    "Transaction",
+    "acting_for",
+    "acts_for",
+    "gated",
+    "lifted",
+    "transaction_of",
+]
 
-_ACTING, _TRANSACTION, _ASK = "acting", "transaction", "ask"
+_ACTING, _ASK = "acting", "ask"
+TRANSACTION = "transaction"
+"""Under this name a session's `info` has its transaction, once it began."""
 _TELL = text(
     "SELECT set_config('cloister.tenants', :tenants, true), set_config('cloister.principal', :principal, true)"
 )
 
 
-class Transaction(NamedTuple):
+@dataclass(slots=True)
+class Seen:
+    """Of a connection to SQLite: a state of the database, and the policies' revisions that were read of it."""
+
+    state: Any = None
+    revisions: dict[str, int | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Transaction:
     """A session's transaction: which tenants it sees, and the driver's own connection, with what may be asked of it."""
 
     tenant_ids: tuple[str, ...] | None
@@ -40,10 +62,9 @@ class Transaction(NamedTuple):
     error: type[Exception]
     revision: str
     """Asks for a tenant's policy revision."""
-    revisions: dict[str, int | None]
-    """Those that this transaction has read."""
-    seen: dict[str, Any] | None
-    """Of SQLite alone, by connection: the revisions that its last transactions read, and of which state of the database."""
+    revisions: dict[str, int | None] | None
+    """Those that were read of the state that it sees; None until it was looked whether that is still the one of `seen`."""
+    seen: Seen
 
 
 class OtherTenant(ServerError):
@@ -62,21 +83,21 @@ def lifted(session: Session) -> Iterator[None]:
     if before.tenant_ids is None:
         yield
         return
-    session.info[_TRANSACTION] = before._replace(tenant_ids=None)
+    session.info[TRANSACTION] = replace(before, tenant_ids=None)
     _tell(session.connection(), None, _acting(session))
     try:
         yield
     finally:
-        session.info[_TRANSACTION] = before
+        session.info[TRANSACTION] = before
         _tell(session.connection(), before.tenant_ids, _acting(session))
 
 
 def transaction_of(session: Session) -> Transaction:
     """The session's, which begins here at the latest."""
-    found: Transaction | None = session.info.get(_TRANSACTION)
+    found: Transaction | None = session.info.get(TRANSACTION)
     if found is None:
         session.connection()
-        found = session.info.get(_TRANSACTION)
+        found = session.info.get(TRANSACTION)
         if found is None:  # it was refused as it began
             raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment")
     return found
@@ -101,12 +122,12 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
     acting, is_embedded = _acting(session), connection.dialect.name == "sqlite"
     try:
         _tell(connection, acting.tenant_ids, acting)
-        tenant_ids, revisions = acting.tenant_ids, dict[str, int | None]()
+        tenant_ids, revisions = acting.tenant_ids, None if is_embedded else dict[str, int | None]()
         if tenant_ids is not None and acting.principal_id is not None:
             own = tenant_ids[0]
             asked = {"tenant_id": own, "principal_id": acting.principal_id, "at": now()}
             found = connection.execute(_SHARING if is_embedded else _SHARING_AND_REVISION, asked).all()
-            if not is_embedded:  # a question more would be a round trip more
+            if revisions is not None:  # a question more would be a round trip more
                 revisions[own] = next((row.revision for row in found if row.revision is not None), None)
             tenant_ids = tuple(dict.fromkeys((*tenant_ids, *(row.tenant_id for row in found))))
             if tenant_ids != acting.tenant_ids:
@@ -115,14 +136,14 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
         raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment") from None
     mark = "?" if is_embedded else "%s"
     driver: Any = connection.connection.driver_connection
-    session.info[_TRANSACTION] = Transaction(
+    session.info[TRANSACTION] = Transaction(
         tenant_ids,
         driver,
         _asking(connection.info, driver) if is_embedded else driver.execute,
         connection.dialect.loaded_dbapi.Error,
         f"SELECT revision FROM policy_revisions WHERE tenant_id = {mark}",  # noqa: S608 (the driver's own mark)
         revisions,
-        connection.info.setdefault(_TRANSACTION, {}) if is_embedded else None,
+        connection.info.setdefault(TRANSACTION, Seen()),
     )
 
 
@@ -137,7 +158,7 @@ def _asking(of_connection: dict[Any, Any], driver: Any) -> Callable[..., Any]:
 def end(session: Session, transaction: SessionTransaction) -> None:
     """The connection goes back to the pool: nothing is known of its next transaction."""
     if transaction.parent is None:
-        session.info.pop(_TRANSACTION, None)
+        session.info.pop(TRANSACTION, None)
 
 
 def keep_to_tenants(state: ORMExecuteState) -> None:

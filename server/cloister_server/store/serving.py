@@ -71,7 +71,7 @@ class Serving:
         snapshot = self._snapshots.kept(principal.tenant_id, row[0])
         if snapshot is None:
             return None
-        by = snapshot.decided(snapshot.holders(principal.id), verb, row[1], principal.address)
+        by = snapshot.decided(snapshot, principal, verb, row[1])
         if by is None or by.effect != "allow" or by.conditions.requests_per_minute is not None:
             return None
         _, model_id, model, version, weights_id = row
