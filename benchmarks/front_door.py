@@ -203,7 +203,7 @@ def measure(*, rounds: int, requests: int) -> dict[str, list[float]]:
             rates: dict[str, list[float]] = {"hello": [], **{name: [] for name in ROUTES}}
             for turn in range(rounds + 1):
                 for name in sorted(rates, reverse=turn % 2 == 0):
-                    number = requests // 10 if turn == 0 or name == "model" else requests  # the first warms up
+                    number = requests // 10 if name == "model" else requests  # of which the first turn warms up
                     if name == "hello":
                         rate = asyncio.run(ask(theirs, "/hello", "", requests=number))
                     else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from sqlalchemy import insert
 from sqlalchemy.dialects.sqlite import dialect as sqlite
@@ -31,24 +32,33 @@ def insert_rows(session: Session, table: type[Table], rows: Sequence[dict[str, A
     at = 0
     for number in _AT_ONCE:
         while len(rows) - at >= number:
-            given = tuple(
-                row[name] if to_driver is None else to_driver(row[name])
-                for row in rows[at : at + number]
-                for name, to_driver in columns
-            )
-            connection.exec_driver_sql(_statement(table, number), given)
+            given: list[Any] = []
+            for row in rows[at : at + number]:
+                values = list(columns.values_of(row))
+                for place, to_driver in columns.to_driver:
+                    values[place] = to_driver(values[place])
+                given += values
+            connection.exec_driver_sql(_statement(table, number), tuple(given))
             at += number
 
 
+class _Columns(NamedTuple):
+    values_of: Callable[[dict[str, Any]], tuple[Any, ...]]
+    to_driver: list[tuple[int, Any]]
+    """The places of those whose values the driver does not take as they are, and what it does."""
+
+
 @cache
-def _columns(table: type[Table]) -> list[tuple[str, Any]]:
-    """Names, and what makes of a value one of the driver's, if anything."""
-    dialect = sqlite()
-    return [(each.key, each.type.dialect_impl(dialect).bind_processor(dialect)) for each in table.__table__.columns]
+def _columns(table: type[Table]) -> _Columns:
+    columns, dialect = table.__table__.columns, sqlite()
+    processors = [each.type.dialect_impl(dialect).bind_processor(dialect) for each in columns]
+    return _Columns(
+        itemgetter(*columns.keys()), [(place, each) for place, each in enumerate(processors) if each is not None]
+    )
 
 
 @cache
 def _statement(table: type[Table], number: int) -> str:
-    names = [name for name, _ in _columns(table)]
+    names = table.__table__.columns.keys()
     marks = f"({', '.join('?' * len(names))})"
     return f"INSERT INTO {table.__tablename__} ({', '.join(names)}) VALUES {', '.join([marks] * number)}"  # noqa: S608 (our tables')

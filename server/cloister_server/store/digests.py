@@ -35,7 +35,11 @@ def canonical(row: Table) -> dict[str, Any]:
 
 def canonical_of(table: type[Table], values: Mapping[str, Any]) -> dict[str, Any]:
     """`canonical` of a row's values by column. Raises TypeError or ValueError where one is none that we write."""
-    return {name: _plain(values[name], type_) for name, type_ in _columns(table).items() if values[name] is not None}
+    return {
+        name: value if type(value) is str else _plain(value, type_)
+        for name, type_ in _columns(table).items()
+        if (value := values[name]) is not None
+    }
 
 
 def uncanonical(table: type[Table], values: Mapping[str, Any]) -> dict[str, Any]:
