@@ -10,6 +10,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from pydantic import SecretStr
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError
@@ -53,6 +54,22 @@ def test_migrating_again_changes_nothing_on_sqlite(tmp_path: Path) -> None:
     engine = new_engine(settings.database_url.get_secret_value())
     migrate.check_current(engine)
     check_durability(engine)
+    engine.dispose()
+
+
+def test_the_newest_migration_is_the_one_that_every_start_looks_for() -> None:
+    assert ScriptDirectory.from_config(migrate._config()).get_heads() == [migrate.NEWEST]
+
+
+@pytest.mark.parametrize("found", [None, "0016"])
+def test_an_older_schema_is_refused_by_name(tmp_path: Path, found: str | None) -> None:
+    engine = migrated(tmp_path)
+    with engine.begin() as connection:
+        connection.execute(
+            text("DROP TABLE alembic_version" if found is None else "UPDATE alembic_version SET version_num = '0016'")
+        )
+    with pytest.raises(StartRefused, match="cloister-admin init"):
+        migrate.check_current(engine)
     engine.dispose()
 
 
