@@ -150,10 +150,13 @@ def end_group(process: subprocess.Popen[bytes] | Child, *, grace_s: float) -> No
 def locked(path: Path, *, wait_s: float, what: str) -> Iterator[int]:
     """Hold an exclusive flock on `path`; children that are passed the yielded descriptor hold it too.
 
-    Raises StartRefused where another process still holds it after `wait_s`.
+    Raises StartRefused where another process still holds it after `wait_s`, or there is no file to be opened there.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartRefused(f"the lock of {what}, {path}, cannot be opened ({error.strerror})") from None
     try:
         deadline = monotonic() + wait_s
         while True:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import resource
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,8 @@ from starlette.testclient import TestClient
 from cloister.wire.columns import Schema
 from cloister.wire.rows import encode_rows
 from cloister_server import budgets
+from cloister_server.errors import StartRefused
+from cloister_server.processes import Child
 from cloister_server.service import Service
 from cloister_server.store.session import reading, writing
 from cloister_server.store.tables import Attempt, Job, LedgerEntry
@@ -77,13 +82,17 @@ def dataset(asker: Asker) -> str:
 
 
 def run(service: Service, job_id: str, template: Template) -> str:
-    with reading(service.engine) as session:
-        tenant_id = session.scalars(select(Job.tenant_id).where(Job.id == job_id)).one()
     for _ in range(3):
-        if run_attempt(service, tenant_id, job_id, template=template, stopping=threading.Event()) == "over":
+        if attempt(service, job_id, template) == "over":
             break
     with reading(service.engine) as session:
-        return session.get_one(Job, (tenant_id, job_id)).status
+        return session.scalars(select(Job.status).where(Job.id == job_id)).one()
+
+
+def attempt(service: Service, job_id: str, template: Template, stopping: threading.Event | None = None) -> str:
+    with reading(service.engine) as session:
+        tenant_id = session.scalars(select(Job.tenant_id).where(Job.id == job_id)).one()
+    return run_attempt(service, tenant_id, job_id, template=template, stopping=stopping or threading.Event())
 
 
 def test_a_price_is_what_is_charged_and_costs_nothing(asker: Asker, dataset: str) -> None:
@@ -129,6 +138,83 @@ def test_a_query_that_does_not_fit_is_refused_and_leaves_nothing(asker: Asker, d
     assert "query of epsilon 20.000 does not fit" in refused.json()["error"]
     assert asker.budget() == before
     assert asker.start(dataset, 1.0, require_revision=0).json()["code"] == "revision_moved"
+
+
+@contextmanager
+def no_descriptor() -> Iterator[None]:
+    """This process opens nothing more; what it has open stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("lacks_from", ["the job's lock on", "the child on"])
+def test_without_a_descriptor_for_its_child_no_attempt_begins_and_the_next_one_ends_the_job(
+    asker: Asker, dataset: str, service: Service, template: Template, monkeypatch: pytest.MonkeyPatch, lacks_from: str
+) -> None:
+    job_id = asker.start(dataset).json()["id"]
+    fork = template.fork
+
+    def starved(*, lock: int) -> Child:
+        with no_descriptor():
+            return fork(lock=lock)
+
+    with monkeypatch.context() as patched, pytest.raises(StartRefused, match="Too many open files"):
+        if lacks_from == "the child on":
+            patched.setattr(template, "fork", starved)
+            attempt(service, job_id, template)
+        else:
+            with no_descriptor():
+                attempt(service, job_id, template)
+    _require_untouched(service, job_id)
+    assert run(service, job_id, template) == "done"
+
+
+def test_of_a_template_that_does_not_answer_no_attempt_begins_and_the_next_one_has_another(
+    asker: Asker, dataset: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, template = asker.start(dataset).json()["id"], Template()
+    template._prepare()
+    held = template._process
+    assert held is not None
+    held.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr("cloister_server.work.template._FORK_S", 0.2)
+    with pytest.raises(StartRefused, match="does not answer"):
+        attempt(service, job_id, template)
+    _require_untouched(service, job_id)
+    assert held.returncode == -signal.SIGKILL
+    monkeypatch.undo()
+    assert run(service, job_id, template) == "done"
+    template.close()
+
+
+def test_a_stop_that_comes_while_the_child_is_made_begins_no_attempt_and_leaves_no_child(
+    asker: Asker, dataset: str, service: Service, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, stopping, made = asker.start(dataset).json()["id"], threading.Event(), list[Child]()
+    fork = template.fork
+
+    def stopped(*, lock: int) -> Child:
+        made.append(fork(lock=lock))
+        stopping.set()
+        return made[0]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(template, "fork", stopped)
+        assert attempt(service, job_id, template, stopping) == "again"
+    assert made[0].returncode is not None
+    _require_untouched(service, job_id)
+    assert run(service, job_id, template) == "done"
+
+
+def _require_untouched(service: Service, job_id: str) -> None:
+    with reading(service.engine) as session:
+        assert session.scalars(select(Attempt)).all() == []
+        job = session.scalars(select(Job).where(Job.id == job_id)).one()
+        assert (job.status, job.attempt, job.error_code) == ("queued", 0, None)
 
 
 def test_an_attempt_that_died_after_its_charge_is_charged_again(
