@@ -143,7 +143,7 @@ def decide(session: Session, principal: Principal, verb: str, *, tenant_id: str,
     if verb not in VERBS:
         return _NO_SUCH_VERB
     try:
-        grant = decisive(session, principal, verb, tenant_id, resource_id)
+        grant = decisive(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     except (SQLAlchemyError, Unavailable):
         return _UNREACHABLE
     if grant is not None and grant.effect == "allow":

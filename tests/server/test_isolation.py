@@ -19,7 +19,7 @@ from cloister_server.errors import NotFound
 from cloister_server.policy import Allow
 from cloister_server.principal import Principal
 from cloister_server.service import Service
-from cloister_server.store import isolation, paging, tables
+from cloister_server.store import chain, isolation, paging, tables
 from cloister_server.store import session as transactions
 from cloister_server.store.acting import ALL_TENANTS, Acting, for_principal, for_tenants
 from cloister_server.store.identities import Login
@@ -181,6 +181,30 @@ def test_a_row_is_not_moved_to_another_tenant(service: Service, gate: str) -> No
             session.merge(theirs)
 
 
+@pytest.mark.parametrize("gate", ["orm", "row security"])
+def test_a_look_across_tenants_writes_nothing_of_theirs_that_waits(service: Service, gate: str) -> None:
+    fill(service.engine, HERE, THERE)
+    with (
+        left_alone(gate, service),
+        pytest.raises((isolation.OtherTenant, DBAPIError)),
+        writing(service.engine, for_tenants(HERE)) as session,
+    ):
+        session.add(tables.Group(id="grp_" + "9" * 32, tenant_id=THERE, name="theirs"))
+        with isolation.lifted(session):
+            session.scalars(select(tables.Group)).all()
+    with reading(service.engine, ALL_TENANTS) as session:
+        assert "theirs" not in session.scalars(select(tables.Group.name)).all()
+
+
+@pytest.mark.parametrize("ask", [chain.head, chain.lock, chain.require_anchored])
+def test_another_tenants_chain_is_not_looked_at(service: Service, ask: Any) -> None:
+    fill(service.engine, HERE, THERE)
+    given = (None, THERE) if ask is chain.require_anchored else (THERE,)
+    for acting in (for_tenants(HERE), for_tenants()):
+        with reading(service.engine, acting) as session, pytest.raises(isolation.OtherTenant):
+            ask(session, *given)
+
+
 def test_what_a_grant_shares_passes_every_gate_and_ends_with_the_grant(service: Service) -> None:
     fill(service.engine, HERE)
     theirs = put(service, Model, THERE, "shared")
@@ -241,7 +265,17 @@ def test_every_table_of_tenants_is_owned_and_forces_row_security(engine: Engine)
     assert of_tenants <= set(there.tables)
 
 
-_DOORS = {"Session", "create_engine", "connect", "raw_connection", "connection", "exec_driver_sql", "text", "lifted"}
+_DOORS = {
+    "Session",
+    "create_engine",
+    "connect",
+    "raw_connection",
+    "connection",
+    "exec_driver_sql",
+    "text",
+    "lifted",
+    "past_the_orm",
+}
 _ALLOWED = {
     ("backups.py", "connect"): "SQLite's own copy of the whole file, by whoever holds the deployment",
 }
@@ -293,6 +327,7 @@ def test_no_module_outside_of_the_store_goes_round_the_gates() -> None:
         "def f(engine):\n    with engine.connect() as connection:\n        pass",
         "def f(session):\n    session.execute(text('SELECT * FROM models'))",
         "def f(session):\n    with lifted(session):\n        pass",
+        "def f(session):\n    past_the_orm(session, given).execute(statement)",
     ],
 )
 def test_a_bypass_is_seen(source: str) -> None:

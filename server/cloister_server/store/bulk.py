@@ -11,7 +11,7 @@ from sqlalchemy import insert
 from sqlalchemy.dialects.sqlite import dialect as sqlite
 from sqlalchemy.orm import Session
 
-from cloister_server.store.isolation import OtherTenant, acts_for
+from cloister_server.store.isolation import past_the_orm
 from cloister_server.store.tables import Table
 
 __all__ = ["insert_rows"]
@@ -22,9 +22,7 @@ _AT_ONCE = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 
 def insert_rows(session: Session, table: type[Table], rows: Sequence[dict[str, Any]]) -> None:
     """Insert rows that name every column. Raises OtherTenant where one is of a tenant that the session does not act for."""
-    if not acts_for(session, *{row["tenant_id"] for row in rows}):
-        raise OtherTenant(f"a {table.__name__} of a tenant that this transaction does not act for")
-    connection = session.connection()
+    connection = past_the_orm(session, *{row["tenant_id"] for row in rows})
     if connection.dialect.name != "sqlite":
         connection.execute(insert(table), rows)  # which the driver sends in one piece
         return

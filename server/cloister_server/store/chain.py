@@ -14,7 +14,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Connection,
     Select,
     String,
     bindparam,
@@ -22,7 +21,6 @@ from sqlalchemy import (
     exists,
     func,
     inspect,
-    or_,
     select,
     tuple_,
 )
@@ -32,7 +30,7 @@ from cloister_server.errors import LedgerRolledBack, ServerError, StartRefused
 from cloister_server.store.anchors import Anchor, Anchors, Draft
 from cloister_server.store.bulk import insert_rows
 from cloister_server.store.digests import GENESIS, Row, canonical, canonical_of, digest, row_id, uncanonical
-from cloister_server.store.isolation import OtherTenant, acts_for
+from cloister_server.store.isolation import past_the_orm
 from cloister_server.store.tables import Attempt, AuditRow, LedgerEntry, Link, Tenant
 
 __all__ = [
@@ -370,22 +368,15 @@ def _catch_up(session: Session, anchors: Anchors, anchor: Anchor) -> None:
 
 
 def _lock(session: Session, tenant_id: str) -> None:
-    _connection(session, tenant_id).execute(_LOCKED, {"tenant_id": tenant_id})
+    past_the_orm(session, tenant_id).execute(_LOCKED, {"tenant_id": tenant_id})
 
 
 def _ends(session: Session, tenant_id: str, number: int) -> tuple[Head, bytes | None]:
     """The newest link, and the digest of the link of that number, if there is one."""
-    found = _connection(session, tenant_id).execute(_ENDS, {"tenant_id": tenant_id, "number": number})
+    found = past_the_orm(session, tenant_id).execute(_ENDS, {"tenant_id": tenant_id, "number": number})
     digests = {0: GENESIS, **{link.number: bytes(link.digest) for link in found}}
     count = max(digests)
     return Head(count, digests[count]), digests.get(number)
-
-
-def _connection(session: Session, tenant_id: str) -> Connection:
-    """For what each batch of rows asks: past the ORM, which takes longer than the database, and kept to the session's tenants."""
-    if not acts_for(session, tenant_id):
-        raise OtherTenant("the chain of a tenant that this transaction does not act for")
-    return session.connection()
 
 
 def _statements() -> tuple[Select[Any], Select[Any]]:
@@ -393,8 +384,7 @@ def _statements() -> tuple[Select[Any], Select[Any]]:
     locked = select(tenant.id).where(tenant.id == tenant_id).with_for_update()
     of_tenant = select(link.number, link.digest).where(link.tenant_id == tenant_id)
     newest = select(func.max(link.number)).where(link.tenant_id == tenant_id).scalar_subquery()
-    number = bindparam("number", type_=link.number.type)
-    return locked, of_tenant.where(or_(link.number == newest, link.number == number))
+    return locked, of_tenant.where(link.number.in_([newest, bindparam("number", type_=link.number.type)]))
 
 
 _LOCKED, _ENDS = _statements()

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from cloister_server.errors import Unavailable
 from cloister_server.principal import Principal
 from cloister_server.store.conditions import Conditions, address_key
-from cloister_server.store.isolation import TRANSACTION, Transaction, lifted, transaction_of
+from cloister_server.store.isolation import Transaction, lifted, transaction_of
 from cloister_server.store.queries import ANY, bearing, deciding, is_suspended
 from cloister_server.store.tables import Grant, Member, now
 
@@ -71,7 +71,7 @@ class _Open:
 
 _Place = tuple[str, str, str]
 """A holder, a verb and a resource, or ANY."""
-_Grants = Mapping[_Place, "_Entry | _Open"]
+_Grants = Mapping[_Place, _Entry | _Open]
 """The grant that decides among those of a place. Flat: a decision's time goes to places of memory that are in no cache."""
 
 
@@ -100,11 +100,12 @@ class _Snapshot:
                 bearing.append(found)
         if not bearing:
             return None
-        counting = [each for each in bearing if type(each) is _Entry]
+        counting = [each for each in bearing if isinstance(each, _Entry)]
         if len(counting) < len(bearing):
             at, key = now(), address_key(principal.address)
             for each in bearing:
-                counting += [one for one in each.entries if one.counts(at, key)] if isinstance(each, _Open) else ()
+                if isinstance(each, _Open):
+                    counting += [one for one in each.entries if one.counts(at, key)]
         return min(counting).decisive if counting else None
 
 
@@ -132,7 +133,7 @@ class Snapshots:
                 if seen.state != state:
                     seen.state, seen.revisions = state, {}
                 revisions = transaction.revisions = seen.revisions
-            revision = revisions[tenant_id] if tenant_id in revisions else _ask(transaction, revisions, tenant_id)
+            revision = revisions[tenant_id] if tenant_id in revisions else _revision(transaction, revisions, tenant_id)
         except transaction.error:
             raise Unavailable(
                 "nobody could decide whether you may do this, so you may not; retry in a moment"
@@ -149,14 +150,14 @@ class Snapshots:
         return fresh
 
 
-def decisive(session: Session, principal: Principal, verb: str, tenant_id: str, resource_id: str) -> Decisive | None:
+def decisive(session: Session, principal: Principal, verb: str, *, tenant_id: str, resource_id: str) -> Decisive | None:
     """What `decisive_by_query` says, sooner. Raises SQLAlchemyError or Unavailable where the store cannot be asked."""
     snapshots: Snapshots | None = session.info.get(SNAPSHOTS)
     if snapshots is None:
         return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
-    transaction, own_id = session.info.get(TRANSACTION) or transaction_of(session), principal.tenant_id
-    seen = transaction.tenant_ids  # as `acts_for` asks it, written out: the transaction is wanted besides
-    if seen is not None and (tenant_id not in seen or own_id not in seen):
+    transaction, own_id = transaction_of(session), principal.tenant_id
+    seen_ids = transaction.tenant_ids  # as `acts_for` asks it, written out: the transaction is wanted besides
+    if seen_ids is not None and (tenant_id not in seen_ids or own_id not in seen_ids):
         return decisive_by_query(session, principal, verb, tenant_id=tenant_id, resource_id=resource_id)
     snapshot = snapshots.of(session, transaction, tenant_id)
     own = snapshot if own_id == tenant_id else snapshots.of(session, transaction, own_id)
@@ -184,7 +185,7 @@ def bearing_on(session: Session, who: Principal, verb: str, *, tenant_id: str, r
         return list(session.scalars(bearing(who, verb, tenant_id=tenant_id, resource_id=resource_id)))
 
 
-def _ask(transaction: Transaction, revisions: dict[str, int | None], tenant_id: str) -> int | None:
+def _revision(transaction: Transaction, revisions: dict[str, int | None], tenant_id: str) -> int | None:
     row = transaction.ask(transaction.revision, (tenant_id,)).fetchone()
     if len(revisions) >= _MOST_TENANTS:
         revisions.clear()

@@ -35,7 +35,7 @@ def canonical(row: Table) -> dict[str, Any]:
 
 def canonical_of(table: type[Table], values: Mapping[str, Any]) -> dict[str, Any]:
     """`canonical` of a row's values by column. Raises TypeError or ValueError where one is none that we write."""
-    return {
+    return {  # most are words, which are as they are
         name: value if type(value) is str else _plain(value, type_)
         for name, type_ in _columns(table).items()
         if (value := values[name]) is not None

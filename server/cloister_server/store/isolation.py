@@ -24,19 +24,17 @@ from cloister_server.store.tables import SYSTEM, Grant, Member, Owned, PolicyRev
 
 __all__ = [
     "GATES",
-    "TRANSACTION",
     "OtherTenant",
     "Transaction",
     "acting_for",
     "acts_for",
     "gated",
     "lifted",
+    "past_the_orm",
     "transaction_of",
 ]
 
-_ACTING, _ASK = "acting", "ask"
-TRANSACTION = "transaction"
-"""Under this name a session's `info` has its transaction, once it began."""
+_ACTING, _TRANSACTION, _ASK, _SEEN = "acting", "transaction", "ask", "seen"
 _TELL = text(
     "SELECT set_config('cloister.tenants', :tenants, true), set_config('cloister.principal', :principal, true)"
 )
@@ -83,21 +81,22 @@ def lifted(session: Session) -> Iterator[None]:
     if before.tenant_ids is None:
         yield
         return
-    session.info[TRANSACTION] = replace(before, tenant_ids=None)
+    session.flush()  # what waits to be written is none of the moment's
+    session.info[_TRANSACTION] = replace(before, tenant_ids=None)
     _tell(session.connection(), None, _acting(session))
     try:
         yield
     finally:
-        session.info[TRANSACTION] = before
+        session.info[_TRANSACTION] = before
         _tell(session.connection(), before.tenant_ids, _acting(session))
 
 
 def transaction_of(session: Session) -> Transaction:
     """The session's, which begins here at the latest."""
-    found: Transaction | None = session.info.get(TRANSACTION)
+    found: Transaction | None = session.info.get(_TRANSACTION)
     if found is None:
         session.connection()
-        found = session.info.get(TRANSACTION)
+        found = session.info.get(_TRANSACTION)
         if found is None:  # it was refused as it began
             raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment")
     return found
@@ -107,6 +106,16 @@ def acts_for(session: Session, *tenant_ids: str) -> bool:
     """Whether the session's transaction sees all of these tenants."""
     seen = transaction_of(session).tenant_ids
     return seen is None or all(each in seen for each in tenant_ids)
+
+
+def past_the_orm(session: Session, *tenant_ids: str) -> Connection:
+    """The session's connection, for statements about these tenants that the ORM takes longer with than the database.
+
+    Raises OtherTenant where the transaction does not act for all of them. What waits in the session is not flushed.
+    """
+    if not acts_for(session, *tenant_ids):
+        raise OtherTenant("rows of a tenant that this transaction does not act for")
+    return session.connection()
 
 
 def _acting(session: Session) -> Acting:
@@ -127,7 +136,9 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
             own = tenant_ids[0]
             asked = {"tenant_id": own, "principal_id": acting.principal_id, "at": now()}
             found = connection.execute(_SHARING if is_embedded else _SHARING_AND_REVISION, asked).all()
-            if revisions is not None:  # a question more would be a round trip more
+            if (
+                revisions is not None
+            ):  # on SQLite it is looked up where it is wanted; elsewhere a question more would be a round trip more
                 revisions[own] = next((row.revision for row in found if row.revision is not None), None)
             tenant_ids = tuple(dict.fromkeys((*tenant_ids, *(row.tenant_id for row in found))))
             if tenant_ids != acting.tenant_ids:
@@ -136,14 +147,14 @@ def begin(session: Session, transaction: SessionTransaction, connection: Connect
         raise Unavailable("nobody could decide what you may see, so it is nothing; retry in a moment") from None
     mark = "?" if is_embedded else "%s"
     driver: Any = connection.connection.driver_connection
-    session.info[TRANSACTION] = Transaction(
+    session.info[_TRANSACTION] = Transaction(
         tenant_ids,
         driver,
         _asking(connection.info, driver) if is_embedded else driver.execute,
         connection.dialect.loaded_dbapi.Error,
         f"SELECT revision FROM policy_revisions WHERE tenant_id = {mark}",  # noqa: S608 (the driver's own mark)
         revisions,
-        connection.info.setdefault(TRANSACTION, Seen()),
+        connection.info.setdefault(_SEEN, Seen()),
     )
 
 
@@ -158,7 +169,7 @@ def _asking(of_connection: dict[Any, Any], driver: Any) -> Callable[..., Any]:
 def end(session: Session, transaction: SessionTransaction) -> None:
     """The connection goes back to the pool: nothing is known of its next transaction."""
     if transaction.parent is None:
-        session.info.pop(TRANSACTION, None)
+        session.info.pop(_TRANSACTION, None)
 
 
 def keep_to_tenants(state: ORMExecuteState) -> None:
