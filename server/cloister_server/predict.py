@@ -7,7 +7,6 @@ for how long, is for `networks` to say.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -16,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, assert_never
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from cloister.wire.columns import AudioColumn, CategoryColumn, InputColumn, NumberColumn, TensorColumn, TextColumn
 from cloister.wire.oip import InferRequest, MalformedTensor, decode_inputs, encode_outputs
@@ -38,7 +38,6 @@ _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _VERB = "model.predict"
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 _MODEL_PATH = re.compile(
     r"^/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[1-9][0-9]{0,8}))?(?P<verb>/infer|/ready)?$"
 )
@@ -244,7 +243,7 @@ def _inflate(body: bytes, limit: int) -> bytes:
 
 
 async def _answer(send: _Send, body: dict[str, Any]) -> None:
-    payload = _encode(body).encode()
+    payload = to_json(body)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": payload})
