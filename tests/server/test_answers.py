@@ -174,9 +174,9 @@ def test_without_a_descriptor_for_its_child_no_attempt_begins_and_the_next_one_e
 
 
 def test_of_a_template_that_does_not_answer_no_attempt_begins_and_the_next_one_has_another(
-    asker: Asker, dataset: str, service: Service, monkeypatch: pytest.MonkeyPatch
+    asker: Asker, dataset: str, service: Service, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id, template = asker.start(dataset).json()["id"], Template()
+    job_id = asker.start(dataset).json()["id"]
     template._prepare()
     held = template._process
     assert held is not None
@@ -188,7 +188,6 @@ def test_of_a_template_that_does_not_answer_no_attempt_begins_and_the_next_one_h
     assert held.returncode == -signal.SIGKILL
     monkeypatch.undo()
     assert run(service, job_id, template) == "done"
-    template.close()
 
 
 def test_a_stop_that_comes_while_the_child_is_made_begins_no_attempt_and_leaves_no_child(
