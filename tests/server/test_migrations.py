@@ -61,13 +61,19 @@ def test_the_newest_migration_is_the_one_that_every_start_looks_for() -> None:
     assert ScriptDirectory.from_config(migrate._config()).get_heads() == [migrate.NEWEST]
 
 
-@pytest.mark.parametrize("found", [None, "0016"])
-def test_an_older_schema_is_refused_by_name(tmp_path: Path, found: str | None) -> None:
+@pytest.mark.parametrize(
+    "done",
+    [
+        "DROP TABLE alembic_version",
+        "DELETE FROM alembic_version",
+        "UPDATE alembic_version SET version_num = '0016'",
+        "INSERT INTO alembic_version VALUES ('0016')",
+    ],
+)
+def test_a_schema_that_is_not_the_newest_alone_is_refused_by_name(tmp_path: Path, done: str) -> None:
     engine = migrated(tmp_path)
     with engine.begin() as connection:
-        connection.execute(
-            text("DROP TABLE alembic_version" if found is None else "UPDATE alembic_version SET version_num = '0016'")
-        )
+        connection.execute(text(done))
     with pytest.raises(StartRefused, match="cloister-admin init"):
         migrate.check_current(engine)
     engine.dispose()

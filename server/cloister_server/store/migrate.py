@@ -57,12 +57,12 @@ def check_current(engine: Engine) -> None:
     """Refuse to run on a schema that is not the newest this release knows."""
     with engine.connect() as connection:
         has_version = inspect(connection).has_table("alembic_version")
-        current = connection.scalar(text("SELECT version_num FROM alembic_version")) if has_version else None
-    if current is None:
+        current = list(connection.scalars(text("SELECT version_num FROM alembic_version"))) if has_version else []
+    if not current:
         raise StartRefused("the database is empty: this deployment is not initialised; run `cloister-admin init`")
-    if current != NEWEST:
+    if current != [NEWEST]:
         raise StartRefused(
-            f"the database is at migration {current} and this release needs {NEWEST}; stop all servers, back up, "
+            f"the database is at migration {', '.join(current)} and this release needs {NEWEST}; stop all servers, back up, "
             "then run `cloister-admin init`"
         )
 
