@@ -40,7 +40,10 @@ class Row:
 
 @dataclass
 class Who:
-    """An app or a person, with the header of its requests."""
+    """An app or a person, with the header of its requests.
+
+    Whoever is gone is no more, nor is what it held. Whoever is signed out is there and holds what it held, but its tokens are refused.
+    """
 
     tenant: str
     id: str
@@ -49,6 +52,7 @@ class Who:
     bearer: dict[str, str] = field(repr=False)
     secret: str = field(default="", repr=False)
     is_gone: bool = False
+    is_signed_out: bool = False
 
 
 @dataclass
@@ -77,7 +81,7 @@ class Oracle:
     """By id: the tenant and the members."""
 
     def is_let_in(self, who: Who) -> bool:
-        return not who.is_gone and not self.suspended[who.tenant]
+        return not (who.is_gone or who.is_signed_out or self.suspended[who.tenant])
 
     def may(self, who: Who, verb: str, row: Row) -> bool:
         holders = {who.id} | {group for group, (_, members) in self.groups.items() if who.id in members}

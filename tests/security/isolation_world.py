@@ -199,7 +199,7 @@ class World:
         self.oracle.left(who.id)
         for each in self.oracle.people:  # the person's login is by this app
             if who.kind == "app" and who.name == "other" and each.tenant == who.tenant and each.kind == "user":
-                each.is_gone = True
+                each.is_signed_out = True
 
     # What is asked.
 
