@@ -106,7 +106,8 @@ class Deployment:
         return json.loads(done.stdout)
 
     def init(self) -> Deployment:
-        self.admin("init")
+        """As `cloister-admin init`, without a process for it."""
+        deployment.initialise(self._settings()).engine.dispose()
         return self
 
     def tenant(self, name: str) -> str:
@@ -124,13 +125,17 @@ class Deployment:
 
     @contextlib.contextmanager
     def _operating(self) -> Iterator[tuple[Service, Session]]:
-        given = {
-            name.removeprefix("CLOISTER_").lower(): value for name, value in self.env.items() if "CLOISTER_" in name
-        }
-        service = deployment.open_service(Settings.model_validate(given))
+        service = deployment.open_service(self._settings())
         with asked_writing(service) as session:
             yield service, session
         service.engine.dispose()
+
+    def _settings(self) -> Settings:
+        """What a process of this deployment reads from its environment."""
+        given = {
+            name.removeprefix("CLOISTER_").lower(): value for name, value in self.env.items() if "CLOISTER_" in name
+        }
+        return Settings.model_validate(given)
 
     def start(self) -> Deployment:
         with self.log.open("ab") as log:

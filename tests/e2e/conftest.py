@@ -23,7 +23,8 @@ def deployment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     if request.param == "postgres":
         urls = new_postgres_database(request.getfixturevalue("postgres"))
         made = Deployment(root, database_url=urls.runtime, owner_database_url=urls.owner)
-    made.init().start()
+    made.admin("init")
+    made.start()
     try:
         yield made
     finally:
