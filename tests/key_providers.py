@@ -6,6 +6,7 @@ PYTEST_DONT_REWRITE: its fixtures are a plug-in of the modules that also import 
 from __future__ import annotations
 
 import base64
+import functools
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,13 @@ _LIBRARIES = (
     "/usr/local/lib/softhsm/libsofthsm2.so",
     "/opt/homebrew/lib/softhsm/libsofthsm2.so",
 )
+
+if find_spec("botocore"):
+    from botocore.loaders import JSONFileLoader
+
+    _load = functools.cache(functools.partial(JSONFileLoader.load_file, JSONFileLoader()))
+    JSONFileLoader.load_file = lambda _, path: _load(path)
+"""The AWS SDK reads what it knows of KMS once, and not for each provider that is opened: that takes longer than most calls."""
 
 
 @pytest.fixture(scope="session")

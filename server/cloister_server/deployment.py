@@ -262,8 +262,7 @@ def _check_keys(engine: Engine, keys: KeyRing, settings: Settings) -> None:
     """The service's own keys open: these providers have the keys that this database was made with."""
 
     def opened(session: Session) -> None:
-        for purpose in _PURPOSES:
-            vault.signing_key(session, keys, purpose)
+        vault.signing_keys(session, keys, *_PURPOSES)
         vault.require_system_key(session)  # what opened just now may have been remembered
 
     try:

@@ -68,13 +68,14 @@ __all__ = [
     "new_signing_key",
     "new_tenant_key",
     "open_object",
-    "open_signing_key",
+    "open_signing_keys",
     "pepper",
     "require_system_key",
     "seal_object",
     "service_key",
     "signing_context",
     "signing_key",
+    "signing_keys",
     "unit_macs",
     "units_key",
     "unwrapped",
@@ -298,11 +299,20 @@ def new_signing_key(session: Session, purpose: Purpose, *, state: str = "active"
 
 def signing_key(session: Session, keys: KeyRing, purpose: Purpose) -> SigningSecret:
     """The newest active key of this purpose. Raises StartRefused where `cloister-admin init` has not run, and KeyProviderError."""
+    return signing_keys(session, keys, purpose)[0]
+
+
+def signing_keys(session: Session, keys: KeyRing, *purposes: Purpose) -> list[SigningSecret]:
+    """The same of several purposes, asked for together."""
+    return open_signing_keys(session, keys, [_newest(session, purpose) for purpose in purposes])
+
+
+def _newest(session: Session, purpose: Purpose) -> SigningKey:
     of_purpose = select(SigningKey).where(SigningKey.purpose == purpose, SigningKey.state == "active")
     row = session.scalars(of_purpose.order_by(SigningKey.created.desc()).limit(1)).one_or_none()
     if row is None:
         raise StartRefused(f"there is no {purpose} key: this deployment is not initialised; run `cloister-admin init`")
-    return open_signing_key(session, keys, row)
+    return row
 
 
 def service_key(service: Service, purpose: Purpose) -> SigningSecret:
@@ -315,14 +325,19 @@ def pepper(service: Service) -> bytes:
     return service_key(service, "pepper").secret
 
 
-def open_signing_key(session: Session, keys: KeyRing, row: SigningKey) -> SigningSecret:
-    """The secret of one key of the service, lately asked for or asked for now. Raises KeyProviderError."""
-    kek = session.get_one(TenantKey, (SYSTEM, row.key_version))
-    secret = keys.remembered(kek.provider, kek.key_id, row.wrapped)
-    if secret is None:
-        context = signing_context(row.purpose, row.id)
-        (secret,) = asking.answered(session, _OftenSecret(kek.provider, kek.key_id, row.wrapped, context))
-    return SigningSecret(row.id, secret, row.public)
+def open_signing_keys(session: Session, keys: KeyRing, rows: Sequence[SigningKey]) -> list[SigningSecret]:
+    """The secrets of keys of the service, lately asked for or asked for now, together. Raises KeyProviderError."""
+    known, asked = dict[str, bytes](), dict[str, _OftenSecret]()
+    for row in rows:
+        kek = session.get_one(TenantKey, (SYSTEM, row.key_version))
+        if (secret := keys.remembered(kek.provider, kek.key_id, row.wrapped)) is not None:
+            known[row.id] = secret
+        else:
+            context = signing_context(row.purpose, row.id)
+            asked[row.id] = _OftenSecret(kek.provider, kek.key_id, row.wrapped, context)
+    if asked:
+        known.update(zip(asked, asking.answered(session, *asked.values()), strict=True))
+    return [SigningSecret(row.id, known[row.id], row.public) for row in rows]
 
 
 def require_system_key(session: Session) -> None:

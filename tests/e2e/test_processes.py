@@ -82,7 +82,7 @@ def test_no_secret_stands_in_a_command_line_or_an_environment_and_the_queue_keep
     with served.client(app) as client:
         data = upload(client, digits)
         privacy = cloister.DP(noise_multiplier=2.0)
-        job = client.train(client.plan(data, target="digit", privacy=privacy, batch_size=100, epochs=10), model="m")
+        job = client.train(client.plan(data, target="digit", privacy=privacy, batch_size=100, epochs=4), model="m")
         seen = _told(_first(lambda: served.pids(CHILD)))  # at once: it is there for as long as the job takes
         assert served.process is not None
         modules = [*PROCESSES.values(), TEMPLATE]
@@ -101,7 +101,7 @@ def test_a_job_outlives_the_template_that_it_was_forked_from_and_the_next_has_an
     app = served.app(served.tenant("forked"), "steward")
     with served.client(app) as client:
         data = upload(client, digits)
-        plan = client.plan(data, target="digit", privacy=cloister.DP(noise_multiplier=2.0), batch_size=100, epochs=5)
+        plan = client.plan(data, target="digit", privacy=cloister.DP(noise_multiplier=2.0), batch_size=100, epochs=4)
         first = client.train(plan, model="first")
         child, template = _first(lambda: served.pids(CHILD)), _first(lambda: served.pids(TEMPLATE))
         assert len(list(Path(f"/proc/{template}/task").iterdir())) == 1, "a fork has no other thread's locks"

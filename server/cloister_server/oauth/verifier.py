@@ -12,7 +12,7 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from time import monotonic, time
@@ -258,9 +258,10 @@ class _Memory:
             if monotonic() < self._keys_loaded + kept_s:
                 return self._keys
         loaded_at = monotonic()
-        load: Callable[[Session], list[vault.SigningSecret]] = lambda session: [  # noqa: E731 (its type)
-            vault.open_signing_key(session, service.keys, row) for row in token_keys(session)
-        ]
+
+        def load(session: Session) -> list[vault.SigningSecret]:
+            return vault.open_signing_keys(session, service.keys, token_keys(session))
+
         secrets = service.read(for_tenants(vault.SYSTEM), load) if within is None else load(within)
         # The public half comes from the wrapped private one: a key that someone wrote into the table opens nothing.
         keys = {each.id: _public(each) for each in secrets}
