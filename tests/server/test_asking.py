@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from cloister_privacy.sealing import Context, LocalKeyProvider, new_key
 from cloister_server import asking, deployment, keyring, tenants, vault
@@ -163,3 +164,15 @@ def test_what_is_used_once_is_new_in_every_run_and_all_else_is_asked_once(servic
     given = service.write(ALL_TENANTS, work)
     assert len(set(taken)) == len(taken) and len(set(given)) == 3
     assert asked.count("one") == 1 and asked.count("fresh") == len(taken)
+
+
+def test_what_opens_several_keys_of_the_service_asks_for_them_together(service: Service) -> None:
+    ring, runs = deployment.open_keys(service.settings), list[None]()  # one that remembers nothing yet
+
+    def opened(session: Session) -> list[vault.SigningSecret]:
+        runs.append(None)
+        return vault.signing_keys(session, ring, "token", "certificate", "pepper")
+
+    secrets = asking.run(lambda: reading(service.engine), ring, opened)
+    assert len({each.id for each in secrets}) == 3
+    assert len(runs) == 2, "a run that asks, and one that knows"
